@@ -1,0 +1,58 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <string_view>
+
+namespace fastnet {
+namespace {
+
+Isa detect() {
+#if defined(__x86_64__)
+  const char* named = std::getenv("FASTNET_CPU_ISA");
+  const std::string_view limit = named ? named : "";
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && limit != "baseline" && limit != "avx2") return Isa::avx512;
+  if (has_avx2 && limit != "baseline") return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+const Isa detected = detect();
+
+bool detect_bfloat16() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+const bool detected_bfloat16 = detect_bfloat16();
+
+}  // namespace
+
+bool cpu_has_bfloat16() {
+  return detected_bfloat16;
+}
+
+Isa cpu_isa() {
+  return detected;
+}
+
+const char* cpu_isa_name() {
+  switch (detected) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+}  // namespace fastnet

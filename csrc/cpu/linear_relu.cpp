@@ -1,0 +1,233 @@
+// linear_relu on the CPU. Own kernels for the skinny shapes of small networks, where the library
+// is far from its peak; the library's product, with one fused pass around it, elsewhere.
+
+#include "../linear_relu.h"
+
+#include <algorithm>
+#include <memory>
+
+#define FASTNET_KERNELS "linear_relu_kernels.h"
+#include "foreach_isa.h"
+
+namespace fastnet {
+namespace {
+
+// How the kernels see elements of T in memory.
+template <class T>
+using element_t = std::conditional_t<std::is_same_v<T, torch::headeronly::BFloat16>, bfloat16, T>;
+
+template <class T>
+const element_t<T>* data(const Tensor& tensor) {
+  return static_cast<const element_t<T>*>(tensor.const_data_ptr());
+}
+template <class T>
+element_t<T>* mutable_data(Tensor& tensor) {
+  return static_cast<element_t<T>*>(tensor.mutable_data_ptr());
+}
+
+// Multiply-adds below which a second thread costs more than it brings.
+constexpr int64_t kWorkPerThread = 100'000;
+
+// Runs body(begin, end) over [0, items), on several threads where the work is worth it.
+template <class Body>
+void parallel(int64_t items, int64_t work_per_item, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_item));
+  if (items <= grain) {
+    if (items > 0) body(0, items);
+  } else {
+    torch::stable::parallel_for(0, items, grain, body);
+  }
+}
+
+int64_t divide_up(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
+
+// A matrix (rows, columns) cut into blocks for threads to share.
+struct Block {
+  int64_t row, row_end, column, column_end;
+};
+
+struct Blocks {
+  int64_t rows, columns, block_rows, row_blocks, column_blocks, count;
+
+  Blocks(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+    constexpr int64_t kRows = 96, kTile = 24;  // a multiple of every tile's height
+    row_blocks = divide_up(rows, kRows);
+    block_rows = divide_up(divide_up(rows, std::max<int64_t>(1, row_blocks)), kTile) * kTile;
+    row_blocks = rows > 0 ? divide_up(rows, block_rows) : 0;
+    column_blocks = std::max<int64_t>(1, columns / kColumns);  // the last one takes the rest
+    count = row_blocks * column_blocks;
+  }
+
+  // Calls body(block) for the shares [begin, end) of `shares`.
+  template <class Body>
+  void for_share(int64_t begin, int64_t end, int64_t shares, const Body& body) const {
+    for (int64_t index = begin * count / shares; index < end * count / shares; ++index) {
+      const int64_t row = index % row_blocks * block_rows;
+      const int64_t column = index / row_blocks * kColumns;
+      const bool last = index / row_blocks + 1 == column_blocks;
+      body(
+          Block{row, std::min(rows, row + block_rows), column, last ? columns : column + kColumns});
+    }
+  }
+
+ private:
+  static constexpr int64_t kColumns = 48;  // a multiple of every tile's width
+};
+
+// Whether the kernels here are faster than the library's product, which is at its peak for large
+// matrices (measured against MKL on two AVX2 cores, see benchmarks/results).
+bool prefers_own_kernel(const LinearReluShape& shape, const Tensor& weight) {
+  // A transposed weight would have to be copied first; the library takes it as it is.
+  if (!weight.is_contiguous()) return false;
+  const int64_t work = shape.rows * shape.in_features * shape.out_features;
+  const bool is_small = work <= (1 << 24);
+  const bool is_skinny = std::min(shape.rows, shape.out_features) <= 32;
+  if (weight.scalar_type() == ScalarType::BFloat16) {
+    // Where the processor multiplies bfloat16 itself, oneDNN uses that, and these kernels do not.
+    return !cpu_has_bfloat16() || (is_small && is_skinny);
+  }
+  return is_small || is_skinny;
+}
+
+// ---------------------------------------------------------------------------------------------
+
+Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
+                           const std::optional<Tensor>& bias) {
+  const auto [M, K, N] = check_linear_relu(input, weight, bias);
+  Tensor output = allocate(input, linear_relu_output_shape(input, weight));
+  if (output.numel() == 0) return output;
+  const Tensor x = dense(input);
+  const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
+
+  if (!prefers_own_kernel({M, K, N}, weight)) {
+    Tensor product = torch::stable::view(output, {M, N});
+    call_native("aten::mm", "out", torch::stable::view(x, {M, K}),
+                torch::stable::transpose(weight, 0, 1), product);
+    dispatch_float("linear_relu", input.scalar_type(), [&, N = N](auto type) {
+      using T = decltype(type);
+      const auto* bias_data = b ? data<T>(*b) : nullptr;
+      auto* out = mutable_data<T>(output);
+      parallel(M, N, [&](int64_t begin, int64_t end) {
+        FASTNET_BEST_ISA(bias_relu_kernel(out + begin * N, bias_data, end - begin, N));
+      });
+    });
+    return output;
+  }
+
+  dispatch_float("linear_relu", input.scalar_type(), [&, M = M, K = K, N = N](auto type) {
+    using T = decltype(type);
+    const auto* bias_data = b ? data<T>(*b) : nullptr;
+    const auto *x_data = data<T>(x), *w_data = data<T>(weight);
+    auto* out = mutable_data<T>(output);
+    // Threads share out the longer side, so that each reads a part of the larger matrix only.
+    constexpr int64_t kUnit = 12;  // a multiple of every tile's height and width
+    if (N > M) {
+      parallel(divide_up(N, kUnit), kUnit * M * K, [&](int64_t begin, int64_t end) {
+        FASTNET_BEST_ISA(forward_kernel(x_data, w_data, bias_data, out, K, N, 0, M, begin * kUnit,
+                                        std::min(N, end * kUnit)));
+      });
+    } else {
+      parallel(divide_up(M, kUnit), kUnit * N * K, [&](int64_t begin, int64_t end) {
+        FASTNET_BEST_ISA(forward_kernel(x_data, w_data, bias_data, out, K, N, begin * kUnit,
+                                        std::min(M, end * kUnit), 0, N));
+      });
+    }
+  });
+  return output;
+}
+
+// ---------------------------------------------------------------------------------------------
+
+// grad_z and, where wanted, grad_bias, in one pass over grad_out and out.
+template <class T, class Z>
+void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
+                 Tensor* grad_bias, int64_t M, int64_t N) {
+  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  // Fixed chunks of rows, whatever the number of threads: the sums come out the same, bit by bit.
+  const int64_t chunk = std::max<int64_t>(64, 32768 / std::max<int64_t>(1, N));
+  const int64_t chunks = divide_up(M, chunk);
+  const std::unique_ptr<A[]> sums(new A[std::max<int64_t>(1, chunks) * N]);
+  std::fill_n(sums.get(), N, A(0));
+  parallel(chunks, chunk * N * 4, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t first = c * chunk * N;
+      FASTNET_BEST_ISA(masked_grad_kernel(grad_out + first, out + first, grad_z + first,
+                                          sums.get() + c * N, std::min(chunk, M - c * chunk), N));
+    }
+  });
+  if (!grad_bias) return;
+  for (int64_t c = 1; c < chunks; ++c) {
+    for (int64_t n = 0; n < N; ++n) sums[n] += sums[c * N + n];
+  }
+  T* bias = static_cast<T*>(grad_bias->mutable_data_ptr());
+  for (int64_t n = 0; n < N; ++n) bias[n] = static_cast<T>(sums[n]);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_output,
+                                                        const Tensor& input, const Tensor& weight,
+                                                        const Tensor& output, bool needs_input,
+                                                        bool needs_weight, bool needs_bias) {
+  const auto [M, K, N] = check_linear_relu_backward(grad_output, input, weight, output);
+  Tensor grad_input, grad_weight, grad_bias;
+  if (needs_input) grad_input = allocate(input, input.sizes());
+  if (needs_weight) grad_weight = allocate(weight, {N, K});
+  if (needs_bias) grad_bias = allocate(weight, {N});
+  const Tensor g = dense(grad_output), out_rows = dense(output);
+
+  if (!prefers_own_kernel({M, K, N}, weight)) {
+    Tensor grad_z = allocate(weight, {M, N});
+    dispatch_float("linear_relu_backward", input.scalar_type(), [&, M = M, N = N](auto type) {
+      using T = decltype(type);
+      masked_grad<T>(data<T>(g), data<T>(out_rows), mutable_data<T>(grad_z),
+                     needs_bias ? &grad_bias : nullptr, M, N);
+    });
+    if (needs_weight) {
+      call_native("aten::mm", "out", torch::stable::transpose(grad_z, 0, 1),
+                  torch::stable::reshape(input, {M, K}), grad_weight);
+    }
+    if (needs_input) {
+      Tensor rows = torch::stable::view(grad_input, {M, K});
+      call_native("aten::mm", "out", grad_z, weight, rows);
+    }
+    return {grad_input, grad_weight, grad_bias};
+  }
+
+  const Tensor x = dense(input);
+  dispatch_float("linear_relu_backward", input.scalar_type(), [&, M = M, K = K, N = N](auto type) {
+    using T = decltype(type);
+    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    const std::unique_ptr<A[]> grad_z(new A[std::max<int64_t>(1, M * N)]);
+    masked_grad<T>(data<T>(g), data<T>(out_rows), grad_z.get(), needs_bias ? &grad_bias : nullptr,
+                   M, N);
+
+    const auto *x_data = data<T>(x), *w_data = data<T>(weight);
+    auto* weight_data = needs_weight ? mutable_data<T>(grad_weight) : nullptr;
+    auto* input_data = needs_input ? mutable_data<T>(grad_input) : nullptr;
+    const Blocks weight_blocks(needs_weight ? N : 0, K), input_blocks(needs_input ? M : 0, K);
+    // Both products in one parallel region, of which every thread gets an equal share of each.
+    const int64_t work = (weight_blocks.count + input_blocks.count > 0) * M * N * K;
+    const int64_t shares = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
+    parallel(shares, work, [&](int64_t begin, int64_t end) {
+      weight_blocks.for_share(begin, end, shares, [&](const Block& block) {
+        FASTNET_BEST_ISA(product_kernel(grad_z.get(), 1, N, x_data, weight_data, M, K, block.row,
+                                        block.row_end, block.column, block.column_end));
+      });
+      input_blocks.for_share(begin, end, shares, [&](const Block& block) {
+        FASTNET_BEST_ISA(product_kernel(grad_z.get(), N, 1, w_data, input_data, N, K, block.row,
+                                        block.row_end, block.column, block.column_end));
+      });
+    });
+  });
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
+  library.impl("linear_relu_forward", TORCH_BOX(&linear_relu_forward));
+  library.impl("linear_relu_backward", TORCH_BOX(&linear_relu_backward));
+}
+
+}  // namespace fastnet

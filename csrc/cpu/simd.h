@@ -1,0 +1,172 @@
+// Vectors of one instruction set, in the compiler's portable vector types. No include guard:
+// foreach_isa.h includes this once per instruction set, inside a namespace of its own that has
+// already fixed kVectorBytes and kRegisters.
+
+#define FASTNET_INLINE static inline __attribute__((always_inline))
+
+// What arithmetic on T is done in: half types accumulate in float.
+template <class T>
+struct AccumulateType {
+  using type = float;
+};
+template <>
+struct AccumulateType<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename AccumulateType<T>::type;
+
+template <class Element, int kBytes = kVectorBytes>
+struct VectorType {
+  typedef Element type __attribute__((vector_size(kBytes)));
+  typedef Element unaligned
+      __attribute__((vector_size(kBytes), aligned(alignof(Element)), may_alias));
+};
+template <class Element>
+using Vec = typename VectorType<Element>::type;
+template <class Element>
+using UnalignedVec = typename VectorType<Element>::unaligned;
+
+template <class T>
+inline constexpr int kLanes = kVectorBytes / sizeof(acc_t<T>);
+
+// ---------------------------------------------------------------------------------------------
+// Loads and stores: memory holds T, registers hold acc_t<T>
+
+FASTNET_INLINE float widen(float value) {
+  return value;
+}
+FASTNET_INLINE double widen(double value) {
+  return value;
+}
+FASTNET_INLINE float widen(bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+FASTNET_INLINE void narrow(float value, float* to) {
+  *to = value;
+}
+FASTNET_INLINE void narrow(double value, double* to) {
+  *to = value;
+}
+FASTNET_INLINE void narrow(float value, bfloat16* to) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  // Round to nearest, ties to even; a NaN must not round to infinity.
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to->bits = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+FASTNET_INLINE Vec<float> load(const float* from) {
+  return *reinterpret_cast<const UnalignedVec<float>*>(from);
+}
+FASTNET_INLINE Vec<double> load(const double* from) {
+  return *reinterpret_cast<const UnalignedVec<double>*>(from);
+}
+FASTNET_INLINE Vec<float> load(const bfloat16* from) {
+  using Half = typename VectorType<uint16_t, kVectorBytes / 2>::unaligned;
+  const Half bits = *reinterpret_cast<const Half*>(from);
+  return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+}
+
+FASTNET_INLINE void store(float* to, Vec<float> value) {
+  *reinterpret_cast<UnalignedVec<float>*>(to) = value;
+}
+FASTNET_INLINE void store(double* to, Vec<double> value) {
+  *reinterpret_cast<UnalignedVec<double>*>(to) = value;
+}
+FASTNET_INLINE void store(bfloat16* to, Vec<float> value) {
+  using Half = typename VectorType<uint16_t, kVectorBytes / 2>::unaligned;
+  const Vec<uint32_t> bits = (Vec<uint32_t>)value;
+  Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = value != value ? Vec<uint32_t>{} + 0x7fc0 : rounded;
+  *reinterpret_cast<Half*>(to) = __builtin_convertvector(rounded, Half);
+}
+
+// Four elements, whatever the width of a vector.
+template <class A>
+using Vec4 = typename VectorType<A, 4 * sizeof(A)>::type;
+
+template <class T>
+FASTNET_INLINE Vec4<acc_t<T>> load_4(const T* from) {
+  return Vec4<acc_t<T>>{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])};
+}
+template <class T>
+FASTNET_INLINE void store_4(T* to, Vec4<acc_t<T>> value) {
+  for (int i = 0; i < 4; ++i) narrow(value[i], to + i);
+}
+
+template <class A>
+FASTNET_INLINE Vec<A> splat(A value) {
+  return value - Vec<A>{};  // x - 0 is x, bit for bit, which the compiler knows; x + 0 is not
+}
+
+// 0, 1, 2, ...
+template <class A>
+FASTNET_INLINE Vec<A> lane_index() {
+  Vec<A> lane;
+  for (int i = 0; i < kVectorBytes / static_cast<int>(sizeof(A)); ++i) lane[i] = static_cast<A>(i);
+  return lane;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Sums across lanes
+
+template <int... kLane>
+struct LaneList {};
+template <int kCount, int... kLane>
+struct MakeLanes : MakeLanes<kCount - 1, kCount - 1, kLane...> {};
+template <int... kLane>
+struct MakeLanes<0, kLane...> {
+  using type = LaneList<kLane...>;
+};
+
+// Sums the two halves of every 2 * kGroup lanes, of a into the lower kGroup lanes of the result's,
+// of b into the upper.
+template <int kGroup, class V, int... kLane>
+FASTNET_INLINE V add_halves(V a, V b, LaneList<kLane...>) {
+  constexpr int kBlock = 2 * kGroup, kCount = sizeof...(kLane);
+  return __builtin_shufflevector(
+             a, b,
+             (kLane / kBlock * kBlock + kLane % kGroup + kLane % kBlock / kGroup * kCount)...) +
+         __builtin_shufflevector(a, b,
+                                 (kLane / kBlock * kBlock + kLane % kGroup + kGroup +
+                                  kLane % kBlock / kGroup * kCount)...);
+}
+
+// Adds the upper half of a vector onto the lower until kBytes are left.
+template <class A, int kBytes, int kFrom = kVectorBytes>
+FASTNET_INLINE typename VectorType<A, kBytes>::type fold(
+    typename VectorType<A, kFrom>::type value) {
+  if constexpr (kFrom == kBytes) {
+    return value;
+  } else {
+    using Half = typename VectorType<A, kFrom / 2>::type;
+    Half low, high;
+    __builtin_memcpy(&low, &value, kFrom / 2);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&value) + kFrom / 2, kFrom / 2);
+    return fold<A, kBytes, kFrom / 2>(low + high);
+  }
+}
+
+// The sums of four vectors: 7 shuffles where one at a time takes 12.
+template <class A>
+FASTNET_INLINE Vec4<A> reduce_add_4(Vec<A> v0, Vec<A> v1, Vec<A> v2, Vec<A> v3) {
+  constexpr int kCount = kVectorBytes / sizeof(A);
+  constexpr typename MakeLanes<kCount>::type lanes{};
+  const Vec<A> low = add_halves<1>(v0, v1, lanes), high = add_halves<1>(v2, v3, lanes);
+  if constexpr (kCount == 2) {
+    return Vec4<A>{low[0], low[1], high[0], high[1]};
+  } else {
+    return fold<A, 4 * sizeof(A)>(add_halves<2>(low, high, lanes));
+  }
+}
+
+template <class A>
+FASTNET_INLINE A reduce_add(Vec<A> value) {
+  const auto pair = fold<A, 2 * sizeof(A)>(value);
+  return pair[0] + pair[1];
+}

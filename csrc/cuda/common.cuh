@@ -1,0 +1,137 @@
+// What every CUDA kernel file shares: the stream, the one way to launch, widening to the
+// accumulate type, and sums within a warp and a block.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "../common.h"
+
+namespace fastnet {
+
+inline constexpr int kWarp = 32;
+
+// ---------------------------------------------------------------------------------------------
+// Host side
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  check(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+// Makes a tensor's device current while it lives, and gives torch's current stream on it.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& tensor) : device_(tensor.get_device_index()) {
+    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device_ != previous_) check_cuda(cudaSetDevice(device_), "cudaSetDevice");
+    void* stream = nullptr;
+    check(aoti_torch_get_current_cuda_stream(device_, &stream) == 0,
+          "fastnet: torch gave no CUDA stream for device ", device_);
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  ~OnDeviceOf() {
+    if (device_ != previous_) cudaSetDevice(previous_);
+  }
+  OnDeviceOf(const OnDeviceOf&) = delete;
+  OnDeviceOf& operator=(const OnDeviceOf&) = delete;
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  int device_;
+  int previous_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+// The one place where kernels are launched.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, Arguments... arguments) {
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  check_cuda(cudaGetLastError(), "fastnet: kernel launch failed");
+}
+
+inline unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
+
+// The element type that kernels see for each of torch's.
+template <class T>
+struct DeviceType {
+  using type = T;
+};
+template <>
+struct DeviceType<torch::headeronly::BFloat16> {
+  using type = __nv_bfloat16;
+};
+template <>
+struct DeviceType<torch::headeronly::Half> {
+  using type = __half;
+};
+template <class T>
+using device_t = typename DeviceType<T>::type;
+
+template <class T>
+const device_t<T>* data(const Tensor& tensor) {
+  return static_cast<const device_t<T>*>(tensor.const_data_ptr());
+}
+template <class T>
+device_t<T>* mutable_data(const Tensor& tensor) {
+  return static_cast<device_t<T>*>(tensor.mutable_data_ptr());
+}
+
+// ---------------------------------------------------------------------------------------------
+// Device side
+
+// What arithmetic on T is done in: half types accumulate in float.
+template <class T>
+struct AccumulateType {
+  using type = float;
+};
+template <>
+struct AccumulateType<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename AccumulateType<T>::type;
+
+__device__ __forceinline__ float widen(float value) {
+  return value;
+}
+__device__ __forceinline__ double widen(double value) {
+  return value;
+}
+__device__ __forceinline__ float widen(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+__device__ __forceinline__ float widen(__half value) {
+  return __half2float(value);
+}
+
+__device__ __forceinline__ void narrow(float value, float* to) {
+  *to = value;
+}
+__device__ __forceinline__ void narrow(double value, double* to) {
+  *to = value;
+}
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16* to) {
+  *to = __float2bfloat16(value);
+}
+__device__ __forceinline__ void narrow(float value, __half* to) {
+  *to = __float2half(value);
+}
+
+// The sum over a warp, in every lane. The order of additions is fixed.
+template <class A>
+__device__ __forceinline__ A warp_sum(A value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  }
+  return value;
+}
+
+}  // namespace fastnet

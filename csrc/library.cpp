@@ -1,0 +1,47 @@
+// The table of contents: every op's schema, and what this build is.
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+
+STABLE_TORCH_LIBRARY(fastnet, library) {
+  library.def("linear_relu_forward(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  library.def(
+      "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, "
+      "bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)");
+}
+
+namespace {
+
+#define FASTNET_TEXT_OF(value) #value
+#define FASTNET_TEXT(value) FASTNET_TEXT_OF(value)
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = FASTNET_TEXT(FASTNET_VERSION);
+  info["torch_built_with"] = FASTNET_TEXT(FASTNET_TORCH_VERSION);
+  info["torch_minimum"] = FASTNET_TEXT(FASTNET_TORCH_MINIMUM);
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["cpu_isa"] = fastnet::cpu_isa_name();
+#if defined(FASTNET_CUDA_VERSION)
+  info["cuda_version"] = FASTNET_TEXT(FASTNET_CUDA_VERSION);
+  info["cuda_architectures"] = FASTNET_TEXT(FASTNET_CUDA_ARCHITECTURES);
+#else
+  info["cuda_version"] = pybind11::none();
+  info["cuda_architectures"] = pybind11::none();
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "fastnet's operator schemas and CPU kernels, registered as torch.ops.fastnet.*";
+  module.def("build_info", &build_info,
+             "What this build is: versions, compiler, instruction set, CUDA architectures.");
+}

@@ -1,0 +1,69 @@
+// linear_relu: output = relu(input · weightᵀ + bias)
+//
+//   input  (*, K)   K = in_features; * is any number of leading dimensions, also none
+//   weight (N, K)   N = out_features
+//   bias   (N)      may be absent
+//   output (*, N)
+//
+// The rules of shape and dtype, checked alike on every device.
+#pragma once
+
+#include "common.h"
+
+namespace fastnet {
+
+struct LinearReluShape {
+  int64_t rows;          // M: the product of the leading dimensions
+  int64_t in_features;   // K
+  int64_t out_features;  // N
+};
+
+inline LinearReluShape check_linear_relu(const Tensor& input, const Tensor& weight,
+                                         const std::optional<Tensor>& bias) {
+  check(input.dim() >= 1, "linear_relu: input must have at least one dimension, but is a scalar");
+  check(weight.dim() == 2, "linear_relu: weight must be (out_features, in_features), but is ",
+        ShapeOf{weight});
+  const int64_t in_features = input.size(input.dim() - 1);
+  check(in_features == weight.size(1), "linear_relu: input ", ShapeOf{input}, " has ", in_features,
+        " features, but weight ", ShapeOf{weight}, " takes ", weight.size(1));
+  check(input.scalar_type() == weight.scalar_type(), "linear_relu: input is ", input.scalar_type(),
+        ", but weight is ", weight.scalar_type(), "; convert one of them");
+  check(input.device() == weight.device(),
+        "linear_relu: input and weight are on different devices");
+  if (bias) {
+    check(bias->dim() == 1 && bias->size(0) == weight.size(0), "linear_relu: bias must be (",
+          weight.size(0), "), one value per row of weight ", ShapeOf{weight}, ", but is ",
+          ShapeOf{*bias});
+    check(bias->scalar_type() == weight.scalar_type(), "linear_relu: bias is ", bias->scalar_type(),
+          ", but weight is ", weight.scalar_type());
+    check(bias->device() == weight.device(),
+          "linear_relu: bias and weight are on different devices");
+  }
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < input.dim(); ++d) rows *= input.size(d);
+  return {rows, in_features, weight.size(0)};
+}
+
+inline LinearReluShape check_linear_relu_backward(const Tensor& grad_output, const Tensor& input,
+                                                  const Tensor& weight, const Tensor& output) {
+  const LinearReluShape shape = check_linear_relu(input, weight, std::nullopt);
+  for (const Tensor* tensor : {&grad_output, &output}) {
+    check(tensor->numel() == shape.rows * shape.out_features,
+          "linear_relu_backward: grad_output and output must have ", shape.rows, " x ",
+          shape.out_features, " elements, but one is ", ShapeOf{*tensor});
+    check(tensor->scalar_type() == weight.scalar_type(), "linear_relu_backward: weight is ",
+          weight.scalar_type(), ", but grad_output or output is ", tensor->scalar_type());
+    check(tensor->device() == weight.device(),
+          "linear_relu_backward: the arguments are on different devices");
+  }
+  return shape;
+}
+
+// The output's shape: input's with the last dimension replaced.
+inline std::vector<int64_t> linear_relu_output_shape(const Tensor& input, const Tensor& weight) {
+  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
+  shape.back() = weight.size(0);
+  return shape;
+}
+
+}  // namespace fastnet

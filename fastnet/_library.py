@@ -1,0 +1,59 @@
+"""Loads the compiled libraries, which registers every op as `torch.ops.fastnet.*`."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from pathlib import Path
+
+import torch
+
+try:
+    from fastnet import _C
+except ImportError as error:
+    raise ImportError(
+        f"fastnet's compiled kernels could not be loaded ({error}). They are built by "
+        "`pip install .` in the source folder; an editable checkout builds them with `make build`."
+    ) from error
+
+
+def _load_cuda() -> str:
+    """Registers the CUDA kernels. Returns "loaded", or the reason why they are not."""
+    built = sorted(Path(_C.__file__).parent.glob("_C_cuda.*"))
+    if not built:
+        return "not built: no nvcc was found when fastnet was installed"
+    if torch.version.cuda is None:
+        return "not loaded: this torch is a CPU build"
+    # The kernels resolve torch's CUDA symbols, and the runtime's, from what is loaded already.
+    torch_cuda = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    try:
+        if torch_cuda.exists():
+            ctypes.CDLL(str(torch_cuda), mode=ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(str(built[0]))
+    except OSError as error:
+        reason = f"not loaded: {error.__cause__ or error}"
+        warnings.warn(
+            f"fastnet runs without its CUDA kernels; they were {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return reason
+    return "loaded"
+
+
+CUDA_STATUS = _load_cuda()
+
+# The device types whose tensors the fused ops take; others go to torch's own operators.
+DEVICE_TYPES = frozenset({"cpu", "meta"} | ({"cuda"} if CUDA_STATUS == "loaded" else set()))
+
+
+def build_info() -> dict[str, str | None]:
+    """What this build of fastnet is, and what of it runs here.
+
+    Returns:
+        A dict with `version`, `torch_built_with`, `torch_minimum`, `torch` (the one in use),
+        `compiler`, `cpu_isa` (the instruction set the CPU kernels run on), `cuda_version` and
+        `cuda_architectures` (what the CUDA kernels were compiled with and for; None without them)
+        and `cuda_status` ("loaded", or why not).
+    """
+    return {**_C.build_info(), "torch": torch.__version__, "cuda_status": CUDA_STATUS}

@@ -1,0 +1,5 @@
+"""One file per op: its fake kernels, and the autograd.Function above its raw forward and backward."""
+
+from fastnet.ops.linear_relu import LinearReLU
+
+__all__ = ["LinearReLU"]
