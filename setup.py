@@ -22,6 +22,7 @@ from cuda_toolkit import CudaToolkit  # noqa: E402
 # The oldest torch whose stable ABI has all that the kernels call: one build serves every torch
 # from this one on.
 TORCH_MINIMUM = (2, 10)
+OLDEST = ".".join(map(str, TORCH_MINIMUM))
 
 
 def fail(sentence: str) -> None:
@@ -32,12 +33,10 @@ try:
     import torch
     from torch.utils import cpp_extension
 except ImportError as missing:
-    fail(f"building needs torch {'.'.join(map(str, TORCH_MINIMUM))} or later ({missing}).")
+    fail(f"building needs torch {OLDEST} or later ({missing}).")
 
 if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < TORCH_MINIMUM:
-    fail(
-        f"building needs torch {'.'.join(map(str, TORCH_MINIMUM))} or later, not {torch.__version__}."
-    )
+    fail(f"building needs torch {OLDEST} or later, not {torch.__version__}.")
 
 if not any(
     shutil.which(name) for name in (os.environ.get("CXX", "c++").split()[0], "g++", "clang++")
@@ -72,10 +71,10 @@ def find_cuda() -> CudaToolkit | None:
 cuda = find_cuda()
 
 macros = [
-    ("TORCH_TARGET_VERSION", "0x%02x%02x000000000000" % TORCH_MINIMUM),
+    ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*TORCH_MINIMUM)),
     ("FASTNET_VERSION", VERSION),
     ("FASTNET_TORCH_VERSION", torch.__version__),
-    ("FASTNET_TORCH_MINIMUM", ".".join(map(str, TORCH_MINIMUM))),
+    ("FASTNET_TORCH_MINIMUM", OLDEST),
 ]
 cxx_flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
 # Wide vectors are only ever passed between functions that are inlined.

@@ -17,7 +17,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  every hook that is not replaced below
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cuda_toolkit import CudaToolkit  # noqa: E402
+from cuda_toolkit import CudaToolkit
 
 
 def cuda_compiler_requirements() -> list[str]:

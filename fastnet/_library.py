@@ -43,9 +43,6 @@ def _load_cuda() -> str:
 
 CUDA_STATUS = _load_cuda()
 
-# The device types whose tensors the fused ops take; others go to torch's own operators.
-DEVICE_TYPES = frozenset({"cpu", "meta"} | ({"cuda"} if CUDA_STATUS == "loaded" else set()))
-
 
 def build_info() -> dict[str, str | None]:
     """What this build of fastnet is, and what of it runs here.

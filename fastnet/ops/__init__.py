@@ -1,4 +1,4 @@
-"""One file per op: its fake kernels, and the autograd.Function above its raw forward and backward."""
+"""One file per op: its fake kernels, and the autograd.Function above its raw ops."""
 
 from fastnet.ops.linear_relu import LinearReLU
 

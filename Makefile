@@ -1,0 +1,64 @@
+# make train   sets everything up and trains MnistNet on real digits
+# make test    sets everything up and runs the whole test suite
+# make help    the rest
+#
+# PYTHON chooses the interpreter that .venv is made from; ARGS goes to the command that is run.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+# What a build depends on. Python files need none: the checkout itself is what is imported.
+SOURCES := $(CXX_FILES) setup.py pyproject.toml fastnet/_version.py $(wildcard build_backend/*.py)
+BUILT := $(VENV)/.built
+
+.PHONY: help train test build bench lint format test-abi test-install clean
+
+train: build ## train MnistNet on real digits (ARGS="--epochs 3")
+	$(BIN)/fastnet train mnist-net $(ARGS)
+
+test: build ## run the test suite (ARGS="-k linear")
+	$(BIN)/python -m pytest $(ARGS)
+
+build: $(BUILT) ## make .venv, install what is pinned, compile the kernels
+
+bench: build ## time the ops against native torch (ARGS=linear_relu)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(VENV)/.installed ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.installed ## put style and formatting right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+test-abi: build ## run the op tests with this build under another torch
+	PYTHON=$(PYTHON) sh tests/abi.sh
+
+test-install: ## pip install . into an empty environment, and run the README's example there
+	PYTHON=$(PYTHON) sh tests/install.sh
+
+clean: ## remove what was built; .venv stays
+	rm -rf build fastnet/*.so *.egg-info $(BUILT)
+
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(BUILT): $(VENV)/.installed $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.installed: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fastnet: Python 3.10 or later is needed; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+		{ echo "fastnet: a C++ compiler is needed: install g++ (or set CXX)." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ echo "fastnet: $(PYTHON) cannot make a virtual environment: install python3-venv." >&2; exit 1; }
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	@touch $@

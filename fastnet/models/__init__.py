@@ -1,0 +1,5 @@
+"""The networks, each on the fused modules or, with backend="torch", on torch's own."""
+
+from fastnet.models.mnist_net import MnistNet
+
+__all__ = ["MnistNet"]

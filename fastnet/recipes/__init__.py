@@ -1,0 +1,8 @@
+"""The named trainings that `fastnet train` runs."""
+
+from fastnet.recipes.mnist_net import MNIST_NET
+from fastnet.recipes.training import Recipe
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (MNIST_NET,)}
+
+__all__ = ["RECIPES", "Recipe"]

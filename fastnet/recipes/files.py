@@ -1,0 +1,72 @@
+"""Writing files whole or not at all, and the checkpoints among them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastnet.errors import FastnetError
+
+CHECKPOINT_FORMAT = 1
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make the file under a temporary name, then puts it in place in one step."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FastnetError(f"{path} cannot be written ({error.strerror or error}).") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder and sees that files can be written there, before any work is done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise FastnetError(
+            f"{path} is no folder to write to ({error.strerror or error}); name another with --out."
+        ) from error
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    write_whole(
+        path, lambda temporary: torch.save({"format": CHECKPOINT_FORMAT, **content}, temporary)
+    )
+
+
+def load_checkpoint(path: Path, recipe: str) -> dict[str, Any]:
+    """Reads a checkpoint that `save_checkpoint` wrote for this recipe. Runs no code from it."""
+    if not path.is_file():
+        raise FastnetError(f"There is no checkpoint {path}: train without --resume first.")
+    try:
+        content = torch.load(path, weights_only=True)
+        made_for = content["recipe"]
+        known_format = content["format"] == CHECKPOINT_FORMAT
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise FastnetError(
+            f"{path} is not a checkpoint that fastnet wrote, or is damaged; delete it, or name "
+            "another folder with --out."
+        ) from error
+    if made_for != recipe:
+        raise FastnetError(
+            f"{path} is a checkpoint of {made_for}, not of {recipe}; name another folder with "
+            "--out."
+        )
+    if not known_format:
+        raise FastnetError(
+            f"{path} has checkpoint format {content['format']}; this fastnet reads "
+            f"{CHECKPOINT_FORMAT}."
+        )
+    return content

@@ -1,0 +1,28 @@
+"""What the op tests share: tolerances, and comparison with a float64 reference."""
+
+from __future__ import annotations
+
+import torch
+
+# Largest error allowed against the float64 reference, relative to the largest value in the result:
+# a few roundings of the result's own type. Sums run in float32 or wider.
+TOLERANCES = {
+    torch.float64: 1e-13,
+    torch.float32: 5e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+
+
+def assert_near(actual: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> None:
+    """`reference` is float64; infinities and NaN must stand where it has them."""
+    assert actual.shape == reference.shape
+    actual = actual.detach().to("cpu", torch.float64)
+    reference = reference.detach().cpu()
+    finite = reference.isfinite()
+    torch.testing.assert_close(actual[~finite], reference[~finite], equal_nan=True)
+    if not finite.any():
+        return
+    scale = reference[finite].abs().max().clamp_min(1e-30)
+    error = (actual[finite] - reference[finite]).abs().max() / scale
+    assert error <= TOLERANCES[dtype], f"error {error:.3g} at {dtype}"

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms
+
+from fastnet.data import MNIST_MEAN, MNIST_STD, Batches, ImageSet, load_mnist
+from fastnet.data.mnist import FILES
+from fastnet.errors import FastnetError
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return (
+        bytes((0, 0, 8, array.ndim))
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.tobytes()
+    )
+
+
+@pytest.fixture
+def mnist_folder(tmp_path):
+    """A small MNIST in IDX files: the training set gzipped, the test set not."""
+    random = np.random.default_rng(0)
+    for train, count in ((True, 30), (False, 7)):
+        images, labels = FILES[train]
+        pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        digits = random.integers(0, 10, count, dtype=np.uint8)
+        for name, array in ((images, pixels), (labels, digits)):
+            content = idx_bytes(array)
+            if train:
+                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+            else:
+                (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def test_idx_files_as_torchvision_reads_them(mnist_folder):
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    train, test = load_mnist(mnist_folder)
+    assert train.images.shape == (30, 1, 28, 28)
+    assert train.images.dtype == torch.uint8
+    assert train.labels.dtype == torch.int64
+    images, labels = (str(mnist_folder / name) for name in FILES[False])
+    assert torch.equal(test.images[:, 0], read_image_file(images))
+    assert torch.equal(test.labels, read_label_file(labels))
+
+
+def test_torchvisions_own_folder_layout(mnist_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    (root / "MNIST").mkdir()
+    mnist_folder.rename(root / "MNIST" / "raw")
+    assert len(load_mnist(root)[0]) == 30
+
+
+def spoil(name, change):
+    def apply(folder):
+        path = folder / name
+        content = path.read_bytes()
+        path.write_bytes(change(content))
+
+    return apply
+
+
+IMAGES, LABELS = FILES[False]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / LABELS).unlink(), ["missing", LABELS]),
+        (spoil(IMAGES, lambda c: c[:-5]), [IMAGES, "5483", "5488"]),
+        (spoil(IMAGES, lambda c: c[:9]), [IMAGES, "header"]),
+        (spoil(IMAGES, lambda c: c + b"x"), [IMAGES, "5489"]),
+        (spoil(IMAGES, lambda _: b""), [IMAGES, "nothing"]),
+        (spoil(IMAGES, lambda c: b"\0\0\x08\1" + c[4:]), [IMAGES, "0x00000801", "0x00000803"]),
+        (spoil(f"{FILES[True][0]}.gz", lambda c: c[:100]), [".gz", "cannot be read"]),
+        (spoil(f"{FILES[True][0]}.gz", lambda c: c[:60] + b"\0" * 9 + c[69:]), [".gz"]),
+        (spoil(LABELS, lambda c: c[:-1] + b"\x0b"), [LABELS, "11"]),
+        (spoil(LABELS, lambda c: c[:7] + b"\6" + c[8:-1]), ["7 pictures", "6 labels"]),
+    ],
+    ids=[
+        "missing", "truncated", "header", "too long", "empty", "magic", "gzip cut", "gzip broken",
+        "label", "counts",
+    ],
+)  # fmt: skip
+def test_damaged_files_are_named(mnist_folder, damage, words):
+    damage(mnist_folder)
+    with pytest.raises(FastnetError) as caught:
+        load_mnist(mnist_folder)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_folder_says_what_to_put_there(tmp_path):
+    with pytest.raises(FastnetError, match="train-images-idx3-ubyte"):
+        load_mnist(tmp_path)
+
+
+def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    import torchvision.datasets.mnist as module
+
+    def no_network(*_args, **_kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(module, "download_and_extract_archive", no_network)
+    with pytest.raises(FastnetError, match=r"could not be downloaded.*yourself"):
+        load_mnist(tmp_path, download=True)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_mnist()
+
+
+def test_the_digits_that_are_always_there(digits):
+    train, test = digits
+    assert (len(train), len(test)) == (4000, 1000)
+    assert train.images.shape[1:] == (1, 28, 28)
+    assert 20 < train.images.float().mean() < 50  # mostly paper, some ink
+    counts = torch.bincount(torch.cat([train.labels, test.labels]))
+    assert counts.tolist() == [500] * 10
+    # None is in both sets.
+    rows = torch.cat([train.images, test.images]).flatten(1)
+    assert len({bytes(row.numpy()) for row in rows}) >= 4990
+
+
+def test_batches_are_torchvisions_transforms_bit_for_bit(digits):
+    _, test = digits
+    transform = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((MNIST_MEAN,), (MNIST_STD,))]
+    )
+    pictures, labels = next(iter(Batches(test, 100, MNIST_MEAN, MNIST_STD)))
+    expected = torch.stack([transform(image[0].numpy()) for image in test.images[:100]])
+    assert torch.equal(pictures, expected)
+    assert torch.equal(labels, test.labels[:100])
+
+
+def small_set(count: int) -> ImageSet:
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+    return ImageSet(images, torch.arange(count), ("?",) * count, "test")
+
+
+def test_batches_cover_the_set_once_in_a_new_order_each_epoch():
+    batches = Batches(small_set(10), 4, 0.0, 1.0, torch.Generator().manual_seed(3))
+    first, second = (torch.cat([labels for _, labels in batches]) for _ in range(2))
+    assert [len(labels) for _, labels in batches] == [4, 4, 2]
+    assert len(batches) == 3
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
+    assert first.tolist() != second.tolist()
+    for pictures, labels in batches:  # picture and label stay together
+        assert torch.equal((pictures.flatten() * 255).round().long(), labels)
+
+
+def test_batches_leave_the_set_as_it_was():
+    images = small_set(10)
+    before = images.images.clone()
+    for pictures, _ in Batches(images, 10, 0.5, 0.5):
+        pictures.zero_()
+    assert torch.equal(images.images, before)
+
+
+def test_batch_size_must_be_positive():
+    with pytest.raises(ValueError, match="not 0"):
+        Batches(small_set(3), 0, 0.0, 1.0)

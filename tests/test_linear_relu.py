@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from support import assert_near
+
+import fastnet
+from fastnet.functional import linear_relu
+
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+# (leading dimensions, in_features, out_features)
+SHAPES = [
+    ((64,), 784, 28),  # the document networks' layers
+    ((64,), 28, 10),
+    ((64,), 784, 300),
+    ((64,), 300, 100),
+    ((16,), 3072, 40),
+    ((), 5, 3),  # a vector: no leading dimension
+    ((1,), 1, 1),
+    ((2, 3, 4), 9, 7),  # several leading dimensions
+    ((3,), 7, 5),  # narrower than a vector of any instruction set
+    ((7,), 8, 4),  # exactly one AVX2 vector, no tail
+    ((13,), 17, 31),  # tails in every direction
+    ((130,), 61, 130),  # more than one block of rows
+    ((5,), 200, 1),  # one output
+    ((600,), 33, 11),  # sums over more rows than one pass of the weight gradient takes
+    ((70_000,), 3, 2),  # several chunks in the bias gradient
+    ((300,), 300, 200),  # large enough for the library's product
+]
+
+
+def reference(input, weight, bias, grad):
+    """The result and its gradients in float64, from torch's own operators."""
+    leaves = [None if t is None else t.detach().cpu().double() for t in (input, weight, bias)]
+    leaves = [None if t is None else t.requires_grad_() for t in leaves]
+    output = torch.relu(F.linear(*leaves))
+    gradients = torch.autograd.grad(
+        output, [t for t in leaves if t is not None], grad.detach().cpu().double()
+    )
+    return output, gradients
+
+
+def sample(shape, dtype, device="cpu", bias=True):
+    leading, K, N = shape
+
+    # Multiples of 1/8: small sums of products are exact, so no result changes its sign between
+    # dtypes, which would make the mask, and the gradient with it, another one.
+    def draw(*size):
+        return (torch.randint(-8, 9, size, device=device) / 8).to(dtype)
+
+    weight = draw(N, K).requires_grad_()
+    input = draw(*leading, K).requires_grad_()
+    return input, weight, (draw(N).requires_grad_() if bias else None), draw(*leading, N)
+
+
+def check(input, weight, bias, grad, dtype):
+    output = linear_relu(input, weight, bias)
+    assert output.dtype == dtype
+    expected, expected_gradients = reference(input, weight, bias, grad)
+    assert_near(output, expected, dtype)
+    leaves = [t for t in (input, weight, bias) if t is not None]
+    for actual, wanted in zip(
+        torch.autograd.grad(output, leaves, grad), expected_gradients, strict=True
+    ):
+        assert actual.dtype == dtype
+        assert_near(actual, wanted, dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(shape, dtype, bias, device):
+    check(*sample(shape, dtype, device, bias), dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64_in_half(shape, device):
+    if device == "cpu":
+        pytest.skip("float16 on the CPU goes to torch's own operators")
+    check(*sample(shape, torch.float16, device), torch.float16)
+
+
+@given(
+    rows=st.integers(0, 40),
+    K=st.integers(0, 70),
+    N=st.integers(0, 40),
+    dtype=st.sampled_from(CPU_DTYPES),
+    bias=st.booleans(),
+    layouts=st.tuples(*[st.sampled_from(["dense", "transposed", "strided", "offset"])] * 3),
+)
+def test_any_shape_and_strides(rows, K, N, dtype, bias, layouts):
+    def lay_out(tensor, layout):
+        """The same values, otherwise laid out in memory."""
+        if layout == "transposed":
+            return tensor.t().contiguous().t()
+        if layout == "strided":
+            return torch.stack([tensor, tensor], dim=-1)[..., 0]
+        if layout == "offset":
+            return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
+        return tensor
+
+    input, weight, b, grad = (
+        None if t is None else t.detach() for t in sample(((rows,), K, N), dtype, bias=bias)
+    )
+    input, weight, grad = map(lay_out, (input, weight, grad), layouts)
+    leaves = [None if t is None else t.requires_grad_() for t in (input, weight, b)]
+    check(*leaves, grad, dtype)
+
+
+def test_nan_and_infinity_pass_as_in_torch(device):
+    input = torch.randn(9, 37, device=device)
+    weight = torch.randn(13, 37, device=device)
+    bias = torch.randn(13, device=device)
+    input[0, 3] = float("nan")
+    input[1, 36] = float("inf")  # in the tail behind the last full vector
+    weight[2, 30] = -float("inf")  # in the lanes that the tail blanks
+    bias[5] = float("nan")
+    leaves = [t.requires_grad_() for t in (input, weight, bias)]
+    output = linear_relu(*leaves)
+    expected = torch.relu(F.linear(*leaves))
+    torch.testing.assert_close(output, expected, equal_nan=True)
+    grad = torch.randn_like(output)
+    for actual, wanted in zip(
+        torch.autograd.grad(output, leaves, grad),
+        torch.autograd.grad(expected, leaves, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_only_wanted_gradients(needs):
+    inputs = [t.detach() for t in sample(((6,), 20, 5), torch.float64)[:3]]
+    for tensor, wanted in zip(inputs, needs, strict=True):
+        tensor.requires_grad_(wanted)
+    output = linear_relu(*inputs)
+    assert output.requires_grad == any(needs)
+    if any(needs):
+        output.sum().backward()
+    assert tuple(t.grad is not None for t in inputs) == needs
+
+    plain = [t.detach() for t in inputs]
+    raw = torch.ops.fastnet.linear_relu_backward(
+        torch.ones(6, 5, dtype=torch.float64), plain[0], plain[1], output.detach(), *needs
+    )
+    assert tuple(g is not None for g in raw) == needs
+
+
+def test_inputs_are_not_written_to():
+    input, weight, bias, grad = sample(((64,), 100, 28), torch.float32)
+    before = [t.detach().clone() for t in (input, weight, bias, grad)]
+    linear_relu(input, weight, bias).backward(grad)
+    for old, new in zip(before, (input, weight, bias, grad), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("shape", [((64,), 784, 28), ((300,), 300, 200), ((3000,), 30, 9)], ids=str)
+def test_same_bits_every_time_and_on_any_number_of_threads(shape):
+    *leaves, grad = sample(shape, torch.float32)
+    leaves = [(t.detach() + torch.randn_like(t)).requires_grad_() for t in leaves]
+    threads = torch.get_num_threads()
+
+    def run():
+        output = linear_relu(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+    first = run()
+    for again in (run() for _ in range(5)):
+        assert all(map(torch.equal, first, again))
+    if shape[0][0] * shape[1] * shape[2] > 1 << 24:
+        return  # the library's product, whose sums may depend on the number of threads
+    try:
+        torch.set_num_threads(1)
+        assert all(map(torch.equal, first, run()))
+    finally:
+        torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------------------------------------------------
+# torch's machinery
+
+
+@pytest.fixture(params=[True, False], ids=["bias", "no bias"])
+def doubles(request, device):
+    """Random float64 leaves. That one lies within 1e-6 of a kink is out of the question."""
+    sizes = [(2, 3, 6), (5, 6), (5,)] if request.param else [(2, 3, 6), (5, 6)]
+    return [
+        torch.randn(size, dtype=torch.float64, device=device, requires_grad=True) for size in sizes
+    ]
+
+
+def test_gradcheck(doubles):
+    assert torch.autograd.gradcheck(linear_relu, doubles)
+
+
+def test_gradgradcheck(doubles):
+    assert torch.autograd.gradgradcheck(linear_relu, doubles)
+
+
+def test_forward_mode(doubles):
+    assert torch.autograd.gradcheck(linear_relu, doubles, check_forward_ad=True)
+
+
+def test_opcheck_forward(doubles):
+    input, weight, *bias = (t.detach() for t in doubles)
+    torch.library.opcheck(
+        torch.ops.fastnet.linear_relu_forward.default, (input, weight, bias[0] if bias else None)
+    )
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_opcheck_backward(doubles, needs):
+    input, weight, *_ = (t.detach() for t in doubles)
+    output = torch.relu(F.linear(input, weight))
+    torch.library.opcheck(
+        torch.ops.fastnet.linear_relu_backward.default,
+        (torch.randn_like(output), input, weight, output, *needs),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_without_graph_breaks(dynamic):
+    module = fastnet.Linear(20, 7, activation="relu")
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
+    for rows in (3, 8):
+        input = torch.randn(rows, 20, requires_grad=True)
+        expected = module(input)
+        actual = compiled(input)
+        torch.testing.assert_close(actual, expected)
+        leaves = [input, module.weight, module.bias]
+        torch.testing.assert_close(
+            torch.autograd.grad(actual.square().sum(), leaves),
+            torch.autograd.grad(expected.square().sum(), leaves),
+        )
+
+
+def test_export():
+    module = fastnet.Linear(6, 3, activation="relu")
+    input = torch.randn(4, 6)
+    torch.testing.assert_close(torch.export.export(module, (input,)).module()(input), module(input))
+
+
+def functional_cases():
+    from torch.func import grad, hessian, jacrev, jvp, vmap
+
+    def loss(f, x, w, b):
+        return f(x, w, b).square().sum()
+
+    return {
+        "grad": lambda f, x, w, b: grad(loss, argnums=(1, 2, 3))(f, x, w, b),
+        "grad of grad": lambda f, x, w, b: grad(
+            lambda v: grad(lambda u: loss(f, x, u, b))(v).square().sum()
+        )(w),
+        "per-sample grad": lambda f, x, w, b: vmap(
+            lambda row: grad(lambda v: loss(f, row, v, b))(w)
+        )(x),
+        "jacrev": lambda f, x, w, b: jacrev(lambda v: f(x, v, b).sum(0))(w),
+        "jvp": lambda f, x, w, b: jvp(lambda v: f(x, v, b), (w,), (torch.ones_like(w),)),
+        "hessian": lambda f, x, w, b: hessian(lambda v: loss(f, x, w, v))(b),
+        # Dynamo looks through autograd.Functions under torch.func, and would find an op that it
+        # cannot differentiate.
+        "compiled grad": lambda f, x, w, b: torch.compile(
+            lambda v: grad(lambda u: loss(f, x, u, b))(v), fullgraph=True
+        )(w),
+    }
+
+
+@pytest.mark.parametrize("case", functional_cases())
+def test_torch_func(case):
+    inputs = [t.detach() for t in sample(((4,), 6, 5), torch.float64)[:3]]
+    run = functional_cases()[case]
+    actual = run(linear_relu, *inputs)
+    expected = run(lambda *a: torch.relu(F.linear(*a)), *inputs)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_as_linear_does(dtype, device):
+    native, fused = (
+        torch.nn.Linear(40, 12, device=device),
+        fastnet.Linear(40, 12, device=device, activation="relu"),
+    )
+    fused.load_state_dict(native.state_dict())
+    input = torch.randn(8, 40, device=device)
+    with torch.autocast(device, dtype=dtype):
+        expected, actual = torch.relu(native(input)), fused(input)
+    assert actual.dtype == expected.dtype == dtype
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    expected.sum().backward()
+    # Outside, as the documentation has it; and inside, where a stray cast would change the dtype.
+    with torch.autocast(device, dtype=dtype):
+        actual.sum().backward()
+    assert fused.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(fused.weight.grad, native.weight.grad, rtol=5e-2, atol=5e-2)
+
+
+def test_autocast_leaves_float64_and_disabled_regions_alone():
+    double = [torch.randn(3, 4).double(), torch.randn(2, 4).double()]
+    single = [t.float().requires_grad_() for t in double]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear_relu(*double).dtype == torch.float64
+        with torch.autocast("cpu", enabled=False):
+            output = linear_relu(*single)
+        assert output.dtype == torch.float32
+        output.sum().backward()  # float32 saved, autocast on: the native products must stay float32
+    assert single[1].grad.dtype == torch.float32
+
+
+# -------------------------------------------------------------------------------------------------
+# Inputs that the kernels do not take
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (torch.randn(3, 4).half(), torch.randn(2, 4).half(), torch.randn(2).half()),
+        lambda: (torch.randint(-3, 3, (3, 4)), torch.randint(-3, 3, (2, 4)), None),
+        lambda: (torch.randn(3, 4), torch.randn(4), None),  # a weight without out_features
+        lambda: (torch.randn(3, 4), torch.randn(2, 4), torch.randn(1)),  # a bias that broadcasts
+        lambda: (torch.randn(3, 4), torch.randn(2, 4), torch.randn(3, 2)),
+        lambda: (torch.randn(3, 4).to_sparse_csr(), torch.randn(2, 4), None),
+        lambda: (torch.randn(3, 4, device="meta"), torch.randn(2, 4, device="meta"), None),
+    ],
+    ids=[
+        "float16",
+        "integers",
+        "1-d weight",
+        "bias of 1",
+        "2-d bias",
+        "sparse",
+        "meta",
+    ],
+)
+def test_what_torch_takes_is_taken(make):
+    inputs = make()
+    expected, actual = torch.relu(F.linear(*inputs)), linear_relu(*inputs)
+    assert actual.device == expected.device
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    if not expected.is_meta:
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: (torch.randn(3, 4), torch.randn(2, 5), None), ["(3, 4)", "(2, 5)"]),
+        (lambda: (torch.randn(3, 4), torch.randn(2, 4).double(), None), ["Float", "Double"]),
+        (lambda: (torch.randn(3, 4), torch.randn(2, 4), torch.randn(2).double()), ["Double"]),
+        (lambda: (torch.randn(3, 4), torch.randn(2, 4), torch.randn(7)), ["2", "7"]),
+        (lambda: (torch.randn(3, 4), torch.randn(2, 4, 1), None), []),
+    ],
+    ids=["features", "weight dtype", "bias dtype", "bias size", "3-d weight"],
+)
+def test_what_torch_rejects_is_rejected(make, words):
+    inputs = make()
+    with pytest.raises(RuntimeError):
+        torch.relu(F.linear(*inputs))
+    with pytest.raises(RuntimeError) as caught:
+        linear_relu(*inputs)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_devices_must_agree(device):
+    if device == "cpu":
+        pytest.skip("it takes two devices")
+    with pytest.raises(RuntimeError, match="device"):
+        linear_relu(torch.randn(3, 4, device=device), torch.randn(2, 4))
+
+
+def test_tensor_subclasses_keep_their_behaviour():
+    class Loud(torch.Tensor):
+        pass
+
+    weight = torch.randn(2, 4)
+    output = linear_relu(torch.randn(3, 4).as_subclass(Loud), weight)
+    assert isinstance(output, Loud)
+
+
+# -------------------------------------------------------------------------------------------------
+# Instruction sets
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The library picks its kernels when it is loaded, so each runs in a process of its own."""
+    program = "import fastnet; print(fastnet.build_info()['cpu_isa'])"
+    environment = {**os.environ, "FASTNET_CPU_ISA": isa}
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True
+        )
+
+    got = run("-c", program).stdout.strip()
+    if got != isa:
+        pytest.skip(f"this processor has no {isa}")
+    tests = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
+                "-k", "float64 or strides or nan or bits")  # fmt: skip
+    assert tests.returncode == 0, tests.stdout[-3000:]
+    assert " passed" in tests.stdout
+
+
+# -------------------------------------------------------------------------------------------------
+# The module
+
+
+def test_module_is_a_linear_whose_state_dict_loads_both_ways():
+    native, fused = torch.nn.Linear(9, 4), fastnet.Linear(9, 4, activation="relu")
+    assert isinstance(fused, torch.nn.Linear)
+    fused.load_state_dict(native.state_dict())
+    native.load_state_dict(fused.state_dict())
+    input = torch.randn(5, 9)
+    torch.testing.assert_close(fused(input), native(input).relu())
+    assert "activation='relu'" in repr(fused)
+    again = copy.deepcopy(fused)
+    torch.testing.assert_close(again(input), fused(input))
+
+
+def test_module_without_activation_is_linear():
+    module = fastnet.Linear(9, 4, bias=False, dtype=torch.float64)
+    input = torch.randn(5, 9, dtype=torch.float64)
+    assert torch.equal(module(input), F.linear(input, module.weight))
+
+
+def test_module_rejects_other_activations():
+    with pytest.raises(ValueError, match="'gelu'"):
+        fastnet.Linear(9, 4, activation="gelu")

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastnet.data import Batches, ImageSet
+from fastnet.errors import FastnetError
+from fastnet.recipes import RECIPES, plots
+from fastnet.recipes.files import load_checkpoint, write_whole
+from fastnet.recipes.training import Settings, evaluate, predict, step_times, train, train_step
+
+RECIPE = RECIPES["mnist-net"]
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return RECIPE.load()
+
+
+@pytest.fixture(scope="session")
+def few(digits):
+    def cut(images: ImageSet, count: int) -> ImageSet:
+        return replace(images, images=images.images[:count], labels=images.labels[:count])
+
+    return cut(digits[0], 640), cut(digits[1], 200)
+
+
+def settings(**changes) -> Settings:
+    return Settings(**{"epochs": 2, "batch_size": 64, "log_every": 0, **changes})
+
+
+def same(left, right) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def test_reaches_ninety_percent_on_real_digits(digits, tmp_path):
+    result = train(RECIPE, settings(epochs=10), *digits, tmp_path)
+    assert result.history[-1]["test_accuracy"] >= 0.9
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] / 3
+    loss, accuracy = evaluate(RECIPE, result.model, digits[1])
+    assert (loss, accuracy) == (
+        result.history[-1]["test_loss"],
+        result.history[-1]["test_accuracy"],
+    )
+    predictions = predict(RECIPE, result.model, digits[1], 1000)
+    assert (predictions == digits[1].labels).float().mean().item() == pytest.approx(accuracy)
+
+
+def test_same_loss_curve_as_native_torch(digits):
+    def losses(backend):
+        torch.manual_seed(1)
+        model = RECIPE.model(backend=backend)
+        optimizer = RECIPE.optimizer(model.parameters())
+        order = torch.Generator().manual_seed(1)
+        batches = Batches(digits[0], 64, RECIPE.mean, RECIPE.std, order)
+        curve = []
+        while len(curve) < 100:
+            curve += [train_step(RECIPE, model, optimizer, *batch).item() for batch in batches]
+        return torch.tensor(curve[:100])
+
+    fused, native = losses("fastnet"), losses("torch")
+    assert fused[-1] < fused[0] / 2
+    assert (fused - native).abs().max() <= 1e-4
+
+
+def test_backends_have_the_same_parameters():
+    fused, native = (RECIPE.model(backend=backend) for backend in ("fastnet", "torch"))
+    fused.load_state_dict(native.state_dict())
+    assert [type(m).__module__ for m in (fused.fc1, native.fc1)] == [
+        "fastnet.modules",
+        "fastnet.models.layers",
+    ]
+
+
+def test_same_seed_same_run(few, tmp_path):
+    first, again, other = (
+        train(RECIPE, settings(seed=seed), *few, tmp_path / name)
+        for seed, name in ((5, "a"), (5, "b"), (6, "c"))
+    )
+    assert same(first.model.state_dict(), again.model.state_dict())
+    assert not same(first.model.state_dict(), other.model.state_dict())
+
+
+def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(few, tmp_path):
+    whole = train(RECIPE, settings(epochs=4), *few, tmp_path / "whole")
+    train(RECIPE, settings(epochs=2), *few, tmp_path / "parts")
+    torch.rand(7)  # whatever the process has drawn in between
+    parts = train(RECIPE, settings(epochs=4, resume=True), *few, tmp_path / "parts")
+    contents = [load_checkpoint(r.checkpoint, RECIPE.name) for r in (whole, parts)]
+    for content in contents:
+        for row in content["history"]:
+            del row["seconds"]
+    assert same(*contents)
+
+
+def test_files_of_a_run(few, tmp_path):
+    train(RECIPE, settings(), *few, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "metrics.csv"]
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert set(rows[0]) == {"epoch", "train_loss", "test_loss", "test_accuracy", "seconds"}
+
+
+def test_checkpoint_of_another_network(few, tmp_path):
+    result = train(RECIPE, settings(epochs=1), *few, tmp_path)
+    content = torch.load(result.checkpoint, weights_only=True)
+    torch.save({**content, "recipe": "other-net"}, result.checkpoint)
+    with pytest.raises(FastnetError, match="other-net, not of mnist-net"):
+        train(RECIPE, settings(resume=True), *few, tmp_path)
+    torch.save({**content, "model": {"fc9.weight": torch.zeros(1)}}, result.checkpoint)
+    with pytest.raises(FastnetError, match="another network"):
+        train(RECIPE, settings(resume=True), *few, tmp_path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("content", ["missing", "garbage", "cut", "foreign", "malicious"])
+def test_unusable_checkpoints(few, tmp_path, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = train(RECIPE, settings(epochs=1), *few, tmp_path / "run").checkpoint
+    if content == "missing":
+        path.unlink()
+    elif content == "garbage":
+        path.write_bytes(b"not a checkpoint")
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif content == "foreign":
+        torch.save([1, 2, 3], path)
+    else:
+        torch.save({"format": 1, "recipe": RECIPE.name, "model": Malicious()}, path)
+    with pytest.raises(FastnetError) as caught:
+        train(RECIPE, settings(resume=True), *few, tmp_path / "run")
+    assert str(path.relative_to(tmp_path)) in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_resuming_with_other_settings(few, tmp_path):
+    train(RECIPE, settings(epochs=1), *few, tmp_path)
+    with pytest.raises(FastnetError, match="--batch-size 64, not 32"):
+        train(RECIPE, settings(resume=True, batch_size=32), *few, tmp_path)
+
+
+def test_unwritable_folder_is_noticed_before_training(few, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FastnetError, match="no folder to write to"):
+        train(RECIPE, settings(), *few, tmp_path / "file")
+
+
+def test_writing_that_fails_leaves_the_old_file(tmp_path):
+    target = tmp_path / "f"
+    target.write_text("old")
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(FastnetError, match="No space left"):
+        write_whole(target, fail)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_step_times_measures_every_backend(few):
+    times = step_times(RECIPE, settings(), few[0], ("fastnet", "torch"), turns=1)
+    assert set(times) == {"fastnet", "torch"}
+    assert all(0 < seconds < 1 for seconds in times.values())
+
+
+def test_overview_shows_the_predictions(few):
+    history = [
+        {"epoch": e, "train_loss": 1 / e, "test_loss": 1 / e, "test_accuracy": 0.5} for e in (1, 2)
+    ]
+    labels = torch.tensor([1, 2, 3])
+    figure = plots.overview(
+        "title", history, few[1].images[:3], labels, torch.tensor([1, 2, 9]), few[1].classes
+    )
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [t for t in titles if t] == ["1 (1)", "2 (2)", "9 (3)"]
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line, as a user meets it
+
+
+def command(*arguments: str, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "fastnet", *arguments], cwd=cwd, capture_output=True, text=True
+    )
+
+
+def test_train_command(tmp_path):
+    done = command("train", "mnist-net", "--epochs", "2", "--log-every", "20", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "4,000 to train, 1,000 to test",
+        "epoch 1 [1280/4000] loss",
+        "epoch 2/2",
+        "test accuracy",
+        "a training step, batch 64: fastnet",
+        "native torch",
+        "runs/mnist-net/checkpoint.pt",
+        "runs/mnist-net/overview.png",
+    ):
+        assert words in done.stdout
+    run = tmp_path / "runs" / "mnist-net"
+    assert (run / "overview.png").read_bytes()[:4] == b"\x89PNG"
+    names = {"checkpoint.pt", "metrics.csv", "overview.png"}
+    assert {path.name for path in run.iterdir()} == names
+    more = command("train", "mnist-net", "--epochs", "3", "--resume", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert "going on from epoch 2" in more.stdout
+    assert "epoch 3/3" in more.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "no-such-net"], "mnist-net"),
+        (["train", "mnist-net", "--backend", "jax"], "'jax'"),
+        (["train", "mnist-net", "--data-dir", "nowhere"], "train-images-idx3-ubyte"),
+        (["train", "mnist-net", "--resume"], "no checkpoint"),
+        (["train", "mnist-net", "--out", "/proc/nowhere"], "no folder to write to"),
+    ],
+    ids=["name", "backend", "data", "resume", "out"],
+)
+def test_bad_input_is_one_sentence(tmp_path, arguments, words):
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.startswith("fastnet: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_interrupt_keeps_the_last_finished_epoch(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastnet", "train", "mnist-net", "--epochs", "1000"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoint = tmp_path / "runs" / "mnist-net" / "checkpoint.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "--resume goes on" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    done = load_checkpoint(checkpoint, RECIPE.name)["history"][-1]["epoch"]
+    assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["checkpoint.pt", "metrics.csv"]
+    more = command("train", "mnist-net", "--epochs", str(done + 1), "--resume", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert f"epoch {done + 1}/{done + 1}" in more.stdout
+
+
+def test_list_and_info(tmp_path):
+    assert "mnist-net" in command("list", cwd=tmp_path).stdout
+    assert "cpu_isa" in command("info", cwd=tmp_path).stdout
