@@ -122,7 +122,7 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
     const auto *x_data = data<T>(x), *w_data = data<T>(weight);
     auto* out = mutable_data<T>(output);
     // Threads share out the longer side, so that each reads a part of the larger matrix only.
-    constexpr int64_t kUnit = 12;  // a multiple of every tile's height and width
+    constexpr int64_t kUnit = 4;  // small, for equal shares; a tile's width
     if (N > M) {
       parallel(divide_up(N, kUnit), kUnit * M * K, [&](int64_t begin, int64_t end) {
         FASTNET_BEST_ISA(forward_kernel(x_data, w_data, bias_data, out, K, N, 0, M, begin * kUnit,

@@ -1,0 +1,39 @@
+"""python -m benchmarks [OP ...]: times, prints, and writes benchmarks/results/<device>.csv."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks import harness
+
+OPS = ("linear_relu", "mnist_net")
+
+
+def main(
+    ops: Annotated[list[str] | None, typer.Argument(help=f"Of: {', '.join(OPS)}.")] = None,
+    threads: Annotated[str, typer.Option(help="Thread counts, with commas.")] = "",
+    quick: Annotated[bool, typer.Option(help="The most important shapes only.")] = False,
+    save: Annotated[bool, typer.Option(help="Write the results file.")] = True,
+) -> None:
+    unknown = set(ops or ()) - set(OPS)
+    if unknown:
+        raise typer.BadParameter(f"no benchmark {', '.join(unknown)}; there are: {', '.join(OPS)}")
+    most = torch.get_num_threads()
+    counts = [int(t) for t in threads.split(",")] if threads else sorted({most, 1}, reverse=True)
+    print(f"{harness.device_name()}, torch {torch.__version__}")
+    for count in counts:
+        torch.set_num_threads(count)
+        torch._dynamo.reset()  # compiled code has the number of threads built in
+        for op in ops or OPS:
+            for case in importlib.import_module(f"benchmarks.{op}").cases(quick):
+                rows = harness.run(case)
+                print(harness.table(rows), flush=True)
+                if save:
+                    harness.save(rows)
+
+
+typer.run(main)

@@ -1,0 +1,121 @@
+"""linear+ReLU at the layers of the document networks, and up to where the product dominates."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import FASTNET, Case
+from fastnet.functional import linear_relu
+
+# (batch, in_features, out_features, whether the input wants a gradient: not in a first layer)
+SHAPES = [
+    (64, 784, 28, False),
+    (64, 784, 28, True),
+    (64, 784, 300, False),
+    (64, 784, 300, True),
+    (64, 300, 100, True),
+    (16, 784, 28, False),
+    (256, 784, 28, False),
+    (1024, 784, 28, False),
+    (16, 3072, 1000, False),
+    (16, 1000, 500, True),
+    (256, 784, 300, False),
+    (1024, 784, 300, False),
+    (256, 1024, 1024, True),
+    (1024, 4096, 4096, True),
+]
+
+
+def eager(input, weight, bias):
+    return torch.relu(F.linear(input, weight, bias))
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    for M, K, N, needs_input in SHAPES[:5] if quick else SHAPES:
+        yield from _cases(M, K, N, needs_input)
+
+
+def _cases(M: int, K: int, N: int, needs_input: bool) -> Iterator[Case]:
+    torch.manual_seed(0)
+    weight = (torch.randn(N, K) / K**0.5).requires_grad_()
+    bias = torch.randn(N).requires_grad_()
+    # Eight batches in turn: a training does not see the same one twice in a row.
+    count = 8 if M * (K + N) < 1 << 21 else 2
+    inputs = [torch.randn(M, K).requires_grad_(needs_input) for _ in range(count)]
+    grads = [torch.randn(M, N) for _ in range(count)]
+    name = f"{M}x{K}->{N}" + (", input gradient" if needs_input else "")
+    products = 2 + needs_input  # forward, weight gradient, input gradient
+    flops = 2.0 * M * K * N
+    seconds = 1.5 if flops < 1e9 else 4.0
+    compiled = torch.compile(eager)
+    functions = {"eager": eager, "compile": compiled, FASTNET: linear_relu}
+
+    def forward(function):
+        turn = itertools.cycle(inputs)
+
+        def once():
+            with torch.no_grad():
+                return [function(next(turn), weight, bias)]
+
+        return once
+
+    def forward_backward(function):
+        turn = itertools.cycle(zip(inputs, grads, strict=True))
+
+        def once():
+            input, grad = next(turn)
+            input.grad = weight.grad = bias.grad = None
+            function(input, weight, bias).backward(grad)
+            return [t.grad for t in (input, weight, bias) if t.grad is not None]
+
+        return once
+
+    common = {"op": "linear_relu", "case": name, "seconds": seconds}
+    yield Case(
+        mode="forward",
+        sides={side: forward(function) for side, function in functions.items()},
+        flops=flops,
+        **common,
+    )
+    yield Case(
+        mode="forward+backward",
+        sides={side: forward_backward(function) for side, function in functions.items()},
+        flops=products * flops,
+        **common,
+    )
+    yield Case(
+        mode="operators",
+        sides=_operators([t.detach() for t in inputs], grads, weight.detach(), bias.detach(),
+                         needs_input),
+        flops=products * flops,
+        **common,
+    )  # fmt: skip
+
+
+def _operators(inputs, grads, weight, bias, needs_input):
+    """Forward and backward as calls of operators, without autograd's own cost on either side."""
+    turns = [itertools.cycle(zip(inputs, grads, strict=True)) for _ in range(2)]
+    forward = torch.ops.fastnet.linear_relu_forward.default
+    backward = torch.ops.fastnet.linear_relu_backward.default
+
+    def native():
+        input, grad = next(turns[0])
+        output = torch.relu(F.linear(input, weight, bias))
+        grad_z = torch.ops.aten.threshold_backward(grad, output, 0)
+        results = [output, grad_z.t() @ input, grad_z.sum(0)]
+        return [*results, grad_z @ weight] if needs_input else results
+
+    def fused():
+        input, grad = next(turns[1])
+        output = forward(input, weight, bias)
+        grad_input, grad_weight, grad_bias = backward(
+            grad, input, weight, output, needs_input, True, True
+        )
+        results = [output, grad_weight, grad_bias]
+        return [*results, grad_input] if needs_input else results
+
+    return {"eager": native, FASTNET: fused}
