@@ -76,13 +76,15 @@ struct Blocks {
   static constexpr int64_t kColumns = 48;  // a multiple of every tile's width
 };
 
-// Whether the kernels here are faster than the library's product, which is at its peak for large
-// matrices (measured against MKL on two AVX2 cores, see benchmarks/results).
-bool prefers_own_kernel(const LinearReluShape& shape, const Tensor& weight) {
+// Multiply-adds up to which the kernels here are faster than the library's product, which is at its
+// peak for large matrices (measured against MKL on two AVX2 cores, see benchmarks/results). The
+// forward kernel also saves the passes over the output, and keeps up for longer.
+constexpr int64_t kForwardLimit = 64'000'000, kBackwardLimit = 16'000'000;
+
+bool prefers_own_kernel(const LinearReluShape& shape, const Tensor& weight, int64_t limit) {
   // A transposed weight would have to be copied first; the library takes it as it is.
   if (!weight.is_contiguous()) return false;
-  const int64_t work = shape.rows * shape.in_features * shape.out_features;
-  const bool is_small = work <= (1 << 24);
+  const bool is_small = shape.rows * shape.in_features * shape.out_features <= limit;
   const bool is_skinny = std::min(shape.rows, shape.out_features) <= 32;
   if (weight.scalar_type() == ScalarType::BFloat16) {
     // Where the processor multiplies bfloat16 itself, oneDNN uses that, and these kernels do not.
@@ -101,7 +103,7 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
   const Tensor x = dense(input);
   const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
 
-  if (!prefers_own_kernel({M, K, N}, weight)) {
+  if (!prefers_own_kernel({M, K, N}, weight, kForwardLimit)) {
     Tensor product = torch::stable::view(output, {M, N});
     call_native("aten::mm", "out", torch::stable::view(x, {M, K}),
                 torch::stable::transpose(weight, 0, 1), product);
@@ -176,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
   if (needs_bias) grad_bias = allocate(weight, {N});
   const Tensor g = dense(grad_output), out_rows = dense(output);
 
-  if (!prefers_own_kernel({M, K, N}, weight)) {
+  if (!prefers_own_kernel({M, K, N}, weight, kBackwardLimit)) {
     Tensor grad_z = allocate(weight, {M, N});
     dispatch_float("linear_relu_backward", input.scalar_type(), [&, M = M, N = N](auto type) {
       using T = decltype(type);

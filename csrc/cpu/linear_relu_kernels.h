@@ -81,12 +81,16 @@ static void forward_rows(const T* x, const T* w, const T* bias, T* out, int64_t 
   }
 }
 
+// How many rows fit into so many bytes: a multiple of a tile's, and one tile's at least.
+FASTNET_INLINE int64_t rows_within(int64_t bytes, int64_t row_bytes, int64_t tile) {
+  const int64_t tiles = bytes / row_bytes / tile;
+  return tiles > 0 ? tiles * tile : tile;
+}
+
 // out[m, n] for m in [m_begin, m_end), n in [n_begin, n_end)
 template <class T>
 void forward_kernel(const T* x, const T* w, const T* bias, T* out, int64_t K, int64_t N,
                     int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
-  // As many rows of w at a time as stay in the first-level cache while x streams past them.
-  constexpr int64_t kCacheBytes = 20 * 1024;
   if (K < kLanes<T>) {
     for (int64_t m = m_begin; m < m_end; ++m) {
       for (int64_t n = n_begin; n < n_end; ++n) {
@@ -97,12 +101,17 @@ void forward_kernel(const T* x, const T* w, const T* bias, T* out, int64_t K, in
     }
     return;
   }
+  // As many rows of x at a time as stay in the second-level cache, and as many of w as stay in the
+  // first-level one while those of x stream past them.
   const int64_t row_bytes = K * static_cast<int64_t>(sizeof(T));
-  int64_t width = kCacheBytes / row_bytes / kForwardCols * kForwardCols;
-  if (width < kForwardCols) width = kForwardCols;
-  for (int64_t n = n_begin; n < n_end; n += width) {
-    forward_rows<T, kForwardRows>(x, w, bias, out, K, N, m_begin, m_end, n,
-                                  n + width < n_end ? n + width : n_end);
+  const int64_t height = rows_within(192 * 1024, row_bytes, kForwardRows);
+  const int64_t width = rows_within(20 * 1024, row_bytes, kForwardCols);
+  for (int64_t m = m_begin; m < m_end; m += height) {
+    const int64_t m_stop = m + height < m_end ? m + height : m_end;
+    for (int64_t n = n_begin; n < n_end; n += width) {
+      const int64_t n_stop = n + width < n_end ? n + width : n_end;
+      forward_rows<T, kForwardRows>(x, w, bias, out, K, N, m, m_stop, n, n_stop);
+    }
   }
 }
 

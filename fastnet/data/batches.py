@@ -52,7 +52,9 @@ class Batches:
         else:
             order = torch.randperm(len(self.images), generator=self.generator)
             for chosen in order.to(images.device).split(self.batch_size):
-                yield self._normalise(images[chosen]), labels[chosen]
+                # Indexing would give the same, at six times the time.
+                pictures = images.index_select(0, chosen)
+                yield self._normalise(pictures), labels.index_select(0, chosen)
 
     def _normalise(self, pictures: Tensor) -> Tensor:
         # These three roundings, in this order, are torchvision's.
