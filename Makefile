@@ -14,15 +14,20 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu 
 SOURCES := $(CXX_FILES) setup.py pyproject.toml fastnet/_version.py $(wildcard build_backend/*.py)
 BUILT := $(VENV)/.built
 
-.PHONY: help train test build bench lint format test-abi test-install clean
+.PHONY: help train test build bench lint format emulation sanitize test-abi test-install clean
 
 train: build ## train MnistNet on real digits (ARGS="--epochs 3")
 	$(BIN)/fastnet train mnist-net $(ARGS)
 
-test: build ## run the test suite (ARGS="-k linear")
+test: build emulation ## run the test suite (ARGS="-k linear")
 	$(BIN)/python -m pytest $(ARGS)
 
 build: $(BUILT) ## make .venv, install what is pinned, compile the kernels
+
+emulation: build/emulation/plain/library.so build/emulation/plain/faults ## the CUDA kernels, for the host
+
+sanitize: build $(foreach kind,address thread,build/emulation/$(kind)/library.so build/emulation/$(kind)/faults) ## run the CUDA kernels under sanitizers
+	sh tests/sanitize.sh $(ARGS)
 
 bench: build ## time the ops against native torch (ARGS=linear_relu)
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -62,3 +67,21 @@ $(VENV)/.installed: requirements-dev.txt
 		{ echo "fastnet: $(PYTHON) cannot make a virtual environment: install python3-venv." >&2; exit 1; }
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	@touch $@
+
+# The CUDA kernels as host code (csrc/emulation): plain for the tests, and under sanitizers.
+EMULATION_FILES := $(wildcard csrc/emulation/*.cpp) $(wildcard csrc/cuda/*.cu)
+SANITIZERS_address := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZERS_thread := -fsanitize=thread
+CXX_EMULATION = $(CXX) -std=c++20 -O1 -g -Wall -Wno-unknown-pragmas -Wno-psabi -DFASTNET_EMULATION \
+	$(SANITIZERS_$(*)) $$($(BIN)/python build_backend/cuda_toolkit.py)
+TORCH = $$($(BIN)/python -c 'import torch, os; print(os.path.dirname(torch.__file__))')
+
+build/emulation/%/library.so: $(VENV)/.installed $(CXX_FILES) $(wildcard csrc/emulation/*)
+	@mkdir -p $(@D)
+	$(CXX_EMULATION) -fPIC -shared -fvisibility=hidden -DUSE_CUDA \
+		-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem $(TORCH)/include \
+		-x c++ $(EMULATION_FILES) -o $@ -L$(TORCH)/lib -ltorch_cpu
+
+build/emulation/%/faults: $(VENV)/.installed $(wildcard csrc/emulation/*) tests/emulation_faults.cpp
+	@mkdir -p $(@D)
+	$(CXX_EMULATION) -Icsrc/emulation -x c++ csrc/emulation/device.cpp tests/emulation_faults.cpp -o $@

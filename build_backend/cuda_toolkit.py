@@ -66,6 +66,15 @@ class CudaToolkit:
         return ";".join(f"{n // 10}.{n % 10}" for n in wanted) + "+PTX"
 
 
+def emulation_include_dirs() -> list[str]:
+    """Headers that the emulation compiles with: PyPI's, or a toolkit's where those are not whole."""
+    for include in [prefix / "include" for prefix in _pypi_prefixes()]:
+        if (include / "crt" / "host_defines.h").exists() and (include / "nv" / "target").exists():
+            return [str(include)]
+    toolkit = CudaToolkit.find()
+    return toolkit.include_dirs if toolkit else []
+
+
 def _candidates():
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
@@ -80,9 +89,8 @@ def _candidates():
 
 def _pypi_prefixes() -> list[Path]:
     """Where PyPI's packages for CUDA 13 and later put bin, include and lib."""
-    return [
-        folder for entry in sys.path for folder in sorted(Path(entry, "nvidia").glob("cu[0-9]*"))
-    ]
+    folders = (Path(entry, "nvidia") for entry in sys.path)
+    return [prefix for folder in folders for prefix in sorted(folder.glob("cu[0-9]*"))]
 
 
 def _inspect(nvcc: Path) -> CudaToolkit | None:
@@ -110,3 +118,7 @@ def _runtime_version(include: Path) -> str | None:
         return None
     number = int(found.group(1))
     return f"{number // 1000}.{number % 1000 // 10}"
+
+
+if __name__ == "__main__":
+    print(" ".join(f"-isystem {folder}" for folder in emulation_include_dirs()))

@@ -1,15 +1,12 @@
-// The table of contents: every op's schema, and what this build is.
+// The extension module: registers the schemas, and tells what this build is.
 
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/library.h>
 
 #include "cpu/isa.h"
+#include "schemas.h"
 
 STABLE_TORCH_LIBRARY(fastnet, library) {
-  library.def("linear_relu_forward(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
-  library.def(
-      "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, "
-      "bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)");
+  fastnet::define_schemas(library);
 }
 
 namespace {

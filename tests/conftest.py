@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -19,8 +24,56 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
+EMULATED = Path(__file__).parent.parent / "build" / "emulation"
+FUSED_OPS = ("linear_relu",)
+
+
+@functools.cache
+def load_emulated() -> bool:
+    """Registers the CUDA kernels, compiled for the host, as torch.ops.fastnet_emulated."""
+    library = EMULATED / os.environ.get("FASTNET_EMULATION", "plain") / "library.so"
+    if not library.exists():
+        return False
+    torch.ops.load_library(str(library))
+    for op in FUSED_OPS:
+        module = importlib.import_module(f"fastnet.ops.{op}")
+        for part in ("forward", "backward"):
+            fake = getattr(module, f"fake_{part}")
+            torch.library.register_fake(f"fastnet_emulated::{op}_{part}", fake)
+    return True
+
+
+class Device(str):
+    """Where tensors live ("cpu" or "cuda"), and whose kernels compute: `ops` are the raw ones."""
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    ops: object
+
+
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def device(request, monkeypatch) -> Device:
+    """The CPU kernels; the CUDA kernels' own source run on the host; the CUDA kernels on a GPU."""
+    name = request.param
+    device = Device("cuda" if name == "cuda" else "cpu")
+    device.name = name
+    device.dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    device.ops = torch.ops.fastnet
+    if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here")
-    return request.param
+    if name == "emulated":
+        if not load_emulated():
+            pytest.skip("`make emulation` builds what this needs")
+        import fastnet
+
+        device.ops = torch.ops.fastnet_emulated
+        for op in FUSED_OPS:
+            module = importlib.import_module(f"fastnet.ops.{op}")
+            for part in ("forward", "backward"):
+                raw = getattr(device.ops, f"{op}_{part}").default
+                monkeypatch.setattr(module, f"_{part}", raw)
+        half = fastnet.functional._CPU_DTYPES | {torch.float16}
+        monkeypatch.setattr(fastnet.functional, "_CPU_DTYPES", half)
+    if name != "cpu":
+        device.dtypes += (torch.float16,)
+    return device

@@ -9,6 +9,9 @@
 #include <algorithm>
 
 #include "../common.h"
+#if defined(FASTNET_EMULATION)
+#include "../emulation/device.h"  // the same kernels on the host, in tests
+#endif
 
 namespace fastnet {
 
@@ -16,6 +19,18 @@ inline constexpr int kWarp = 32;
 
 // ---------------------------------------------------------------------------------------------
 // Host side
+
+#if defined(FASTNET_EMULATION)
+
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+};
+
+#define FASTNET_CUDA_LIBRARY(library) STABLE_TORCH_LIBRARY_IMPL(fastnet_emulated, CPU, library)
+
+#else
 
 inline void check_cuda(cudaError_t error, const char* what) {
   check(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
@@ -53,6 +68,15 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
   check_cuda(cudaGetLastError(), "fastnet: kernel launch failed");
 }
+
+// Dynamic shared memory: FASTNET_DYNAMIC_SHARED(float, tile); then tile[i].
+#define FASTNET_DYNAMIC_SHARED(type, name)                            \
+  extern __shared__ __align__(16) unsigned char fastnet_shared_bytes[]; \
+  type* const name = reinterpret_cast<type*>(fastnet_shared_bytes)
+
+#define FASTNET_CUDA_LIBRARY(library) STABLE_TORCH_LIBRARY_IMPL(fastnet, CUDA, library)
+
+#endif
 
 inline unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);

@@ -1,8 +1,12 @@
 // Calls into NVIDIA's libraries, by way of torch, kept apart from our own kernels: only a card can
-// run these.
+// run these. Under emulation torch's CPU operator of the same name stands in.
 #pragma once
 
+#if defined(FASTNET_EMULATION)
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#else
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#endif
 
 #include "../common.h"
 
@@ -10,9 +14,13 @@ namespace fastnet {
 
 // relu(bias + a · b) with bias and ReLU in cuBLASLt's epilogue, wherever torch finds that it can.
 inline Tensor addmm_relu(const Tensor& bias, const Tensor& a, const Tensor& b) {
+#if defined(FASTNET_EMULATION)
+  const auto addmm_activation = aoti_torch_cpu__addmm_activation;
+#else
+  const auto addmm_activation = aoti_torch_cuda__addmm_activation;
+#endif
   AtenTensorHandle result = nullptr;
-  check(aoti_torch_cuda__addmm_activation(bias.get(), a.get(), b.get(), 1.0, 1.0, /*use_gelu=*/0,
-                                          &result) == 0,
+  check(addmm_activation(bias.get(), a.get(), b.get(), 1.0, 1.0, /*use_gelu=*/0, &result) == 0,
         "fastnet: torch's _addmm_activation failed");
   return Tensor(result);
 }

@@ -278,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastnet, CUDA, library) {
+FASTNET_CUDA_LIBRARY(library) {
   library.impl("linear_relu_forward", TORCH_BOX(&linear_relu_forward));
   library.impl("linear_relu_backward", TORCH_BOX(&linear_relu_backward));
 }

@@ -12,7 +12,7 @@ _backward = torch.ops.fastnet.linear_relu_backward.default
 
 
 @torch.library.register_fake("fastnet::linear_relu_forward")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     torch._check(
         input.shape[-1] == weight.shape[1],
         lambda: (
@@ -23,7 +23,7 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("fastnet::linear_relu_backward")
-def _(
+def fake_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
