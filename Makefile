@@ -14,7 +14,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu 
 SOURCES := $(CXX_FILES) setup.py pyproject.toml fastnet/_version.py $(wildcard build_backend/*.py)
 BUILT := $(VENV)/.built
 
-.PHONY: help train test build bench lint format emulation sanitize test-abi test-install clean
+.PHONY: help train test build bench lint format emulation sanitize gpu-report test-abi test-install clean
 
 train: build ## train MnistNet on real digits (ARGS="--epochs 3")
 	$(BIN)/fastnet train mnist-net $(ARGS)
@@ -32,6 +32,9 @@ sanitize: build $(foreach kind,address thread,build/emulation/$(kind)/library.so
 bench: build ## time the ops against native torch (ARGS=linear_relu)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+gpu-report: ## build, test and time on the NVIDIA GPU that is here, in the Python that is here
+	$(PYTHON) benchmarks/gpu_report.py $(ARGS)
+
 lint: $(VENV)/.installed ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,7 +45,7 @@ format: $(VENV)/.installed ## put style and formatting right
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-test-abi: build ## run the op tests with this build under another torch
+test-abi: build emulation ## run the op tests with this build under another torch
 	PYTHON=$(PYTHON) sh tests/abi.sh
 
 test-install: ## pip install . into an empty environment, and run the README's example there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -18,11 +19,12 @@ def main(
     threads: Annotated[str, typer.Option(help="Thread counts, with commas.")] = "",
     quick: Annotated[bool, typer.Option(help="The most important shapes only.")] = False,
     save: Annotated[bool, typer.Option(help="Write the results file.")] = True,
+    out: Annotated[Path, typer.Option(help="Where the results file is.")] = harness.RESULTS,
 ) -> None:
     unknown = set(ops or ()) - set(OPS)
     if unknown:
         raise typer.BadParameter(f"no benchmark {', '.join(unknown)}; there are: {', '.join(OPS)}")
-    most = torch.get_num_threads()
+    most = 1 if torch.cuda.is_available() else torch.get_num_threads()
     counts = [int(t) for t in threads.split(",")] if threads else sorted({most, 1}, reverse=True)
     print(f"{harness.device_name()}, torch {torch.__version__}")
     for count in counts:
@@ -33,7 +35,7 @@ def main(
                 rows = harness.run(case)
                 print(harness.table(rows), flush=True)
                 if save:
-                    harness.save(rows)
+                    harness.save(rows, out)
 
 
 typer.run(main)

@@ -36,6 +36,7 @@ class Case:
         mode: "forward", "forward+backward", "operators" (both, without autograd), "step", "epoch".
         sides: name → function without arguments that does it once and returns tensors to compare.
         flops: floating-point operations of one call; 0 where they say little.
+        bytes: what one call must at least read and write; 0 where it says little.
         tolerance: largest difference allowed, relative to the largest value.
         seconds: how long to measure, all sides together.
     """
@@ -45,6 +46,7 @@ class Case:
     mode: str
     sides: dict[str, Callable[[], Iterable[torch.Tensor]]]
     flops: float = 0
+    bytes: float = 0
     tolerance: float = 1e-5
     seconds: float = 2.0
 
@@ -62,6 +64,7 @@ class Row:
     p20_us: float
     p80_us: float
     gflops: float
+    gbs: float  # GB/s, from the bytes that must be moved
     ratio: float  # the best other side's median over this one's; only for fastnet
     calls: int
     device: str
@@ -78,7 +81,8 @@ class Row:
 def run(case: Case) -> list[Row]:
     """Verifies and times a case."""
     verify(case)
-    taken = measure(case.sides, case.seconds)
+    timer = measure_cuda if torch.cuda.is_available() else measure
+    taken = timer(case.sides, case.seconds)
     medians = {side: percentile(times, 0.5) for side, times in taken.items()}
     best_other = min((m for side, m in medians.items() if side != FASTNET), default=float("nan"))
     return [
@@ -92,6 +96,7 @@ def run(case: Case) -> list[Row]:
             p20_us=round(percentile(times, 0.2) * 1e6, 2),
             p80_us=round(percentile(times, 0.8) * 1e6, 2),
             gflops=round(case.flops / medians[side] / 1e9, 1),
+            gbs=round(case.bytes / medians[side] / 1e9, 1),
             ratio=round(best_other / medians[side], 3) if side == FASTNET else float("nan"),
             calls=len(times),
             **_where(),
@@ -142,6 +147,52 @@ def measure(sides: dict[str, Callable], seconds: float) -> dict[str, list[float]
     return taken
 
 
+def measure_cuda(sides: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
+    """As `measure`, by the GPU's own clock: a turn is a train of calls, long enough to fill it.
+
+    Where the host is slower than the GPU, this is the host's time, as it is in a training.
+    """
+    taken: dict[str, list[float]] = {side: [] for side in sides}
+
+    def turn(function, calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+    calls = {}
+    for side, function in sides.items():
+        turn(function, 3)
+        calls[side] = max(2, min(1000, int(0.01 / turn(function, 5))))
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(taken.values()))) < 5:
+        for side, function in sides.items():
+            taken[side].append(turn(function, calls[side]))
+    return taken
+
+
+def graphed(once: Callable[[], Iterable[torch.Tensor]]) -> Callable[[], Iterable[torch.Tensor]]:
+    """The same work captured in a CUDA graph: launches without Python, dispatch or autograd."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = list(once())
+
+    def replay():
+        graph.replay()
+        return results
+
+    return replay
+
+
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(int(len(values) * share), len(values) - 1)]
 
@@ -159,9 +210,9 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def save(rows: list[Row]) -> Path:
+def save(rows: list[Row], folder: Path = RESULTS) -> Path:
     """Puts the rows into this device's file, in place of earlier ones of the same case and side."""
-    path = RESULTS / f"{device_slug()}.csv"
+    path = folder / f"{device_slug()}.csv"
     kept: dict[tuple, dict] = {}
     if path.exists():
         with path.open(newline="") as file:
@@ -170,7 +221,7 @@ def save(rows: list[Row]) -> Path:
                 kept[key] = old
     for row in rows:
         kept[row.key] = asdict(row)
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
@@ -179,7 +230,9 @@ def save(rows: list[Row]) -> Path:
 
 
 def device_name() -> str:
-    """The processor and its cores."""
+    """The GPU where there is one, else the processor and its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

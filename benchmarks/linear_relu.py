@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import FASTNET, Case
+from benchmarks.harness import FASTNET, Case, graphed
 from fastnet.functional import linear_relu
 
 # (batch, in_features, out_features, whether the input wants a gradient: not in a first layer)
@@ -35,23 +36,39 @@ def eager(input, weight, bias):
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    for M, K, N, needs_input in SHAPES[:5] if quick else SHAPES:
-        yield from _cases(M, K, N, needs_input)
+    """On the GPU where there is one, in float32 and bfloat16, each case also as a CUDA graph."""
+    if torch.cuda.is_available():
+        for dtype, (M, K, N, needs_input) in itertools.product(
+            (torch.float32, torch.bfloat16), SHAPES[:5] if quick else SHAPES
+        ):
+            yield from _cases(M, K, N, needs_input, "cuda", dtype)
+    else:
+        for M, K, N, needs_input in SHAPES[:5] if quick else SHAPES:
+            yield from _cases(M, K, N, needs_input, "cpu", torch.float32)
 
 
-def _cases(M: int, K: int, N: int, needs_input: bool) -> Iterator[Case]:
+def _cases(
+    M: int, K: int, N: int, needs_input: bool, device: str, dtype: torch.dtype
+) -> Iterator[Case]:
     torch.manual_seed(0)
-    weight = (torch.randn(N, K) / K**0.5).requires_grad_()
-    bias = torch.randn(N).requires_grad_()
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=device).to(dtype)
+
+    weight = draw(N, K).div_(K**0.5).requires_grad_()
+    bias = draw(N).requires_grad_()
     # Eight batches in turn: a training does not see the same one twice in a row.
     count = 8 if M * (K + N) < 1 << 21 else 2
-    inputs = [torch.randn(M, K).requires_grad_(needs_input) for _ in range(count)]
-    grads = [torch.randn(M, N) for _ in range(count)]
+    inputs = [draw(M, K).requires_grad_(needs_input) for _ in range(count)]
+    grads = [draw(M, N) for _ in range(count)]
     name = f"{M}x{K}->{N}" + (", input gradient" if needs_input else "")
+    name += "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     products = 2 + needs_input  # forward, weight gradient, input gradient
     flops = 2.0 * M * K * N
-    seconds = 1.5 if flops < 1e9 else 4.0
-    compiled = torch.compile(eager)
+    moved = (M * K + N * K + M * N) * weight.element_size()  # by each product, at least
+    seconds = 0.5 if device == "cuda" else 1.5 if flops < 1e9 else 4.0
+    tuned = {"mode": "max-autotune-no-cudagraphs"} if device == "cuda" else {}
+    compiled = torch.compile(eager, **tuned)
     functions = {"eager": eager, "compile": compiled, FASTNET: linear_relu}
 
     def forward(function):
@@ -74,26 +91,33 @@ def _cases(M: int, K: int, N: int, needs_input: bool) -> Iterator[Case]:
 
         return once
 
-    common = {"op": "linear_relu", "case": name, "seconds": seconds}
-    yield Case(
-        mode="forward",
-        sides={side: forward(function) for side, function in functions.items()},
-        flops=flops,
-        **common,
-    )
-    yield Case(
-        mode="forward+backward",
-        sides={side: forward_backward(function) for side, function in functions.items()},
-        flops=products * flops,
-        **common,
-    )
-    yield Case(
+    for mode, build, times in (
+        ("forward", forward, 1),
+        ("forward+backward", forward_backward, products),
+    ):
+        sides = {side: build(function) for side, function in functions.items()}
+        case = Case(
+            op="linear_relu",
+            case=name,
+            mode=mode,
+            sides=sides,
+            flops=times * flops,
+            bytes=times * moved,
+            # Sums of hundreds of products in another order, rounded to the dtype.
+            tolerance=1e-5 if device == "cpu" else 2e-2,
+            seconds=seconds,
+        )
+        yield case
+        if device == "cuda":
+            graphs = {side: graphed(function) for side, function in sides.items()}
+            yield replace(case, mode=f"{mode}, graph", sides=graphs)
+    yield replace(
+        case,
         mode="operators",
-        sides=_operators([t.detach() for t in inputs], grads, weight.detach(), bias.detach(),
-                         needs_input),
-        flops=products * flops,
-        **common,
-    )  # fmt: skip
+        sides=_operators(
+            [t.detach() for t in inputs], grads, weight.detach(), bias.detach(), needs_input
+        ),
+    )
 
 
 def _operators(inputs, grads, weight, bias, needs_input):

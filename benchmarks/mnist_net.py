@@ -24,6 +24,9 @@ def pictures(count: int) -> ImageSet:
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
+    """On the CPU: the trainings do not run on a GPU yet."""
+    if torch.cuda.is_available():
+        return
     for batch_size in (64,) if quick else (16, 64, 256, 1024):
         yield _step(batch_size)
     if not quick:

@@ -67,7 +67,7 @@ class CudaToolkit:
 
 
 def emulation_include_dirs() -> list[str]:
-    """Headers that the emulation compiles with: PyPI's, or a toolkit's where those are not whole."""
+    """Headers that the emulation compiles with: PyPI's, or a toolkit's where those lack some."""
     for include in [prefix / "include" for prefix in _pypi_prefixes()]:
         if (include / "crt" / "host_defines.h").exists() and (include / "nv" / "target").exists():
             return [str(include)]

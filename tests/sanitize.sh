@@ -14,7 +14,7 @@ run() { # kind, library
     library=$("$compiler" -print-file-name="$2")
     # One thread: torch's own pool is not instrumented, and would be taken for racing.
     FASTNET_EMULATION="$1" LD_PRELOAD="$library" OMP_NUM_THREADS=1 \
-        setarch --addr-no-randomize "$python" -m pytest -q -x -p no:cacheprovider $op_tests \
+        setarch --addr-no-randomize "$python" -m pytest -q -x -s -p no:cacheprovider $op_tests \
         -k "emulated and (float64 or nan or wanted or bits)" || exit 1
 }
 # Python and torch keep memory until the end on purpose.

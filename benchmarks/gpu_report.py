@@ -1,0 +1,206 @@
+"""One command for whoever has a GPU: python benchmarks/gpu_report.py [--out DIR]
+
+Builds for the card that is there in the Python that is there (torch, ninja and nvcc must be
+installed; nothing is fetched), runs the CUDA tests, compute-sanitizer over a few of them, and
+every benchmark against eager torch and torch.compile (max-autotune), with CUDA graphs and without.
+Writes benchmarks/results/<device>.csv, a plot and report.md. What fails is reported and stops
+nothing else. Ends within ten minutes; the summary is the last thing it prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Seconds after which a part is stopped; together less than ten minutes.
+LIMITS = {"build": 150, "tests": 120, "memcheck": 60, "racecheck": 60, "benchmarks": 190}
+SHORT = "cuda and float64 and not no and (784 or 130 or 600)"  # a short list for compute-sanitizer
+
+
+@dataclass
+class Part:
+    name: str
+    ok: bool
+    seconds: float
+    said: str  # the end of what it printed
+
+
+def run(name: str, command: list[str], out: Path, **environment: str) -> Part:
+    """Runs a part within its limit, its output into a log."""
+    print(f"== {name}: {' '.join(command)}", flush=True)
+    start = time.monotonic()
+    log = out / f"{name}.log"
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=LIMITS[name],
+            ).returncode
+            ending = "" if code == 0 else f"exit status {code}; "
+        except subprocess.TimeoutExpired:
+            code, ending = -1, f"stopped after {LIMITS[name]} s; "
+        except OSError as error:
+            code, ending = -1, f"{error}; "
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    part = Part(name, code == 0, time.monotonic() - start, ending + (lines[-1] if lines else ""))
+    print(f"   {'ok' if part.ok else 'FAILED'} in {part.seconds:.0f} s: {part.said}", flush=True)
+    return part
+
+
+def build(out: Path, capability: str) -> Part:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+    return run(
+        "build", command, out, FASTNET_CUDA="1", TORCH_CUDA_ARCH_LIST=capability, MAX_JOBS=jobs
+    )
+
+
+def sanitize(tool: str, out: Path) -> Part:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return Part(tool, False, 0, "compute-sanitizer is not installed")
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest"]
+    return run(tool, [*command, "-q", "-x", "tests/test_linear_relu.py", "-k", SHORT], out)
+
+
+def limits_of_the_card() -> tuple[float, float, float]:
+    """Measured: copy bandwidth in GB/s (read and written), float32 and bfloat16 GEMM in GFLOP/s."""
+    import torch
+
+    from benchmarks.harness import measure_cuda
+
+    def median(function) -> float:
+        return sorted(measure_cuda({"it": function}, 1.0)["it"])[2]
+
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / median(lambda: target.copy_(source)) / 1e9
+    rates = []
+    for dtype, size in ((torch.float32, 4096), (torch.bfloat16, 8192)):
+        a = torch.randn(size, size, device="cuda").to(dtype)
+        product = torch.empty_like(a)
+        seconds = median(lambda a=a, product=product: torch.mm(a, a, out=product))
+        rates.append(2 * size**3 / seconds / 1e9)
+    return (copy, *rates)
+
+
+def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:
+    """Writes report.md: what was run, and every figure as a ratio to the card's own limits."""
+    lines = [f"# fastnet on {card['name']}", "", f"{card['date']}, torch {card['torch']}.", ""]
+    lines += ["| part | | seconds | |", "|---|---|---|---|"]
+    lines += [
+        f"| {p.name} | {'ok' if p.ok else '**failed**'} | {p.seconds:.0f} | {p.said} |"
+        for p in parts
+    ]
+    if rows:
+        lines += [
+            "",
+            f"Measured limits: copy {card['copy']:,.0f} GB/s, GEMM {card['float32']:,.0f} GFLOP/s "
+            f"in float32, {card['bfloat16']:,.0f} in bfloat16. Ratios above 1 are fastnet's gain "
+            "over the best of eager torch and torch.compile.",
+            "",
+            "| op | case | mode | fastnet, µs | ratio | of copy | of GEMM |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            if row["side"] != "fastnet":
+                continue
+            gemm = card["bfloat16" if "bfloat16" in row["case"] else "float32"]
+            lines.append(
+                f"| {row['op']} | {row['case']} | {row['mode']} | {float(row['median_us']):.1f} | "
+                f"{float(row['ratio']):.2f} | {float(row['gbs']) / card['copy']:.1%} | "
+                f"{float(row['gflops']) / gemm:.1%} |"
+            )
+    path = out / "report.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """Bars of fastnet's ratio to the best alternative, one a case, a panel a mode."""
+    from matplotlib.figure import Figure
+
+    ours = [row for row in rows if row["side"] == "fastnet"]
+    modes = sorted({row["mode"] for row in ours})
+    cases = list(dict.fromkeys(row["case"] for row in ours))
+    figure = Figure(figsize=(4 * len(modes), 1 + 0.22 * len(cases)), layout="constrained")
+    figure.suptitle(title)
+    for axes, mode in zip(
+        figure.subplots(1, len(modes), squeeze=False, sharey=True)[0], modes, strict=True
+    ):
+        ratios = {row["case"]: float(row["ratio"]) for row in ours if row["mode"] == mode}
+        colours = ["tab:green" if ratios.get(c, 1) >= 1 else "tab:red" for c in cases]
+        axes.barh(cases, [ratios.get(c, 0) for c in cases], color=colours)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set(xlabel="times as fast", title=mode)
+        axes.invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-report")
+    out = parser.parse_args().out.resolve()
+    try:
+        import torch
+    except ImportError as error:
+        print(
+            f"fastnet: the GPU report needs torch in {sys.executable} ({error}).", file=sys.stderr
+        )
+        return 2
+    if not torch.cuda.is_available():
+        print(
+            "fastnet: there is no NVIDIA GPU here that torch can use; nothing was run.",
+            file=sys.stderr,
+        )
+        return 2
+
+    out.mkdir(parents=True, exist_ok=True)
+    card = {
+        "name": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    parts = [build(out, capability)]
+    rows: list[dict] = []
+    if parts[0].ok:
+        tests = [sys.executable, "-m", "pytest", "-q", "tests/test_linear_relu.py", "-k", "cuda"]
+        parts.append(run("tests", tests, out))
+        benchmarks = [sys.executable, "-m", "benchmarks", "linear_relu", "--out", str(out)]
+        parts.append(run("benchmarks", benchmarks, out))
+        parts += [sanitize(tool, out) for tool in ("memcheck", "racecheck")]
+        try:
+            import csv
+
+            from benchmarks import harness
+
+            table = out / f"{harness.device_slug()}.csv"
+            if table.exists():
+                rows = list(csv.DictReader(table.read_text().splitlines()))
+                card["copy"], card["float32"], card["bfloat16"] = limits_of_the_card()
+                shutil.copy(table, harness.RESULTS)
+                plot(rows, f"fastnet on {card['name']}", out / "speed-up.png")
+        except Exception as error:  # whatever it is, the report of the other parts is still due
+            parts.append(Part("summary", False, 0, f"{type(error).__name__}: {error}"))
+            rows = rows if "bfloat16" in card else []
+    path = report(parts, rows, card, out)
+    print(path.read_text())
+    return 0 if all(part.ok for part in parts) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
