@@ -137,7 +137,7 @@ def _operators(inputs, grads, weight, bias, needs_input):
         input, grad = next(turns[1])
         output = forward(input, weight, bias)
         grad_input, grad_weight, grad_bias = backward(
-            grad, input, weight, output, needs_input, True, True
+            grad, output, input, weight if needs_input else None, True
         )
         results = [output, grad_weight, grad_bias]
         return [*results, grad_input] if needs_input else results

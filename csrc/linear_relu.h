@@ -44,25 +44,40 @@ inline LinearReluShape check_linear_relu(const Tensor& input, const Tensor& weig
   return {rows, in_features, weight.size(0)};
 }
 
-inline LinearReluShape check_linear_relu_backward(const Tensor& grad_output, const Tensor& input,
-                                                  const Tensor& weight, const Tensor& output) {
-  const LinearReluShape shape = check_linear_relu(input, weight, std::nullopt);
-  for (const Tensor* tensor : {&grad_output, &output}) {
-    check(tensor->numel() == shape.rows * shape.out_features,
-          "linear_relu_backward: grad_output and output must have ", shape.rows, " x ",
-          shape.out_features, " elements, but one is ", ShapeOf{*tensor});
-    check(tensor->scalar_type() == weight.scalar_type(), "linear_relu_backward: weight is ",
-          weight.scalar_type(), ", but grad_output or output is ", tensor->scalar_type());
-    check(tensor->device() == weight.device(),
+// input is given where the weight's gradient is wanted, weight where the input's is.
+inline LinearReluShape check_linear_relu_backward(const Tensor& grad_output, const Tensor& output,
+                                                  const std::optional<Tensor>& input,
+                                                  const std::optional<Tensor>& weight) {
+  check(output.dim() >= 1, "linear_relu_backward: output must have at least one dimension");
+  LinearReluShape shape{1, 0, output.size(output.dim() - 1)};
+  for (int64_t d = 0; d + 1 < output.dim(); ++d) shape.rows *= output.size(d);
+  if (input) {
+    shape.in_features = input->size(input->dim() - 1);
+    check(input->numel() == shape.rows * shape.in_features, "linear_relu_backward: input ",
+          ShapeOf{*input}, " does not fit output ", ShapeOf{output});
+  }
+  if (weight) {
+    check(weight->dim() == 2 && weight->size(0) == shape.out_features &&
+              (!input || weight->size(1) == shape.in_features),
+          "linear_relu_backward: weight ", ShapeOf{*weight}, " does not fit output ",
+          ShapeOf{output});
+    shape.in_features = weight->size(1);
+  }
+  for (const Tensor* tensor : {&grad_output, input ? &*input : &output, weight ? &*weight : &output}) {
+    check(tensor->scalar_type() == output.scalar_type(), "linear_relu_backward: output is ",
+          output.scalar_type(), ", but another argument is ", tensor->scalar_type());
+    check(tensor->device() == output.device(),
           "linear_relu_backward: the arguments are on different devices");
   }
+  check(grad_output.numel() == output.numel(), "linear_relu_backward: grad_output ",
+        ShapeOf{grad_output}, " does not fit output ", ShapeOf{output});
   return shape;
 }
 
-// The output's shape: input's with the last dimension replaced.
-inline std::vector<int64_t> linear_relu_output_shape(const Tensor& input, const Tensor& weight) {
-  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-  shape.back() = weight.size(0);
+// A tensor's shape with the last dimension replaced: output's from input's, input's from output's.
+inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t features) {
+  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  shape.back() = features;
   return shape;
 }
 

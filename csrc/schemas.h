@@ -5,11 +5,15 @@
 
 namespace fastnet {
 
-inline void define_schemas(torch::stable::detail::StableLibrary& library) {
+// A template, since what STABLE_TORCH_LIBRARY hands over has no public name.
+template <class Library>
+void define_schemas(Library& library) {
   library.def("linear_relu_forward(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  // The gradients of input, weight and bias, undefined where not asked for: that of the input takes
+  // the weight, that of the weight takes the input, and a factor that is not given is not needed.
   library.def(
-      "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, "
-      "bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)");
+      "linear_relu_backward(Tensor grad_output, Tensor output, Tensor? input, Tensor? weight, "
+      "bool needs_bias) -> (Tensor, Tensor, Tensor)");
 }
 
 }  // namespace fastnet

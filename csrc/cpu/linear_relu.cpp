@@ -81,12 +81,13 @@ struct Blocks {
 // forward kernel also saves the passes over the output, and keeps up for longer.
 constexpr int64_t kForwardLimit = 64'000'000, kBackwardLimit = 16'000'000;
 
-bool prefers_own_kernel(const LinearReluShape& shape, const Tensor& weight, int64_t limit) {
+bool prefers_own_kernel(const LinearReluShape& shape, const Tensor* weight, ScalarType dtype,
+                        int64_t limit) {
   // A transposed weight would have to be copied first; the library takes it as it is.
-  if (!weight.is_contiguous()) return false;
+  if (weight && !weight->is_contiguous()) return false;
   const bool is_small = shape.rows * shape.in_features * shape.out_features <= limit;
   const bool is_skinny = std::min(shape.rows, shape.out_features) <= 32;
-  if (weight.scalar_type() == ScalarType::BFloat16) {
+  if (dtype == ScalarType::BFloat16) {
     // Where the processor multiplies bfloat16 itself, oneDNN uses that, and these kernels do not.
     return !cpu_has_bfloat16() || (is_small && is_skinny);
   }
@@ -98,12 +99,12 @@ bool prefers_own_kernel(const LinearReluShape& shape, const Tensor& weight, int6
 Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
                            const std::optional<Tensor>& bias) {
   const auto [M, K, N] = check_linear_relu(input, weight, bias);
-  Tensor output = allocate(input, linear_relu_output_shape(input, weight));
+  Tensor output = allocate(input, with_last(input, N));
   if (output.numel() == 0) return output;
   const Tensor x = dense(input);
   const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
 
-  if (!prefers_own_kernel({M, K, N}, weight, kForwardLimit)) {
+  if (!prefers_own_kernel({M, K, N}, &weight, weight.scalar_type(), kForwardLimit)) {
     Tensor product = torch::stable::view(output, {M, N});
     call_native("aten::mm", "out", torch::stable::view(x, {M, K}),
                 torch::stable::transpose(weight, 0, 1), product);
@@ -168,46 +169,49 @@ void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_output,
-                                                        const Tensor& input, const Tensor& weight,
-                                                        const Tensor& output, bool needs_input,
-                                                        bool needs_weight, bool needs_bias) {
-  const auto [M, K, N] = check_linear_relu_backward(grad_output, input, weight, output);
+                                                        const Tensor& output,
+                                                        const std::optional<Tensor>& input,
+                                                        const std::optional<Tensor>& weight,
+                                                        bool needs_bias) {
+  const auto [M, K, N] = check_linear_relu_backward(grad_output, output, input, weight);
   Tensor grad_input, grad_weight, grad_bias;
-  if (needs_input) grad_input = allocate(input, input.sizes());
-  if (needs_weight) grad_weight = allocate(weight, {N, K});
-  if (needs_bias) grad_bias = allocate(weight, {N});
-  const Tensor g = dense(grad_output), out_rows = dense(output);
+  if (weight) grad_input = allocate(output, with_last(output, K));
+  if (input) grad_weight = allocate(output, {N, K});
+  if (needs_bias) grad_bias = allocate(output, {N});
+  const Tensor g = dense(grad_output), out = dense(output);
 
-  if (!prefers_own_kernel({M, K, N}, weight, kBackwardLimit)) {
-    Tensor grad_z = allocate(weight, {M, N});
-    dispatch_float("linear_relu_backward", input.scalar_type(), [&, M = M, N = N](auto type) {
+  if (!prefers_own_kernel({M, K, N}, weight ? &*weight : nullptr, output.scalar_type(),
+                          kBackwardLimit)) {
+    Tensor grad_z = allocate(output, {M, N});
+    dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, N = N](auto type) {
       using T = decltype(type);
-      masked_grad<T>(data<T>(g), data<T>(out_rows), mutable_data<T>(grad_z),
+      masked_grad<T>(data<T>(g), data<T>(out), mutable_data<T>(grad_z),
                      needs_bias ? &grad_bias : nullptr, M, N);
     });
-    if (needs_weight) {
+    if (input) {
       call_native("aten::mm", "out", torch::stable::transpose(grad_z, 0, 1),
-                  torch::stable::reshape(input, {M, K}), grad_weight);
+                  torch::stable::reshape(*input, {M, K}), grad_weight);
     }
-    if (needs_input) {
+    if (weight) {
       Tensor rows = torch::stable::view(grad_input, {M, K});
-      call_native("aten::mm", "out", grad_z, weight, rows);
+      call_native("aten::mm", "out", grad_z, *weight, rows);
     }
     return {grad_input, grad_weight, grad_bias};
   }
 
-  const Tensor x = dense(input);
-  dispatch_float("linear_relu_backward", input.scalar_type(), [&, M = M, K = K, N = N](auto type) {
+  const std::optional<Tensor> x = input ? std::optional(dense(*input)) : std::nullopt;
+  dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, K = K, N = N](auto type) {
     using T = decltype(type);
     using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     const std::unique_ptr<A[]> grad_z(new A[std::max<int64_t>(1, M * N)]);
-    masked_grad<T>(data<T>(g), data<T>(out_rows), grad_z.get(), needs_bias ? &grad_bias : nullptr,
+    masked_grad<T>(data<T>(g), data<T>(out), grad_z.get(), needs_bias ? &grad_bias : nullptr,
                    M, N);
 
-    const auto *x_data = data<T>(x), *w_data = data<T>(weight);
-    auto* weight_data = needs_weight ? mutable_data<T>(grad_weight) : nullptr;
-    auto* input_data = needs_input ? mutable_data<T>(grad_input) : nullptr;
-    const Blocks weight_blocks(needs_weight ? N : 0, K), input_blocks(needs_input ? M : 0, K);
+    const auto* x_data = x ? data<T>(*x) : nullptr;
+    const auto* w_data = weight ? data<T>(*weight) : nullptr;
+    auto* weight_data = input ? mutable_data<T>(grad_weight) : nullptr;
+    auto* input_data = weight ? mutable_data<T>(grad_input) : nullptr;
+    const Blocks weight_blocks(input ? N : 0, K), input_blocks(weight ? M : 0, K);
     // Both products in one parallel region, of which every thread gets an equal share of each.
     const int64_t work = (weight_blocks.count + input_blocks.count > 0) * M * N * K;
     const int64_t shares = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();

@@ -26,8 +26,9 @@ __global__ void linear_relu_forward_kernel(const T* __restrict__ x, const T* __r
                                            int64_t M, int64_t K, int64_t N) {
   using A = acc_t<T>;
   const int lane = threadIdx.x;
-  const int64_t m = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kCols;
+  const int64_t column_tiles = (N + kCols - 1) / kCols;
+  const int64_t m = blockIdx.x / column_tiles * blockDim.y + threadIdx.y;
+  const int64_t n = blockIdx.x % column_tiles * kCols;
   if (m >= M) return;  // the whole warp leaves
   const int cols = static_cast<int>(N - n < kCols ? N - n : kCols);
 
@@ -111,8 +112,9 @@ __global__ void product_kernel(const T* __restrict__ a, int64_t a_row, int64_t a
                                const T* __restrict__ b, T* __restrict__ c, int64_t I, int64_t J,
                                int64_t K) {
   using A = acc_t<T>;
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t i = static_cast<int64_t>(blockIdx.y) * kRows;
+  const int64_t row_tiles = (I + kRows - 1) / kRows;
+  const int64_t k = blockIdx.x / row_tiles * blockDim.x + threadIdx.x;
+  const int64_t i = blockIdx.x % row_tiles * kRows;
   if (k >= K) return;
   const int rows = static_cast<int>(I - i < kRows ? I - i : kRows);
   A sum[kRows] = {};
@@ -134,13 +136,11 @@ __global__ void product_kernel(const T* __restrict__ a, int64_t a_row, int64_t a
 
 inline constexpr int kForwardCols = 4, kForwardWarps = 4;
 inline constexpr int kProductRows = 4, kProductThreads = 128;
-inline constexpr int64_t kMaxGridY = 65535;
 
-// Multiply-adds up to which launch and tail outweigh the arithmetic. The grid's second dimension
-// bounds the rows.
-bool prefers_own_kernel(const LinearReluShape& shape, const Tensor& weight) {
-  return weight.is_contiguous() && shape.rows <= kMaxGridY * kForwardWarps &&
-         std::max(shape.rows, shape.out_features) <= kMaxGridY * kProductRows &&
+// Multiply-adds up to which launch and tail outweigh the arithmetic. A transposed weight would have to
+// be copied first.
+bool prefers_own_kernel(const LinearReluShape& shape, const Tensor* weight) {
+  return (!weight || weight->is_contiguous()) &&
          shape.rows * shape.in_features * shape.out_features <= (int64_t{1} << 22);
 }
 
@@ -148,7 +148,7 @@ template <class T>
 void launch_product(const T* a, int64_t a_row, int64_t a_step, const T* b, T* c, int64_t I,
                     int64_t J, int64_t K, cudaStream_t stream) {
   launch(product_kernel<T, kProductRows>,
-         dim3(blocks_for(K, kProductThreads), blocks_for(I, kProductRows)), dim3(kProductThreads),
+         dim3(blocks_for(K, kProductThreads) * blocks_for(I, kProductRows)), dim3(kProductThreads),
          0, stream, a, a_row, a_step, b, c, I, J, K);
 }
 
@@ -184,10 +184,10 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
                            const std::optional<Tensor>& bias) {
   const auto [M, K, N] = check_linear_relu(input, weight, bias);
   const OnDeviceOf on_device(input);
-  const std::vector<int64_t> output_shape = linear_relu_output_shape(input, weight);
+  const std::vector<int64_t> output_shape = with_last(input, N);
   if (M * N == 0) return allocate(input, output_shape);
 
-  if (!prefers_own_kernel({M, K, N}, weight)) {
+  if (!prefers_own_kernel({M, K, N}, &weight)) {
     const Tensor rows = torch::stable::reshape(input, {M, K});
     const Tensor weight_t = torch::stable::transpose(weight, 0, 1);
     if (bias) {
@@ -211,7 +211,7 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
   dispatch_float_and_half("linear_relu", input.scalar_type(), [&, M = M, K = K, N = N](auto type) {
     using T = decltype(type);
     launch(linear_relu_forward_kernel<device_t<T>, kForwardCols>,
-           dim3(blocks_for(N, kForwardCols), blocks_for(M, kForwardWarps)),
+           dim3(blocks_for(N, kForwardCols) * blocks_for(M, kForwardWarps)),
            dim3(kWarp, kForwardWarps), 0, on_device.stream(), data<T>(x), data<T>(weight),
            b ? data<T>(*b) : nullptr, mutable_data<T>(output), M, K, N);
   });
@@ -219,57 +219,53 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_output,
-                                                        const Tensor& input, const Tensor& weight,
-                                                        const Tensor& output, bool needs_input,
-                                                        bool needs_weight, bool needs_bias) {
-  const auto [M, K, N] = check_linear_relu_backward(grad_output, input, weight, output);
-  const OnDeviceOf on_device(input);
+                                                        const Tensor& output,
+                                                        const std::optional<Tensor>& input,
+                                                        const std::optional<Tensor>& weight,
+                                                        bool needs_bias) {
+  const auto [M, K, N] = check_linear_relu_backward(grad_output, output, input, weight);
+  const OnDeviceOf on_device(output);
   Tensor grad_input, grad_weight, grad_bias;
-  if (needs_input) grad_input = allocate(input, input.sizes());
-  if (needs_weight) grad_weight = allocate(weight, {N, K});
-  if (needs_bias) grad_bias = allocate(weight, {N});
-  // A product over nothing is zero, and no kernel runs on nothing.
-  if (M * N * K == 0) {
-    for (Tensor* gradient : {&grad_input, &grad_weight}) {
+  if (weight) grad_input = allocate(output, with_last(output, K));
+  if (input) grad_weight = allocate(output, {N, K});
+  if (needs_bias) grad_bias = allocate(output, {N});
+  if (M * N == 0) {  // sums over nothing, and no kernel runs on nothing
+    for (Tensor* gradient : {&grad_input, &grad_weight, &grad_bias}) {
       if (gradient->defined()) torch::stable::zero_(*gradient);
-    }
-    if (M * N == 0) {
-      if (needs_bias) torch::stable::zero_(grad_bias);
-      return {grad_input, grad_weight, grad_bias};
-    }
-  }
-
-  const Tensor g = dense(grad_output), out_rows = dense(output);
-  Tensor grad_z = allocate(weight, {M, N});
-  dispatch_float_and_half("linear_relu_backward", input.scalar_type(),
-                          [&, M = M, N = N](auto type) {
-                            launch_masked_grad<decltype(type)>(g, out_rows, grad_z, grad_bias, M, N,
-                                                               on_device.stream());
-                          });
-  if (K == 0) return {grad_input, grad_weight, grad_bias};
-
-  if (!prefers_own_kernel({M, K, N}, weight)) {
-    if (needs_weight) {
-      call_native("aten::mm", "out", torch::stable::transpose(grad_z, 0, 1),
-                  torch::stable::reshape(input, {M, K}), grad_weight);
-    }
-    if (needs_input) {
-      Tensor rows = torch::stable::view(grad_input, {M, K});
-      call_native("aten::mm", "out", grad_z, weight, rows);
     }
     return {grad_input, grad_weight, grad_bias};
   }
 
-  const Tensor x = dense(input);
+  const Tensor g = dense(grad_output), out = dense(output);
+  Tensor grad_z = allocate(output, {M, N});
   dispatch_float_and_half(
-      "linear_relu_backward", input.scalar_type(), [&, M = M, K = K, N = N](auto type) {
+      "linear_relu_backward", output.scalar_type(), [&, M = M, N = N](auto type) {
+        launch_masked_grad<decltype(type)>(g, out, grad_z, grad_bias, M, N, on_device.stream());
+      });
+  if (K == 0) return {grad_input, grad_weight, grad_bias};
+
+  if (!prefers_own_kernel({M, K, N}, weight ? &*weight : nullptr)) {
+    if (input) {
+      call_native("aten::mm", "out", torch::stable::transpose(grad_z, 0, 1),
+                  torch::stable::reshape(*input, {M, K}), grad_weight);
+    }
+    if (weight) {
+      Tensor rows = torch::stable::view(grad_input, {M, K});
+      call_native("aten::mm", "out", grad_z, *weight, rows);
+    }
+    return {grad_input, grad_weight, grad_bias};
+  }
+
+  const std::optional<Tensor> x = input ? std::optional(dense(*input)) : std::nullopt;
+  dispatch_float_and_half(
+      "linear_relu_backward", output.scalar_type(), [&, M = M, K = K, N = N](auto type) {
         using T = decltype(type);
-        if (needs_weight) {
-          launch_product(data<T>(grad_z), 1, N, data<T>(x), mutable_data<T>(grad_weight), N, M, K,
+        if (x) {
+          launch_product(data<T>(grad_z), 1, N, data<T>(*x), mutable_data<T>(grad_weight), N, M, K,
                          on_device.stream());
         }
-        if (needs_input) {
-          launch_product(data<T>(grad_z), N, 1, data<T>(weight), mutable_data<T>(grad_input), M, N,
+        if (weight) {
+          launch_product(data<T>(grad_z), N, 1, data<T>(*weight), mutable_data<T>(grad_input), M, N,
                          K, on_device.stream());
         }
       });
