@@ -6,6 +6,9 @@
 
 PYTHON ?= python3
 VENV := .venv
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
 BIN := $(VENV)/bin
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
@@ -58,7 +61,7 @@ help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(BUILT): $(VENV)/.installed $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
 $(VENV)/.installed: requirements-dev.txt

@@ -27,15 +27,22 @@ def main(
     most = 1 if torch.cuda.is_available() else torch.get_num_threads()
     counts = [int(t) for t in threads.split(",")] if threads else sorted({most, 1}, reverse=True)
     print(f"{harness.device_name()}, torch {torch.__version__}")
+    failed = False
     for count in counts:
         torch.set_num_threads(count)
-        torch._dynamo.reset()  # compiled code has the number of threads built in
         for op in ops or OPS:
             for case in importlib.import_module(f"benchmarks.{op}").cases(quick):
-                rows = harness.run(case)
+                try:
+                    rows = harness.run(case)
+                except AssertionError as difference:
+                    print(f"NOT TIMED  {difference}", flush=True)
+                    failed = True
+                    continue
                 print(harness.table(rows), flush=True)
                 if save:
                     harness.save(rows, out)
+    if failed:
+        raise typer.Exit(1)
 
 
 typer.run(main)

@@ -25,6 +25,9 @@ import fastnet
 RESULTS = Path(__file__).parent / "results"
 FASTNET = "fastnet"
 
+# A compiled side that silently went on as eager would be no rival.
+torch._dynamo.config.fail_on_recompile_limit_hit = True
+
 
 @dataclass
 class Case:

@@ -63,7 +63,8 @@ inline LinearReluShape check_linear_relu_backward(const Tensor& grad_output, con
           ShapeOf{output});
     shape.in_features = weight->size(1);
   }
-  for (const Tensor* tensor : {&grad_output, input ? &*input : &output, weight ? &*weight : &output}) {
+  for (const Tensor* tensor :
+       {&grad_output, input ? &*input : &output, weight ? &*weight : &output}) {
     check(tensor->scalar_type() == output.scalar_type(), "linear_relu_backward: output is ",
           output.scalar_type(), ", but another argument is ", tensor->scalar_type());
     check(tensor->device() == output.device(),

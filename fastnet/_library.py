@@ -19,8 +19,10 @@ except ImportError as error:
 
 def _load_cuda() -> str:
     """Registers the CUDA kernels. Returns "loaded", or the reason why they are not."""
-    built = sorted(Path(_C.__file__).parent.glob("_C_cuda.*"))
-    if not built:
+    # The one of this Python and this build: others may lie in a checkout that several have built.
+    own = Path(_C.__file__)
+    library = own.with_name(own.name.replace("_C.", "_C_cuda.", 1))
+    if _C.build_info()["cuda_version"] is None or not library.exists():
         return "not built: no nvcc was found when fastnet was installed"
     if torch.version.cuda is None:
         return "not loaded: this torch is a CPU build"
@@ -29,7 +31,7 @@ def _load_cuda() -> str:
     try:
         if torch_cuda.exists():
             ctypes.CDLL(str(torch_cuda), mode=ctypes.RTLD_GLOBAL)
-        torch.ops.load_library(str(built[0]))
+        torch.ops.load_library(str(library))
     except OSError as error:
         reason = f"not loaded: {error.__cause__ or error}"
         warnings.warn(

@@ -70,13 +70,18 @@ def train_command(
     train_set, test_set = recipe.load(data_dir, download=download)
     print(f"{name}: {recipe.summary}")
     print(f"data: {train_set.source}; {len(train_set):,} to train, {len(test_set):,} to test")
+    checkpoint = out / "checkpoint.pt"
+
+    def saved_at() -> float:
+        return checkpoint.stat().st_mtime if checkpoint.exists() else 0
+
+    before = saved_at()
     try:
         result = training.train(recipe, settings, train_set, test_set, out)
     except KeyboardInterrupt:
-        checkpoint = out / "checkpoint.pt"
         kept = (
             f"{checkpoint} holds the last finished epoch; --resume goes on from it."
-            if checkpoint.exists()
+            if saved_at() > before or (resume and before)
             else "No epoch was finished, so nothing was saved."
         )
         raise FastnetError(f"Stopped. {kept}") from None

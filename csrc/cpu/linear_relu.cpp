@@ -204,8 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
     using T = decltype(type);
     using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     const std::unique_ptr<A[]> grad_z(new A[std::max<int64_t>(1, M * N)]);
-    masked_grad<T>(data<T>(g), data<T>(out), grad_z.get(), needs_bias ? &grad_bias : nullptr,
-                   M, N);
+    masked_grad<T>(data<T>(g), data<T>(out), grad_z.get(), needs_bias ? &grad_bias : nullptr, M, N);
 
     const auto* x_data = x ? data<T>(*x) : nullptr;
     const auto* w_data = weight ? data<T>(*weight) : nullptr;

@@ -70,7 +70,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 }
 
 // Dynamic shared memory: FASTNET_DYNAMIC_SHARED(float, tile); then tile[i].
-#define FASTNET_DYNAMIC_SHARED(type, name)                            \
+#define FASTNET_DYNAMIC_SHARED(type, name)                              \
   extern __shared__ __align__(16) unsigned char fastnet_shared_bytes[]; \
   type* const name = reinterpret_cast<type*>(fastnet_shared_bytes)
 

@@ -137,8 +137,8 @@ __global__ void product_kernel(const T* __restrict__ a, int64_t a_row, int64_t a
 inline constexpr int kForwardCols = 4, kForwardWarps = 4;
 inline constexpr int kProductRows = 4, kProductThreads = 128;
 
-// Multiply-adds up to which launch and tail outweigh the arithmetic. A transposed weight would have to
-// be copied first.
+// Multiply-adds up to which launch and tail outweigh the arithmetic. A transposed weight would have
+// to be copied first.
 bool prefers_own_kernel(const LinearReluShape& shape, const Tensor* weight) {
   return (!weight || weight->is_contiguous()) &&
          shape.rows * shape.in_features * shape.out_features <= (int64_t{1} << 22);

@@ -26,7 +26,8 @@ namespace fastnet::emulation {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr size_t kStackBytes = 256 * 1024;  // sanitizers make frames large; untouched pages cost none
+constexpr size_t kStackBytes =
+    256 * 1024;  // sanitizers make frames large; untouched pages cost none
 
 // ---------------------------------------------------------------------------------------------
 // A stack to run on, and switching between two
@@ -70,7 +71,9 @@ struct Context {
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     stack_pointer = top;
   }
-  FASTNET_HARDWARE void switch_to(Context& other) { fastnet_switch_stack(&stack_pointer, other.stack_pointer); }
+  FASTNET_HARDWARE void switch_to(Context& other) {
+    fastnet_switch_stack(&stack_pointer, other.stack_pointer);
+  }
 };
 
 #else
@@ -399,11 +402,13 @@ FASTNET_HARDWARE void warp_barrier(unsigned mask, const Where& where) {
 // Registers change hands, memory is not ordered: nothing is released or acquired.
 FASTNET_HARDWARE uint64_t exchange(unsigned mask, uint64_t mine, int source, const Where& where,
                                    uint64_t* all) {
+  const int present = device.threads - index_of(*device.running) / 32 * 32;  // a block's last warp
+  if (present < 32) mask &= (1u << present) - 1;
   device.running->given = mine;
   wait_for_warp(mask, where);
   const Warp& warp = device.warps[index_of(*device.running) / 32];
   if (all) {
-    for (int i = 0; i < 32; ++i) all[i] = warp.values[i];
+    for (int i = 0; i < 32; ++i) all[i] = mask >> i & 1 ? warp.values[i] : 0;
   }
   // What a lane outside the mask would give is undefined on the device; here, one's own value.
   return source >= 0 && source < 32 && (mask >> source & 1) ? warp.values[source] : mine;

@@ -1,14 +1,15 @@
-// A CUDA device on the host, for tests: with FASTNET_EMULATION defined, cuda/common.cuh includes this
-// instead of launching, and a kernel file compiles, unchanged, as C++20.
+// A CUDA device on the host, for tests: with FASTNET_EMULATION defined, cuda/common.cuh includes
+// this instead of launching, and a kernel file compiles, unchanged, as C++20.
 //
 // The threads of a block are user-level fibers on one OS thread; blocks run one after the other. A
-// fiber runs until it meets a barrier or a warp exchange, and the next one goes on. So results do not
-// depend on timing; what a missing barrier would allow to happen, ThreadSanitizer is told: to it every
-// fiber is a thread, and nothing but a barrier orders two of them. AddressSanitizer sees global memory
-// (the tensors' own) and dynamic shared memory; UndefinedBehaviorSanitizer the bounds of static shared
-// arrays.
+// fiber runs until it meets a barrier or a warp exchange, and the next one goes on. So results do
+// not depend on timing; what a missing barrier would allow to happen, ThreadSanitizer is told: to
+// it every fiber is a thread, and nothing but a barrier orders two of them. AddressSanitizer sees
+// global memory (the tensors' own) and dynamic shared memory; UndefinedBehaviorSanitizer the bounds
+// of static shared arrays.
 //
-// What this cannot see: races between blocks, the memory model below barriers, tensor cores, speed.
+// What this cannot see: races between blocks, the memory model below barriers, reads of shared
+// memory that nothing has written, tensor cores, speed.
 #pragma once
 
 // The toolkit's own headers: types, vector types, half and bfloat16 with their host arithmetic.
@@ -91,19 +92,22 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32,
                   FastnetWhere where = FastnetWhere::current()) {
   const int me = fastnet::emulation::lane(), source = me ^ lanes;
-  return fastnet::emulation::shuffle(mask, value, source / width <= me / width ? source : me, where);
+  return fastnet::emulation::shuffle(mask, value, source / width <= me / width ? source : me,
+                                     where);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
                    FastnetWhere where = FastnetWhere::current()) {
   const int me = fastnet::emulation::lane(), source = me + static_cast<int>(delta);
-  return fastnet::emulation::shuffle(mask, value, source / width == me / width ? source : me, where);
+  return fastnet::emulation::shuffle(mask, value, source / width == me / width ? source : me,
+                                     where);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
                  FastnetWhere where = FastnetWhere::current()) {
   const int me = fastnet::emulation::lane(), source = me - static_cast<int>(delta);
-  return fastnet::emulation::shuffle(mask, value, source >= me / width * width ? source : me, where);
+  return fastnet::emulation::shuffle(mask, value, source >= me / width * width ? source : me,
+                                     where);
 }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32,
@@ -167,8 +171,7 @@ namespace fastnet {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t /*stream*/, Arguments... arguments) {
-  emulation::run(grid, block, shared_bytes,
-                 [=] { kernel(static_cast<Parameters>(arguments)...); });
+  emulation::run(grid, block, shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
 // Dynamic shared memory: FASTNET_DYNAMIC_SHARED(float, tile); then tile[i].

@@ -38,7 +38,7 @@ def load_mnist(
     """
     folder = data_dir if data_dir is not None else Path("data")
     found = _find_files(folder)
-    if not found and download:
+    if len(found) < 4 and download:
         _download(folder)
         found = _find_files(folder)
     if found:

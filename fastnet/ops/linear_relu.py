@@ -41,7 +41,7 @@ def fake_backward(
 
 
 class LinearReLU(torch.autograd.Function):
-    """Saves the output, whose sign is the ReLU's mask, and of input and weight what a gradient needs.
+    """Saves the output, whose sign is the ReLU's mask, and the factors that a gradient needs.
 
     In the style with one `forward(ctx, ...)`: a separate `setup_context` costs 40 µs more a call,
     four times the rest. torch.func, which would need it, is given the native operators.

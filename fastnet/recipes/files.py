@@ -21,8 +21,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise FastnetError(f"{path} cannot be written ({error.strerror or error}).") from error
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        reason = getattr(error, "strerror", None) or error
+        raise FastnetError(f"{path} cannot be written ({reason}).") from error
     finally:
         temporary.unlink(missing_ok=True)
 

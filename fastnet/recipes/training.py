@@ -74,8 +74,9 @@ def train(
     history: list[dict] = []
     if settings.resume:
         saved = load_checkpoint(checkpoint_path, recipe.name)
-        _restore(saved, checkpoint_path, settings, model, optimizer, shuffle)
-        history = saved["history"]
+        history = _restore(
+            saved, checkpoint_path, _identity(settings, train_set), model, optimizer, shuffle
+        )
         tqdm.write(f"going on from epoch {len(history)} in {checkpoint_path}")
         if len(history) >= settings.epochs:
             tqdm.write(f"nothing to do: --epochs is {settings.epochs}")
@@ -99,8 +100,7 @@ def train(
             checkpoint_path,
             {
                 "recipe": recipe.name,
-                "seed": settings.seed,
-                "batch_size": settings.batch_size,
+                "settings": _identity(settings, train_set),
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "shuffle": shuffle.get_state(),
@@ -183,21 +183,32 @@ def step_times(
     return {backend: statistics.median(taken) for backend, taken in times.items()}
 
 
-def _restore(saved, path, settings, model, optimizer, shuffle) -> None:
-    for name in ("seed", "batch_size"):
-        if saved[name] != getattr(settings, name):
-            option = name.replace("_", "-")
-            raise FastnetError(
-                f"{path} was trained with --{option} {saved[name]}, not "
-                f"{getattr(settings, name)}: resume with that, or name another folder with --out."
-            )
+def _identity(settings: Settings, train_set: ImageSet) -> dict[str, int | str]:
+    """What must be the same for a resumed training to be the one that was begun."""
+    return {
+        "--seed": settings.seed,
+        "--batch-size": settings.batch_size,
+        "--backend": settings.backend,
+        "data": f"{len(train_set):,} pictures of {train_set.source}",
+    }
+
+
+def _restore(saved, path, identity, model, optimizer, shuffle) -> list[dict]:
+    """Puts everything back as it was; returns the history."""
     try:
+        for name, value in identity.items():
+            if saved["settings"][name] != value:
+                raise FastnetError(
+                    f"{path} was trained with {name} {saved['settings'][name]}, not {value}: "
+                    "resume with that, or name another folder with --out."
+                )
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        shuffle.set_state(saved["shuffle"])
+        torch.set_rng_state(saved["random"])
+        return saved["history"]
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise FastnetError(f"{path} holds another network than this recipe's ({error}).") from error
-    shuffle.set_state(saved["shuffle"])
-    torch.set_rng_state(saved["random"])
 
 
 def _write_metrics(path: Path, history: list[dict]) -> None:
