@@ -58,6 +58,18 @@ inline void check(bool holds, const Parts&... parts) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// What arithmetic on T is done in: half types accumulate in float.
+template <class T>
+struct AccumulateType {
+  using type = float;
+};
+template <>
+struct AccumulateType<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename AccumulateType<T>::type;
+
 // Dtype dispatch: calls `body` with a value of the element type, which stands for the type only.
 
 template <class Body>

@@ -75,6 +75,24 @@ inline LinearReluShape check_linear_relu_backward(const Tensor& grad_output, con
   return shape;
 }
 
+// The two products of the backward by torch's own operator, for shapes where a library is at its
+// peak:
+//   grad_weight (N, K) = grad_zᵀ · input       where input is given
+//   grad_input  (M, K) = grad_z · weight       where weight is given
+inline void library_products(const Tensor& grad_z, const std::optional<Tensor>& input,
+                             const std::optional<Tensor>& weight, Tensor& grad_weight,
+                             Tensor& grad_input) {
+  const int64_t M = grad_z.size(0);
+  if (input) {
+    call_native("aten::mm", "out", torch::stable::transpose(grad_z, 0, 1),
+                torch::stable::reshape(*input, {M, grad_weight.size(1)}), grad_weight);
+  }
+  if (weight) {
+    const Tensor rows = torch::stable::view(grad_input, {M, weight->size(1)});
+    call_native("aten::mm", "out", grad_z, *weight, rows);
+  }
+}
+
 // A tensor's shape with the last dimension replaced: output's from input's, input's from output's.
 inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t features) {
   std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());

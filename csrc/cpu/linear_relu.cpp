@@ -147,7 +147,7 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
 template <class T, class Z>
 void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
                  Tensor* grad_bias, int64_t M, int64_t N) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using A = acc_t<T>;
   // Fixed chunks of rows, whatever the number of threads: the sums come out the same, bit by bit.
   const int64_t chunk = std::max<int64_t>(64, 32768 / std::max<int64_t>(1, N));
   const int64_t chunks = divide_up(M, chunk);
@@ -188,21 +188,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
       masked_grad<T>(data<T>(g), data<T>(out), mutable_data<T>(grad_z),
                      needs_bias ? &grad_bias : nullptr, M, N);
     });
-    if (input) {
-      call_native("aten::mm", "out", torch::stable::transpose(grad_z, 0, 1),
-                  torch::stable::reshape(*input, {M, K}), grad_weight);
-    }
-    if (weight) {
-      Tensor rows = torch::stable::view(grad_input, {M, K});
-      call_native("aten::mm", "out", grad_z, *weight, rows);
-    }
+    library_products(grad_z, input, weight, grad_weight, grad_input);
     return {grad_input, grad_weight, grad_bias};
   }
 
   const std::optional<Tensor> x = input ? std::optional(dense(*input)) : std::nullopt;
   dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, K = K, N = N](auto type) {
     using T = decltype(type);
-    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    using A = acc_t<T>;
     const std::unique_ptr<A[]> grad_z(new A[std::max<int64_t>(1, M * N)]);
     masked_grad<T>(data<T>(g), data<T>(out), grad_z.get(), needs_bias ? &grad_bias : nullptr, M, N);
 

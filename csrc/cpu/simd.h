@@ -4,18 +4,6 @@
 
 #define FASTNET_INLINE static inline __attribute__((always_inline))
 
-// What arithmetic on T is done in: half types accumulate in float.
-template <class T>
-struct AccumulateType {
-  using type = float;
-};
-template <>
-struct AccumulateType<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename AccumulateType<T>::type;
-
 template <class Element, int kBytes = kVectorBytes>
 struct VectorType {
   typedef Element type __attribute__((vector_size(kBytes)));

@@ -110,18 +110,6 @@ device_t<T>* mutable_data(const Tensor& tensor) {
 // ---------------------------------------------------------------------------------------------
 // Device side
 
-// What arithmetic on T is done in: half types accumulate in float.
-template <class T>
-struct AccumulateType {
-  using type = float;
-};
-template <>
-struct AccumulateType<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename AccumulateType<T>::type;
-
 __device__ __forceinline__ float widen(float value) {
   return value;
 }

@@ -245,14 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
   if (K == 0) return {grad_input, grad_weight, grad_bias};
 
   if (!prefers_own_kernel({M, K, N}, weight ? &*weight : nullptr)) {
-    if (input) {
-      call_native("aten::mm", "out", torch::stable::transpose(grad_z, 0, 1),
-                  torch::stable::reshape(*input, {M, K}), grad_weight);
-    }
-    if (weight) {
-      Tensor rows = torch::stable::view(grad_input, {M, K});
-      call_native("aten::mm", "out", grad_z, *weight, rows);
-    }
+    library_products(grad_z, input, weight, grad_weight, grad_input);
     return {grad_input, grad_weight, grad_bias};
   }
 
