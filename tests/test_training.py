@@ -151,8 +151,16 @@ def test_unusable_checkpoints(few, tmp_path, content, monkeypatch):
 
 def test_resuming_with_other_settings(few, tmp_path):
     train(RECIPE, settings(epochs=1), *few, tmp_path)
-    with pytest.raises(FastnetError, match="--batch-size 64, not 32"):
-        train(RECIPE, settings(resume=True, batch_size=32), *few, tmp_path)
+    for changes, words in (
+        ({"batch_size": 32}, "--batch-size 64, not 32"),
+        ({"seed": 9}, "--seed 0, not 9"),
+        ({"backend": "torch"}, "--backend fastnet, not torch"),
+    ):
+        with pytest.raises(FastnetError, match=words):
+            train(RECIPE, settings(resume=True, **changes), *few, tmp_path)
+    other = replace(few[0], images=few[0].images[:320], labels=few[0].labels[:320])
+    with pytest.raises(FastnetError, match="640 pictures of .*, not 320 pictures"):
+        train(RECIPE, settings(resume=True), other, few[1], tmp_path)
 
 
 def test_unwritable_folder_is_noticed_before_training(few, tmp_path):

@@ -1,4 +1,5 @@
 // Fibers, and the scheduler that runs a block's threads on them. See device.h.
+// FASTNET_UCONTEXT makes it switch stacks as it does on processors other than x86-64.
 
 #include "device.h"
 
@@ -8,7 +9,7 @@
 
 #include <sys/mman.h>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(FASTNET_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -34,7 +35,7 @@ constexpr size_t kStackBytes =
 
 void fiber_main();
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTNET_UCONTEXT)
 
 // Saves what a called function must keep on the stack, and changes stacks.
 extern "C" void fastnet_switch_stack(void** save, void* load);
