@@ -159,7 +159,7 @@ def test_resuming_with_other_settings(few, tmp_path):
         with pytest.raises(FastnetError, match=words):
             train(RECIPE, settings(resume=True, **changes), *few, tmp_path)
     other = replace(few[0], images=few[0].images[:320], labels=few[0].labels[:320])
-    with pytest.raises(FastnetError, match="640 pictures of .*, not 320 pictures"):
+    with pytest.raises(FastnetError, match=r"640 pictures of .*, not 320 pictures"):
         train(RECIPE, settings(resume=True), other, few[1], tmp_path)
 
 
