@@ -11,6 +11,8 @@ CXX := c++
 endif
 BIN := $(VENV)/bin
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# While working on the kernels, the oldest and one recent card do; `pip install .` compiles for all.
+export TORCH_CUDA_ARCH_LIST ?= 7.5;9.0+PTX
 
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 # What a build depends on. Python files need none: the checkout itself is what is imported.

@@ -76,7 +76,7 @@ macros = [
     ("FASTNET_TORCH_VERSION", torch.__version__),
     ("FASTNET_TORCH_MINIMUM", OLDEST),
 ]
-cxx_flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
+cxx_flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
 # Wide vectors are only ever passed between functions that are inlined.
 cxx_flags += ["-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"]
 

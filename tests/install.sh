@@ -3,6 +3,7 @@
 # example in README.md, run outside of this checkout.
 set -eu
 cd "$(dirname "$0")/.."
+unset TORCH_CUDA_ARCH_LIST # every card that a user's build is for
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
