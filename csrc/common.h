@@ -58,6 +58,8 @@ inline void check(bool holds, const Parts&... parts) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Dtypes
+
 // What arithmetic on T is done in: half types accumulate in float.
 template <class T>
 struct AccumulateType {
@@ -70,8 +72,7 @@ struct AccumulateType<double> {
 template <class T>
 using acc_t = typename AccumulateType<T>::type;
 
-// Dtype dispatch: calls `body` with a value of the element type, which stands for the type only.
-
+// Calls `body` with a value of the element type, which stands for the type only.
 template <class Body>
 void dispatch_float(const char* op, ScalarType dtype, Body&& body) {
   switch (dtype) {
@@ -125,8 +126,8 @@ Tensor call_native(const char* name, const char* overload, const Arguments&... a
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// An uninitialised dense tensor with a's dtype and device. By the C interface, which takes a third
-// of the dispatcher's time: at these sizes that is felt.
+// An uninitialised dense tensor with the dtype (or the one named) and device of `like`. By the C
+// interface, which takes a third of the dispatcher's time: at these sizes that is felt.
 inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                        std::optional<ScalarType> dtype = std::nullopt) {
   constexpr size_t kInline = 8;

@@ -52,7 +52,7 @@ __global__ void linear_relu_forward_kernel(const T* __restrict__ x, const T* __r
   }
 }
 
-// out = relu(out + bias) in place, for a product that a library computed without an epilogue.
+// out = relu(out) in place, for a product without bias, which a library computed.
 template <class T>
 __global__ void relu_kernel(T* __restrict__ out, int64_t count) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
