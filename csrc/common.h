@@ -157,6 +157,11 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes)
   return allocate(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
 }
 
+// Uninitialised, with the layout that torch.empty_like gives: that of `like` where it is dense.
+inline Tensor allocate_like(const Tensor& like) {
+  return like.is_contiguous() ? allocate(like, like.sizes()) : torch::stable::empty_like(like);
+}
+
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

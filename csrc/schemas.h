@@ -14,6 +14,19 @@ void define_schemas(Library& library) {
   library.def(
       "linear_relu_backward(Tensor grad_output, Tensor output, Tensor? input, Tensor? weight, "
       "bool needs_bias) -> (Tensor, Tensor, Tensor)");
+
+  // The loss, and what the backward needs to know of the rows (see cross_entropy.h).
+  library.def(
+      "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int reduction, "
+      "int ignore_index, float label_smoothing) -> (Tensor, Tensor)");
+  library.def(
+      "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
+      "Tensor statistics, int reduction, int ignore_index, float label_smoothing) -> Tensor");
+  // The same into memory at hand.
+  library.def(
+      "cross_entropy_backward.out(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
+      "Tensor statistics, int reduction, int ignore_index, float label_smoothing, *, "
+      "Tensor(a!) out) -> ()");
 }
 
 }  // namespace fastnet

@@ -3,6 +3,6 @@
 from fastnet import functional
 from fastnet._library import build_info
 from fastnet._version import __version__
-from fastnet.modules import Linear
+from fastnet.modules import CrossEntropyLoss, Linear
 
-__all__ = ["Linear", "__version__", "build_info", "functional"]
+__all__ = ["CrossEntropyLoss", "Linear", "__version__", "build_info", "functional"]

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastnet._library import CUDA_STATUS, build_info
-from fastnet.ops import LinearReLU
+from fastnet.ops import CrossEntropy, LinearCrossEntropy, LinearReLU
+from fastnet.ops.cross_entropy import REDUCTIONS, accumulate_dtype, evaluate
 
 # This file is on the path of every call, and its Python is felt at the sizes that fastnet is for:
 # the checks below are the quick ones for each question (a property of 0.1 µs, not one of 0.6).
@@ -87,10 +88,198 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return torch.relu(F.linear(input, weight, bias))
 
 
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Computes softmax, logarithm and negative log-likelihood in one pass over the logits, and their
+    gradient in one more.
+
+    Takes what `F.cross_entropy` takes, with the same result. What the kernels do not cover (float16
+    on the CPU, targets that want a gradient or are uint8, sparse tensors) goes to that function.
+
+    Args:
+        input: the logits, `(C)`, `(N, C)` or `(N, C, d1, ...)`; any strides. float32, float64 or
+            bfloat16, on CUDA also float16; half types are summed in float32.
+        target: class indices, of `input`'s shape without `C`, int64; or probabilities, of `input`'s
+            shape and dtype.
+        weight: a factor for every class, `(C)`, of `input`'s dtype; or None.
+        ignore_index: a target that counts neither in the loss nor in the mean.
+        reduction: "none" for one loss per target, "mean" (over the targets' weights) or "sum".
+        label_smoothing: the share of every target that is spread over all classes, in [0, 1].
+
+    Returns:
+        The loss, of `input`'s dtype; under autocast float32.
+
+    Raises:
+        IndexError: for a target that is no class, on the CPU. On CUDA the kernel stops with a
+            device-side assertion.
+        RuntimeError, ValueError: where `F.cross_entropy` raises them.
+
+    Example:
+        >>> logits = torch.randn(64, 10, requires_grad=True)
+        >>> cross_entropy(logits, torch.randint(10, (64,))).backward()
+    """
+    dtype = input.dtype
+    wide = weight_dtype = dtype
+    if dtype is not torch.float64 and dtype is not torch.float32:
+        wide = accumulate_dtype(dtype)
+    loss_dtype = dtype
+    if torch._C._is_any_autocast_enabled() and _is_autocast(input.device.type):
+        # To float32. The kernels read half types and give float32: no copy of the logits is made.
+        loss_dtype = weight_dtype = wide
+        if weight is not None:
+            weight = weight.to(wide)
+        if target.is_floating_point() and target.dtype is not dtype:
+            input, target = input.to(wide), target.to(wide)
+    number = REDUCTIONS.get(reduction)
+    if (
+        number is not None
+        and 0 <= label_smoothing <= 1
+        and _has_kernels(input, target, None)
+        and _is_target(target, input, ignore_index)
+        and (weight is None or _is_class_weight(weight, input, weight_dtype))
+    ):
+        if weight is not None and weight.dtype is not wide:
+            weight = weight.to(wide)
+        if input.requires_grad and torch.is_grad_enabled():
+            loss = CrossEntropy.apply(
+                input, target, weight, number, ignore_index, float(label_smoothing)
+            )
+        else:
+            loss = evaluate(input, target, weight, number, ignore_index, float(label_smoothing))
+        return loss if loss_dtype is wide else loss.to(loss_dtype)
+    return F.cross_entropy(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def _is_target(target: Tensor, logits: Tensor, ignore_index: int) -> bool:
+    """Whether the kernels take it: class indices or probabilities, of the fitting shape."""
+    shape = logits.shape
+    if 0 in shape or not shape:
+        return False
+    if target.dtype is torch.int64:
+        rows = target.shape
+        if len(shape) == 2:
+            return len(rows) == 1 and rows[0] == shape[0]
+        return rows == (shape[:1] + shape[2:] if len(shape) > 1 else ())
+    return (
+        target.dtype is logits.dtype
+        and target.shape == shape
+        and ignore_index < 0
+        and not (target.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _is_class_weight(weight: Tensor, logits: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        type(weight) in _PLAIN_TYPES
+        and weight.layout is torch.strided
+        and weight.dtype is dtype
+        and weight.device == logits.device
+        and weight.dim() == 1
+        and weight.shape[0] == logits.shape[0 if logits.dim() == 1 else 1]
+        and not weight.requires_grad
+    )
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Computes `cross_entropy(F.linear(input, weight, bias), target, class_weight, ...)` in chunks of
+    rows, so that the logits, and their gradient, never stand in memory whole.
+
+    For last layers with very many classes. For a scalar loss the gradients are made along with it, a
+    chunk at a time; for reduction "none" and for float16 the logits are made twice. What the kernels
+    do not cover goes through the two functions.
+
+    Args:
+        input: `(N, in_features)` or `(in_features)`.
+        weight: `(C, in_features)`, as in `nn.Linear`.
+        target: class indices `(N)` or `()`, or probabilities `(N, C)` or `(C)`.
+        bias: `(C)` or None.
+        class_weight, ignore_index, reduction, label_smoothing: as `weight` and the others of
+            `cross_entropy`.
+
+    Returns:
+        The loss, as from `cross_entropy`.
+
+    Raises:
+        ValueError: for an input of other dimensions.
+        IndexError, RuntimeError, ValueError: as the two functions do.
+    """
+    if input.dim() not in (1, 2):
+        raise ValueError(
+            "linear_cross_entropy: input must be (N, in_features) or (in_features), but is "
+            f"{tuple(input.shape)}; flatten the leading dimensions, and those of target"
+        )
+    number = REDUCTIONS.get(reduction)
+    given_class_weight = class_weight
+    autocast = torch._C._is_any_autocast_enabled()
+    x, w, b = _autocast(input, weight, bias) if autocast else (input, weight, bias)
+    wide = accumulate_dtype(x.dtype)
+    under_autocast = autocast and _is_autocast(x.device.type)
+    if class_weight is not None and under_autocast:
+        class_weight = class_weight.to(wide)
+    if (
+        number is not None
+        and input.dim() == 2
+        and 0 <= label_smoothing <= 1
+        and w.dim() == 2
+        and x.shape[1] == w.shape[1]
+        and x.dtype is w.dtype
+        and (b is None or b.shape == w.shape[:1])
+        and _has_kernels(x, w, b)
+        and _has_kernels(x, target, None)
+        and 0 not in w.shape
+        # On logits that are not there yet, of which shape and dtype are known.
+        and _is_target(target, x.new_empty(()).expand(x.shape[0], w.shape[0]), ignore_index)
+        and (
+            class_weight is None
+            or _is_class_weight(class_weight, w.t(), wide if under_autocast else x.dtype)
+        )
+    ):
+        if class_weight is not None:
+            class_weight = class_weight.to(wide)
+        loss = LinearCrossEntropy.apply(
+            x, w, target, b, class_weight, number, ignore_index, float(label_smoothing)
+        )
+        return loss if under_autocast else loss.to(x.dtype)
+    return cross_entropy(
+        F.linear(input, weight, bias),
+        target,
+        given_class_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts as autocast does for operators on its lower-precision list."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _is_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

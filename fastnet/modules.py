@@ -47,3 +47,32 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """`nn.CrossEntropyLoss` on the fused kernel; see `functional.cross_entropy`.
+
+    Args:
+        weight: a factor for every class, `(C)`; or None.
+        ignore_index: a target that counts neither in the loss nor in the mean.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: the share of every target that is spread over all classes, in [0, 1].
+
+    Shape: logits `(C)`, `(N, C)` or `(N, C, d1, ...)`, and class indices of that shape without
+    `C` or probabilities of that shape → a scalar, or for reduction "none" one loss per target.
+
+    Example:
+        >>> loss = fastnet.CrossEntropyLoss(label_smoothing=0.1)
+        >>> loss(torch.randn(64, 10), torch.randint(10, (64,))).shape
+        torch.Size([])
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            self.weight,
+            self.ignore_index,
+            self.reduction,
+            self.label_smoothing,
+        )

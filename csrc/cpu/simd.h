@@ -158,3 +158,91 @@ FASTNET_INLINE A reduce_add(Vec<A> value) {
   const auto pair = fold<A, 2 * sizeof(A)>(value);
   return pair[0] + pair[1];
 }
+
+template <class A>
+FASTNET_INLINE Vec<A> maximum(Vec<A> a, Vec<A> b) {
+  return a < b ? b : a;
+}
+
+template <class A, int kFrom = kVectorBytes>
+FASTNET_INLINE A reduce_max(typename VectorType<A, kFrom>::type value) {
+  if constexpr (kFrom == 2 * sizeof(A)) {
+    return value[0] < value[1] ? value[1] : value[0];
+  } else {
+    using Half = typename VectorType<A, kFrom / 2>::type;
+    Half low, high;
+    __builtin_memcpy(&low, &value, kFrom / 2);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&value) + kFrom / 2, kFrom / 2);
+    return reduce_max<A, kFrom / 2>(low < high ? high : low);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// exp(x) for x up to 88 (float) or 709 (double), to 2 ulp. Where the result would be subnormal it is
+// 0, at -infinity too; NaN stays NaN.
+//
+// exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2. Adding 1.5 · 2^(digits)
+// rounds to an integer, and leaves n in the lowest bits, from where it is shifted into the
+// exponent. ln 2 is subtracted in two parts, of which the first times n is exact.
+
+FASTNET_INLINE Vec<float> exp(Vec<float> x) {
+  const Vec<float> shifted = x * 1.44269504f + 12582912.0f;
+  const Vec<float> n = shifted - 12582912.0f;
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  // exp(r) = 1 + r + r² q(r), q the polynomial of least relative error (3e-9)
+  Vec<float> q = r * 1.381459878757596e-3f + 8.368716575205326e-3f;
+  q = q * r + 4.166838899254799e-2f;
+  q = q * r + 1.666652113199234e-1f;
+  q = q * r + 4.999999403953552e-1f;
+  const Vec<float> exp_r = (q * (r * r) + r) + 1.0f;
+  const Vec<float> power = (Vec<float>)(((Vec<uint32_t>)shifted << 23) + 0x3f800000u);
+  return x < -87.3365447f ? Vec<float>{} : exp_r * power;
+}
+
+FASTNET_INLINE Vec<double> exp(Vec<double> x) {
+  const Vec<double> shifted = x * 1.4426950408889634 + 6755399441055744.0;
+  const Vec<double> n = shifted - 6755399441055744.0;
+  const Vec<double> r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+  // The Taylor series up to r¹³ / 13!, whose rest is below 4e-18.
+  constexpr double kInverseFactorials[] = {
+      1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0,
+      1 / 5040.0,       1 / 720.0,       1 / 120.0,      1 / 24.0,      1 / 6.0,      1 / 2.0,
+      1.0,              1.0};
+  Vec<double> sum = splat(kInverseFactorials[0]);
+#pragma GCC unroll 13
+  for (int k = 1; k < 14; ++k) sum = sum * r + kInverseFactorials[k];
+  const Vec<double> power =
+      (Vec<double>)(((Vec<uint64_t>)shifted << 52) + 0x3ff0000000000000u);
+  return x < -708.396418532264 ? Vec<double>{} : sum * power;
+}
+
+// ---------------------------------------------------------------------------------------------
+// log(x), to 2 ulp, for x = 0, normal x > 0 and NaN.
+//
+// x = 2^n · m with m in [√½, √2), and log m = 2 artanh(s) = 2 (s + s³/3 + s⁵/5 + ...) with
+// s = (m - 1) / (m + 1), |s| < 0.172.
+
+template <class A, class Bits, int kTerms>
+FASTNET_INLINE Vec<A> log_by_series(Vec<A> x, Bits bits_of_sqrt_half, int digits, A ln2_high,
+                                    A ln2_low) {
+  const Vec<Bits> exponent = ((Vec<Bits>)x - bits_of_sqrt_half) >> digits;
+  const Vec<A> m = (Vec<A>)((Vec<Bits>)x - (exponent << digits));
+  const Vec<A> n = __builtin_convertvector(exponent, Vec<A>);
+  const Vec<A> s = (m - A(1)) / (m + A(1)), square = s * s;
+  Vec<A> series = splat(A(2) / (2 * kTerms + 1));
+#pragma GCC unroll 12
+  for (int k = kTerms - 1; k > 0; --k) series = series * square + A(2) / (2 * k + 1);
+  const Vec<A> log_m = (series * square) * s + A(2) * s;
+  const Vec<A> result = n * ln2_high + (n * ln2_low + log_m);
+  const Vec<A> infinite = splat(static_cast<A>(-__builtin_huge_val()));
+  return x > Vec<A>{} ? result : (x == Vec<A>{} ? infinite : x);
+}
+
+FASTNET_INLINE Vec<float> log(Vec<float> x) {
+  return log_by_series<float, int32_t, 4>(x, 0x3f3504f3, 23, 0.693359375f,
+                                          -2.12194440e-4f);
+}
+FASTNET_INLINE Vec<double> log(Vec<double> x) {
+  return log_by_series<double, int64_t, 11>(x, 0x3fe6a09e667f3bcd, 52,
+                                            0.693147180369123816490, 1.90821492927058770002e-10);
+}

@@ -136,6 +136,12 @@ __device__ __forceinline__ void narrow(float value, __half* to) {
   *to = __float2half(value);
 }
 
+// Stops the kernel, as torch's own operators do: the next call on the card reports a device-side
+// assertion. (assert() itself is compiled out of release builds.)
+__device__ __forceinline__ void device_assert(bool holds, const char* what) {
+  if (!holds) __assert_fail(what, __FILE__, __LINE__, __func__);
+}
+
 // The sum over a warp, in every lane. The order of additions is fixed.
 template <class A>
 __device__ __forceinline__ A warp_sum(A value) {

@@ -1,5 +1,7 @@
 """One file per op: its fake kernels, and the autograd.Function above its raw ops."""
 
+from fastnet.ops.cross_entropy import CrossEntropy
+from fastnet.ops.linear_cross_entropy import LinearCrossEntropy
 from fastnet.ops.linear_relu import LinearReLU
 
-__all__ = ["LinearReLU"]
+__all__ = ["CrossEntropy", "LinearCrossEntropy", "LinearReLU"]

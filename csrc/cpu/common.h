@@ -1,0 +1,44 @@
+// What the CPU side of every op shares: elements as the kernels see them, and threads.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+#include "../common.h"
+#include "isa.h"
+
+namespace fastnet {
+
+// How the kernels see elements of T in memory.
+template <class T>
+using element_t = std::conditional_t<std::is_same_v<T, torch::headeronly::BFloat16>, bfloat16, T>;
+
+template <class T>
+const element_t<T>* data(const Tensor& tensor) {
+  return static_cast<const element_t<T>*>(tensor.const_data_ptr());
+}
+template <class T>
+element_t<T>* mutable_data(Tensor& tensor) {
+  return static_cast<element_t<T>*>(tensor.mutable_data_ptr());
+}
+
+// Multiply-adds below which a second thread costs more than it brings.
+inline constexpr int64_t kWorkPerThread = 100'000;
+
+// Runs body(begin, end) over [0, items), on several threads where the work is worth it.
+template <class Body>
+void parallel(int64_t items, int64_t work_per_item, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_item));
+  if (items <= grain) {
+    if (items > 0) body(0, items);
+  } else {
+    torch::stable::parallel_for(0, items, grain, body);
+  }
+}
+
+inline int64_t divide_up(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
+
+}  // namespace fastnet

@@ -1,0 +1,251 @@
+// cross_entropy on the CPU: one pass over the logits forward, one backward, rows over threads.
+
+#include "../cross_entropy.h"
+
+#include <sys/mman.h>
+
+#include "common.h"
+
+namespace fastnet {
+namespace {
+
+// One call, as the kernels see it. Row r is (n, d) = (r / D, r % D).
+template <class T>
+struct CrossEntropyCall {
+  int64_t C, D;
+  bool by_columns;  // whether vectors lie along d
+  const T* logits;
+  ClassStrides logits_at;
+  const int64_t* classes;  // (N, D), or null, and then:
+  const T* probabilities;
+  ClassStrides target_at;
+  const acc_t<T>* weight;  // (C) or null
+  acc_t<T> keep, spread;     // 1 - ε, ε / C
+  bool needs_dot;            // probabilities or smoothing
+  int64_t ignore_index;
+  acc_t<T>*maximum, *log_sum, *target_sum;  // the statistics, a value per row each
+
+  acc_t<T>* losses;  // forward, for reduction none
+
+  T* gradient;  // backward
+  ClassStrides gradient_at;
+  const acc_t<T>* grad_loss;
+  bool per_row;         // whether grad_loss is
+  acc_t<T> grad_scale;  // the mean's
+
+};
+
+struct ChunkSums {
+  double loss = 0, divisor = 0;
+};
+
+}  // namespace
+}  // namespace fastnet
+
+#define FASTNET_KERNELS "cross_entropy_kernels.h"
+#include "foreach_isa.h"
+
+namespace fastnet {
+namespace {
+
+// As wide as the widest vector of any instruction set.
+constexpr int64_t kWidestVector = 16;
+
+// Rows cut into chunks, by the shape alone: sums come out the same on any number of threads.
+struct Chunks {
+  int64_t rows, D, chunk_rows, per_n, count;
+
+  Chunks(const CrossEntropyShape& shape, bool by_columns) : rows(shape.rows()), D(shape.D) {
+    chunk_rows = std::clamp<int64_t>(8192 / shape.C, 1, 64);
+    if (by_columns) chunk_rows = 64;  // a multiple of what the kernels take at once
+    // By columns a chunk lies within one n, and the last one there takes the rest.
+    per_n = by_columns ? std::max<int64_t>(1, D / chunk_rows) : 0;
+    count = by_columns ? shape.N * per_n : divide_up(rows, chunk_rows);
+  }
+
+  std::pair<int64_t, int64_t> operator[](int64_t chunk) const {
+    if (per_n == 0) return {chunk * chunk_rows, std::min(rows, (chunk + 1) * chunk_rows)};
+    const int64_t first = chunk / per_n * D, index = chunk % per_n;
+    return {first + index * chunk_rows,
+            index + 1 == per_n ? first + D : first + (index + 1) * chunk_rows};
+  }
+};
+
+// An exponential takes about as long as so many multiply-adds.
+constexpr int64_t kWorkPerLogit = 16;
+
+template <class Body>
+void for_chunks(const Chunks& chunks, const CrossEntropyShape& shape, const Body& body) {
+  const int64_t rows_each = divide_up(shape.rows(), std::max<int64_t>(1, chunks.count));
+  parallel(chunks.count, rows_each * shape.C * kWorkPerLogit, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
+  });
+}
+
+void check_classes(const int64_t* classes, int64_t rows, int64_t C, int64_t ignore_index) {
+  const auto is_out = [=](int64_t y) {
+    return (static_cast<uint64_t>(y) >= static_cast<uint64_t>(C)) & (y != ignore_index);
+  };
+  bool any = false;
+  for (int64_t row = 0; row < rows; ++row) any |= is_out(classes[row]);
+  for (int64_t row = 0; any && row < rows; ++row) {
+    const int64_t y = classes[row];
+    if (is_out(y)) {
+      throw std::out_of_range(text("cross_entropy: target ", y, " at position ", row,
+                                   " is out of bounds: logits have ", C, " classes"));
+    }
+  }
+}
+
+// A gradient of hundreds of megabytes is fresh memory at every call, and most of the time went into
+// its page faults, one every 4 kB. With huge pages there is one every 2 MB.
+void prefer_huge_pages(Tensor& tensor) {
+#if defined(MADV_HUGEPAGE)
+  constexpr int64_t kHugePage = int64_t{2} << 20;
+  const int64_t bytes = tensor.numel() * tensor.element_size();
+  if (bytes < 4 * kHugePage) return;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish; may fail
+#endif
+}
+
+// The tensors of a call, kept alive while the kernels use them.
+template <class T>
+struct Operands {
+  Tensor logits, target;
+  std::optional<Tensor> weight;
+  CrossEntropyCall<element_t<T>> call{};
+
+  Operands(const CrossEntropyShape& shape, const Tensor& given_logits, const Tensor& given_target,
+           const std::optional<Tensor>& given_weight, Tensor& statistics, int64_t ignore_index,
+           double label_smoothing)
+      : logits(with_class_strides(given_logits)),
+        target(shape.has_probabilities ? with_class_strides(given_target) : dense(given_target)) {
+    using A = acc_t<T>;
+    call.C = shape.C;
+    call.D = shape.D;
+    call.logits = data<T>(logits);
+    call.logits_at = *class_strides(logits);
+    call.needs_dot = shape.needs_dot;
+    call.keep = static_cast<A>(1 - label_smoothing);
+    call.spread = static_cast<A>(label_smoothing / static_cast<double>(shape.C));
+    call.ignore_index = ignore_index;
+    if (shape.has_probabilities) {
+      call.probabilities = data<T>(target);
+      call.target_at = *class_strides(target);
+    } else {
+      call.classes = static_cast<const int64_t*>(target.const_data_ptr());
+      check_classes(call.classes, shape.rows(), shape.C, ignore_index);
+    }
+    if (given_weight) {
+      weight = dense(*given_weight);
+      call.weight = static_cast<const A*>(weight->const_data_ptr());
+    }
+    call.maximum = static_cast<A*>(statistics.mutable_data_ptr());
+    call.log_sum = call.maximum + shape.rows();
+    call.target_sum = call.log_sum + shape.rows();
+    call.by_columns = shape.D >= kWidestVector && call.logits_at.inner == 1 &&
+                      (!call.probabilities || call.target_at.inner == 1);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
+                                                 const std::optional<Tensor>& weight,
+                                                 int64_t reduction, int64_t ignore_index,
+                                                 double label_smoothing) {
+  const CrossEntropyShape shape =
+      check_cross_entropy(logits, target, weight, reduction, label_smoothing);
+  Tensor loss = allocate_loss(logits, reduction);
+  Tensor statistics =
+      allocate(logits, std::array{shape.statistics()}, accumulate_type(logits));
+
+  dispatch_float("cross_entropy", logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    Operands<T> operands(shape, logits, target, weight, statistics, ignore_index, label_smoothing);
+    auto& call = operands.call;
+    A* const result = static_cast<A*>(loss.mutable_data_ptr());
+    if (static_cast<Reduction>(reduction) == Reduction::none) call.losses = result;
+
+    const Chunks chunks(shape, call.by_columns);
+    std::array<ChunkSums, 16> few;
+    std::vector<ChunkSums> many(chunks.count > 16 ? chunks.count : 0);
+    ChunkSums* const sums = many.empty() ? few.data() : many.data();
+    for_chunks(chunks, shape, [&](int64_t chunk) {
+      const auto [begin, end] = chunks[chunk];
+      FASTNET_BEST_ISA(cross_entropy_forward_kernel(call, begin, end, sums[chunk]));
+    });
+    ChunkSums total;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      total.loss += sums[chunk].loss;
+      total.divisor += sums[chunk].divisor;
+    }
+    call.maximum[shape.statistics() - 1] = static_cast<A>(total.divisor);
+    if (!call.losses) {
+      *result = static_cast<A>(
+          static_cast<Reduction>(reduction) == Reduction::mean ? total.loss / total.divisor
+                                                               : total.loss);
+    }
+  });
+  return {loss, statistics};
+}
+
+void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                                const std::optional<Tensor>& weight, const Tensor& statistics,
+                                int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                Tensor gradient) {
+  const CrossEntropyShape shape =
+      check_cross_entropy(logits, target, weight, reduction, label_smoothing);
+  check_cross_entropy_backward(shape, grad_loss, logits, statistics, reduction, gradient);
+  if (gradient.numel() == 0) return;
+
+  dispatch_float("cross_entropy_backward", logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    Tensor stats = dense(statistics);
+    const Tensor g = dense(grad_loss);
+    // Where the gradient's own layout has no class strides, it is made in a dense one.
+    const bool has_strides = class_strides(gradient).has_value();
+    Tensor written = has_strides ? gradient : allocate(logits, logits.sizes());
+    Operands<T> operands(shape, logits, target, weight, stats, ignore_index, label_smoothing);
+    auto& call = operands.call;
+    call.gradient = mutable_data<T>(written);
+    call.gradient_at = *class_strides(written);
+    call.by_columns = call.by_columns && call.gradient_at.inner == 1;
+    call.grad_loss = static_cast<const A*>(g.const_data_ptr());
+    call.per_row = static_cast<Reduction>(reduction) == Reduction::none;
+    call.grad_scale = static_cast<Reduction>(reduction) == Reduction::mean
+                          ? 1 / call.maximum[shape.statistics() - 1]
+                          : A(1);
+    const Chunks chunks(shape, call.by_columns);
+    for_chunks(chunks, shape, [&](int64_t chunk) {
+      const auto [begin, end] = chunks[chunk];
+      FASTNET_BEST_ISA(cross_entropy_backward_kernel(call, begin, end));
+    });
+    if (!has_strides) torch::stable::copy_(gradient, written);
+  });
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                              const std::optional<Tensor>& weight, const Tensor& statistics,
+                              int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  Tensor gradient = allocate_like(logits);
+  prefer_huge_pages(gradient);
+  cross_entropy_backward_out(grad_loss, logits, target, weight, statistics, reduction,
+                             ignore_index, label_smoothing, gradient);
+  return gradient;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
+  library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
+  library.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  library.impl("cross_entropy_backward.out", TORCH_BOX(&cross_entropy_backward_out));
+}
+
+}  // namespace fastnet

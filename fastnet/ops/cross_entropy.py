@@ -1,0 +1,119 @@
+"""cross_entropy: log-softmax and negative log-likelihood, in one pass over the logits each way."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnet import _library  # noqa: F401  registers torch.ops.fastnet
+
+_forward = torch.ops.fastnet.cross_entropy_forward.default
+_backward = torch.ops.fastnet.cross_entropy_backward.default
+_backward_out = torch.ops.fastnet.cross_entropy_backward.out
+
+# As torch numbers them, which is how the raw ops take them.
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+NAMES = {number: name for name, number in REDUCTIONS.items()}
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels sum in, and what a loss and the class weights come in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+@torch.library.register_fake("fastnet::cross_entropy_forward")
+def fake_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    class_dim = 0 if logits.dim() == 1 else 1
+    row_sizes = [size for d, size in enumerate(logits.shape) if d != class_dim]
+    per_row = 3 if target.is_floating_point() or label_smoothing > 0 else 2
+    dtype = accumulate_dtype(logits.dtype)
+    return (
+        logits.new_empty(row_sizes if reduction == 0 else (), dtype=dtype),
+        logits.new_empty((per_row * math.prod(row_sizes) + 1,), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("fastnet::cross_entropy_backward")
+def fake_backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.register_fake("fastnet::cross_entropy_backward.out")
+def fake_backward_out(*arguments, out: Tensor) -> None:
+    return None
+
+
+def evaluate(logits: Tensor, target: Tensor, *options) -> Tensor:
+    """The loss alone, where no gradient is wanted: without what a Function costs."""
+    return _forward(logits, target, *options)[0]
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Saves the logits, and two numbers a row. The target has no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: int,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> Tensor:
+        loss, statistics = _forward(
+            logits, target, weight, reduction, ignore_index, label_smoothing
+        )
+        ctx.save_for_backward(logits, target, weight, statistics)
+        ctx.options = (reduction, ignore_index, label_smoothing)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        logits, target, weight, statistics = ctx.saved_tensors
+        reduction, ignore_index, label_smoothing = ctx.options
+        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+            gradient = _backward(
+                grad_loss,
+                logits,
+                target,
+                weight,
+                statistics,
+                reduction,
+                ignore_index,
+                label_smoothing,
+            )
+            return gradient, None, None, None, None, None
+        # Somebody wants to differentiate the gradient, or to map over it: native operators, which
+        # torch knows how to.
+        with torch.enable_grad():
+            wide = logits.to(grad_loss.dtype)
+            loss = F.cross_entropy(
+                wide,
+                target.to(wide.dtype) if target.is_floating_point() else target,
+                weight,
+                ignore_index=ignore_index,
+                reduction=NAMES[reduction],
+                label_smoothing=label_smoothing,
+            )
+            (gradient,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
+        return gradient, None, None, None, None, None

@@ -1,0 +1,170 @@
+"""linear_cross_entropy: cross_entropy(linear(input, weight, bias), target), in chunks of rows.
+
+The logits of a chunk are made, turned into loss and gradient by the raw ops of cross_entropy,
+multiplied into the gradients of input, weight and bias, and forgotten, before the next chunk's are
+made. So the (N, C) logits and their gradient never stand in memory whole.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnet.ops import cross_entropy
+from fastnet.ops.cross_entropy import NAMES, REDUCTIONS, accumulate_dtype
+
+# Logits of one chunk: large enough for the products to be at their peak.
+CHUNK_BYTES = 16 << 20
+MIN_ROWS = 32
+
+
+class Options(NamedTuple):
+    """What goes through to cross_entropy, in the raw ops' terms."""
+
+    class_weight: Tensor | None
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+
+
+def chunk_rows(N: int, C: int, element_size: int) -> int:
+    rows = max(MIN_ROWS, CHUNK_BYTES // (C * element_size) // MIN_ROWS * MIN_ROWS)
+    return min(N, rows)
+
+
+def sweep(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    grad_loss: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Goes through the chunks once. With `grad_loss` (a value, or one a row) it also makes those
+    of the gradients of input, weight and bias that are needed.
+
+    Returns:
+        The losses' sum, or one a row for reduction none, in the accumulate type; the gradients.
+    """
+    N, C = input.shape[0], weight.shape[0]
+    wide = accumulate_dtype(input.dtype)
+    per_row = options.reduction == REDUCTIONS["none"]
+    raw = options._replace(reduction=REDUCTIONS["none" if per_row else "sum"])
+    losses: list[Tensor] = []
+    gradients: list[Tensor | None] = [None, None, None]
+    if grad_loss is not None:
+        # Sums over chunks; half types would lose a little at each.
+        gradients = [
+            torch.empty_like(input) if needs[0] else None,
+            torch.zeros_like(weight, dtype=wide) if needs[1] else None,
+            torch.zeros(C, dtype=wide, device=weight.device) if needs[2] else None,
+        ]
+    grad_input, grad_weight, grad_bias = gradients
+    step = chunk_rows(N, C, input.element_size())
+    # The same memory for every chunk. Left to an allocator, it might grow with each.
+    logits_memory = input.new_empty((step, C))
+    gradient_memory = None if grad_loss is None else input.new_empty((step, C))
+    for first in range(0, N, step):
+        rows = slice(first, first + step)
+        x = input[rows]
+        logits = logits_memory[: x.shape[0]]
+        if bias is None:
+            torch.mm(x, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x, weight.t(), out=logits)
+        loss, statistics = cross_entropy._forward(logits, target[rows], *raw)
+        losses.append(loss)
+        if grad_loss is None:
+            continue
+        grad_logits = gradient_memory[: x.shape[0]]
+        cross_entropy._backward_out(
+            grad_loss[rows] if per_row else grad_loss, logits, target[rows], raw[0], statistics,
+            *raw[1:], out=grad_logits,
+        )  # fmt: skip
+        if grad_input is not None:
+            torch.mm(grad_logits, weight, out=grad_input[rows])
+        if grad_weight is not None:
+            if grad_weight.dtype is x.dtype:
+                grad_weight.addmm_(grad_logits.t(), x)
+            else:
+                grad_weight += grad_logits.t() @ x
+        if grad_bias is not None:
+            grad_bias += grad_logits.sum(0, dtype=wide)
+    total = torch.cat(losses) if per_row else torch.stack(losses).sum()
+    return total, [g if g is None else g.to(input.dtype) for g in gradients]
+
+
+def divisor(target: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
+    """What the mean divides by, known before any logits are."""
+    if target.is_floating_point():
+        return torch.tensor(target.shape[0], dtype=dtype, device=target.device)
+    counts = target != options.ignore_index
+    if options.class_weight is None:
+        return counts.sum(dtype=dtype)
+    # An ignored class may be no class. Others that are none are found by the kernels.
+    index = target.clamp(0, options.class_weight.shape[0] - 1)
+    return (options.class_weight[index] * counts).sum()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """For a scalar loss the gradients are made along with it, for an upstream gradient of 1, and
+    scaled in the backward. One loss per row, and float16, whose small gradients would vanish before
+    a GradScaler's factor reaches them, make the logits anew in the backward instead.
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, target, bias, class_weight, reduction, ignore_index,
+                label_smoothing):  # fmt: skip
+        options = Options(class_weight, reduction, ignore_index, label_smoothing)
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        wide = accumulate_dtype(input.dtype)
+        by = divisor(target, options, wide) if reduction == REDUCTIONS["mean"] else None
+        ctx.at_once = (
+            any(needs) and reduction != REDUCTIONS["none"] and input.dtype is not torch.float16
+        )
+        grad_loss = None
+        if ctx.at_once:
+            one = torch.ones((), dtype=wide, device=input.device)
+            grad_loss = one if by is None else one / by
+        loss, gradients = sweep(input, weight, target, bias, options, grad_loss, needs)
+        ctx.options = (reduction, ignore_index, label_smoothing)
+        ctx.needs = needs
+        ctx.save_for_backward(input, weight, target, bias, class_weight, by, *gradients)
+        return loss if by is None else loss / by
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        input, weight, target, bias, class_weight, by, *gradients = ctx.saved_tensors
+        options = Options(class_weight, *ctx.options)
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            gradients = _native_gradients(
+                input, weight, target, bias, options, ctx.needs, grad_loss
+            )
+        elif not ctx.at_once:
+            by_row = grad_loss if by is None else grad_loss / by
+            _, gradients = sweep(input, weight, target, bias, options, by_row, ctx.needs)
+        elif grad_loss.is_cuda or torch.compiler.is_compiling() or grad_loss.item() != 1:
+            gradients = [None if g is None else (g * grad_loss).to(g.dtype) for g in gradients]
+        grad_input, grad_weight, grad_bias = gradients
+        return grad_input, grad_weight, None, grad_bias, None, None, None, None
+
+
+def _native_gradients(input, weight, target, bias, options, needs, grad_loss):
+    """By operators that torch can differentiate again, or map over."""
+    with torch.enable_grad():
+        logits = F.linear(input, weight, bias).to(grad_loss.dtype)
+        loss = F.cross_entropy(
+            logits,
+            target.to(logits.dtype) if target.is_floating_point() else target,
+            options.class_weight,
+            ignore_index=options.ignore_index,
+            reduction=NAMES[options.reduction],
+            label_smoothing=options.label_smoothing,
+        )
+        leaves = [t for t, wanted in zip((input, weight, bias), needs, strict=True) if wanted]
+        made = iter(torch.autograd.grad(loss, leaves, grad_loss, create_graph=True))
+    return [next(made) if wanted else None for wanted in needs]
