@@ -10,7 +10,7 @@ built_with=$(.venv/bin/python -c 'import torch; print(torch.__version__)')
 if [ ! -e "$environment/.installed" ]; then
     "${PYTHON:-python3}" -m venv "$environment"
     # Of the pins, those that the op tests need.
-    grep -E '^(numpy|pytest|hypothesis)==' requirements-dev.txt > "$environment/requirements.txt"
+    grep -E '^(numpy|pytest|hypothesis|expecttest)==' requirements-dev.txt > "$environment/requirements.txt"
     "$environment/bin/pip" install --quiet "torch==$other" -r "$environment/requirements.txt"
     touch "$environment/.installed"
 fi
@@ -21,4 +21,4 @@ print(f"built with torch {info['torch_built_with']}, running on {torch.__version
       f"CUDA kernels {info['cuda_status']}")
 assert info["torch_built_with"] == sys.argv[1] != torch.__version__
 PYTHON
-exec "$environment/bin/python" -m pytest -q -p no:cacheprovider tests/test_linear_relu.py "$@"
+exec "$environment/bin/python" -m pytest -q -p no:cacheprovider tests/test_linear_relu.py tests/test_cross_entropy.py "$@"

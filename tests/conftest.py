@@ -25,7 +25,17 @@ def _seed() -> None:
 
 
 EMULATED = Path(__file__).parent.parent / "build" / "emulation"
-FUSED_OPS = ("linear_relu",)
+FUSED_OPS = ("linear_relu", "cross_entropy")
+
+
+def raw_ops(namespace: str):
+    """(Python module, name of the raw op there, its qualified name) of every raw op."""
+    for op in FUSED_OPS:
+        module = importlib.import_module(f"fastnet.ops.{op}")
+        for fake in (name for name in vars(module) if name.startswith("fake_")):
+            part = fake.removeprefix("fake")
+            base, overload = (part.removesuffix("_out"), "out") if "_out" in part else (part, "")
+            yield module, part, f"{namespace}::{op}{base}" + (f".{overload}" if overload else "")
 
 
 @functools.cache
@@ -35,11 +45,8 @@ def load_emulated() -> bool:
     if not library.exists():
         return False
     torch.ops.load_library(str(library))
-    for op in FUSED_OPS:
-        module = importlib.import_module(f"fastnet.ops.{op}")
-        for part in ("forward", "backward"):
-            fake = getattr(module, f"fake_{part}")
-            torch.library.register_fake(f"fastnet_emulated::{op}_{part}", fake)
+    for module, part, name in raw_ops("fastnet_emulated"):
+        torch.library.register_fake(name, getattr(module, f"fake{part}"))
     return True
 
 
@@ -67,11 +74,10 @@ def device(request, monkeypatch) -> Device:
         import fastnet
 
         device.ops = torch.ops.fastnet_emulated
-        for op in FUSED_OPS:
-            module = importlib.import_module(f"fastnet.ops.{op}")
-            for part in ("forward", "backward"):
-                raw = getattr(device.ops, f"{op}_{part}").default
-                monkeypatch.setattr(module, f"_{part}", raw)
+        for module, part, name in raw_ops("fastnet_emulated"):
+            packet, _, overload = name.partition("::")[2].partition(".")
+            raw = getattr(getattr(device.ops, packet), overload or "default")
+            monkeypatch.setattr(module, part, raw)
         half = fastnet.functional._CPU_DTYPES | {torch.float16}
         monkeypatch.setattr(fastnet.functional, "_CPU_DTYPES", half)
     if name != "cpu":

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 
 # Largest error allowed against the float64 reference, relative to the largest value in the result:
@@ -26,3 +31,21 @@ def assert_near(actual: torch.Tensor, reference: torch.Tensor, dtype: torch.dtyp
     scale = reference[finite].abs().max().clamp_min(1e-30)
     error = (actual[finite] - reference[finite]).abs().max() / scale
     assert error <= TOLERANCES[dtype], f"error {error:.3g} at {dtype}"
+
+
+def run_on_isa(isa: str, file: str, select: str) -> None:
+    """Runs tests on one instruction set's kernels: the library picks them when it is loaded, so
+    each needs a process of its own."""
+    environment = {**os.environ, "FASTNET_CPU_ISA": isa}
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True
+        )
+
+    got = run("-c", "import fastnet; print(fastnet.build_info()['cpu_isa'])").stdout.strip()
+    if got != isa:
+        pytest.skip(f"this processor has no {isa}")
+    tests = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", select)
+    assert tests.returncode == 0, tests.stdout[-3000:]
+    assert " passed" in tests.stdout

@@ -2,16 +2,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import assert_near
+from support import assert_near, run_on_isa
 
 import fastnet
 from fastnet.functional import linear_relu
@@ -443,22 +440,7 @@ def test_tensor_subclasses_keep_their_behaviour():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    """The library picks its kernels when it is loaded, so each runs in a process of its own."""
-    program = "import fastnet; print(fastnet.build_info()['cpu_isa'])"
-    environment = {**os.environ, "FASTNET_CPU_ISA": isa}
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, *arguments], env=environment, capture_output=True, text=True
-        )
-
-    got = run("-c", program).stdout.strip()
-    if got != isa:
-        pytest.skip(f"this processor has no {isa}")
-    tests = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-                "-k", "cpu and (float64 or strides or nan or bits)")  # fmt: skip
-    assert tests.returncode == 0, tests.stdout[-3000:]
-    assert " passed" in tests.stdout
+    run_on_isa(isa, __file__, "cpu and (float64 or strides or nan or bits)")
 
 
 # -------------------------------------------------------------------------------------------------

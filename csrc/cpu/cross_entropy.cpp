@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
       total.divisor += sums[chunk].divisor;
     }
     call.maximum[shape.statistics() - 1] = static_cast<A>(total.divisor);
-    if (!call.losses) {
+    if (static_cast<Reduction>(reduction) != Reduction::none) {
       *result = static_cast<A>(
           static_cast<Reduction>(reduction) == Reduction::mean ? total.loss / total.divisor
                                                                : total.loss);

@@ -1,0 +1,878 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import TOLERANCES, assert_near, run_on_isa
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+import fastnet
+from fastnet.functional import cross_entropy, linear_cross_entropy
+from fastnet.ops.cross_entropy import REDUCTIONS
+
+SHAPES = [
+    (64, 10),  # the document networks' losses
+    (256, 10),
+    (32, 1000),
+    (10,),  # one row: no batch dimension
+    (1, 1),  # one class: the loss is 0
+    (5, 2),
+    (70, 7),  # narrower than a vector, and more rows than a tile of the CPU kernels
+    (3, 33),  # just past the kernels for few classes
+    (4, 8, 3),  # positions behind the classes, fewer than a vector
+    (2, 21, 9, 11),  # a segmentation: vectors along the positions, the last one reaching back
+    (2, 70, 130),  # more classes than a block of them, more positions than a chunk
+    (3, 5, 2, 1, 3),  # several dimensions, one of them 1
+    (2, 5000),  # several blocks of classes; not a multiple of any vector
+    (1, 40_000),  # on CUDA several blocks share a row
+]
+OPTIONS = [
+    dict(reduction=reduction, weight=weight, label_smoothing=smoothing, probabilities=probabilities)
+    for reduction, weight, smoothing, probabilities in itertools.product(
+        REDUCTIONS, [False, True], [0.0, 0.1], [False, True]
+    )
+]
+
+
+def class_dim(shape) -> int:
+    return 0 if len(shape) == 1 else 1
+
+
+def sample(shape, dtype, device="cpu", *, weight=False, probabilities=False, scale=3.0, **_):
+    """Logits, target and class weights."""
+    dim = class_dim(shape)
+    C = shape[dim]
+    logits = (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+    if probabilities:
+        target = torch.randn(shape, device=device).softmax(dim).to(dtype)
+    else:
+        target = torch.randint(C, shape[:dim] + shape[dim + 1 :], device=device)
+        if target.dim():
+            target.view(-1)[2::5] = -100
+    return logits, target, torch.rand(C, device=device).to(dtype) if weight else None
+
+
+def to_double(*tensors):
+    return [
+        None if t is None else t.detach().cpu().double() if t.is_floating_point() else t.cpu()
+        for t in tensors
+    ]
+
+
+def reference(logits, target, weight, grad=None, **options):
+    """The loss and the logits' gradient in float64, from torch's own operators."""
+    x, t, w = to_double(logits, target, weight)
+    loss = F.cross_entropy(x.requires_grad_(), t, w, **options)
+    grad = torch.ones_like(loss) if grad is None else grad.detach().cpu().double()
+    return loss.detach(), torch.autograd.grad(loss, x, grad)[0]
+
+
+def check(logits, target, weight, dtype, **options):
+    loss = cross_entropy(logits, target, weight, **options)
+    grad = torch.rand(loss.shape, device=loss.device).to(loss.dtype) + 0.5
+    (gradient,) = torch.autograd.grad(loss, logits, grad)
+    assert loss.dtype == gradient.dtype == dtype
+    expected, expected_gradient = reference(logits, target, weight, grad, **options)
+    assert_near(loss, expected, dtype)
+    # Of a sure row the gradient is about 0, and what is left is the rounding of p.
+    size = max(expected_gradient.abs().max().item(), 0.1)
+    error = (gradient.detach().cpu().double() - expected_gradient).abs().max().item()
+    assert error <= TOLERANCES[dtype] * size, f"gradient off by {error:.3g} of {size:.3g}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(shape, device):
+    if device.name == "emulated" and math.prod(shape) > 20_000:
+        shape = (*shape[:-1], 3000) if len(shape) == 2 else (1, *shape[1:])  # quicker
+    for dtype in device.dtypes:
+        for options in OPTIONS:
+            inputs = sample(shape, dtype, device, **options)
+            check(*inputs, dtype, reduction=options["reduction"],
+                  label_smoothing=options["label_smoothing"])  # fmt: skip
+
+
+@pytest.mark.parametrize("C", [*range(1, 71), 1000, 1024, 1025, 2048, 2049, 4100])
+def test_every_class_count(C, device):
+    for dtype in device.dtypes:
+        check(*sample((3, C), dtype, device), dtype)
+    check(*sample((2, C, 17), torch.float32, device), torch.float32)
+
+
+@pytest.mark.parametrize("C", [32_000, 131_072])
+def test_very_many_classes(C, device):
+    rows = 1 if device.name == "emulated" else 3
+    for dtype in (torch.float32, torch.bfloat16):
+        check(*sample((rows, C), dtype, device), dtype)
+
+
+def lay_out(tensor, layout):
+    """The same values, otherwise laid out in memory."""
+    if layout == "classes last":
+        return tensor.movedim(class_dim(tensor.shape), -1).contiguous().movedim(
+            -1, class_dim(tensor.shape)
+        )
+    if layout == "reversed":
+        return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(
+            *reversed(range(tensor.dim()))
+        )
+    if layout == "strided":
+        return torch.stack([tensor, tensor], dim=-1)[..., 0]
+    if layout == "offset":
+        return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
+LAYOUTS = ["dense", "classes last", "reversed", "strided", "offset", "expanded"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the device stays as it is
+@given(
+    N=st.integers(1, 40),
+    C=st.integers(1, 60),
+    positions=st.lists(st.integers(1, 7), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    options=st.sampled_from(OPTIONS),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+)
+def test_any_shape_and_strides(device, N, C, positions, dtype, options, layouts):
+    logits, target, weight = sample((N, C, *positions), dtype, device, **options)
+    logits = lay_out(logits.detach(), layouts[0]).requires_grad_()
+    if target.shape == logits.shape or layouts[1] != "classes last":
+        target = lay_out(target, layouts[1])
+    check(logits, target, weight, dtype, reduction=options["reduction"],
+          label_smoothing=options["label_smoothing"])  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_has_the_layout_of_the_logits(layout, device):
+    logits = lay_out(torch.randn(4, 5, 3, 2, device=device), layout).requires_grad_()
+    target = torch.randint(5, (4, 3, 2), device=device)
+    (gradient,) = torch.autograd.grad(cross_entropy(logits, target), logits)
+    assert gradient.stride() == torch.empty_like(logits).stride()
+
+
+# -------------------------------------------------------------------------------------------------
+# torch's own samples
+
+
+CROSS_ENTROPY = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
+MODULE = next(m for m in module_db if m.module_cls is torch.nn.CrossEntropyLoss)
+
+
+def assert_same(actual, expected, leaf_pairs, dtype):
+    """Losses of any reduction, and their gradients with respect to pairs of leaves."""
+    assert actual.dtype == expected.dtype
+    rtol, atol = (4e-2, 4e-2) if dtype is torch.bfloat16 else (1e-5, 1e-5)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
+    for got, wanted in leaf_pairs:
+        (g,) = torch.autograd.grad(actual.sum(), got, retain_graph=True)
+        (w,) = torch.autograd.grad(expected.sum(), wanted, retain_graph=True)
+        torch.testing.assert_close(g, w, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_samples_of_the_operator(dtype, device):
+    samples = list(CROSS_ENTROPY.sample_inputs(str(device), dtype, requires_grad=True))
+    assert len(samples) >= 20
+    for s in samples:
+        actual = cross_entropy(s.input, *s.args, **s.kwargs)
+        expected = F.cross_entropy(s.input, *s.args, **s.kwargs)
+        leaves = [t for t in (s.input, *s.args) if t.requires_grad]
+        assert_same(actual, expected, [(t, t) for t in leaves], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_samples_of_the_module(dtype, device):
+    samples = MODULE.module_inputs_func(
+        MODULE, device=str(device), dtype=dtype, requires_grad=True, training=True
+    )
+    assert len(samples) >= 10
+    for s in samples:
+        made = s.constructor_input
+        fused = fastnet.CrossEntropyLoss(*made.args, **made.kwargs)
+        native = torch.nn.CrossEntropyLoss(*made.args, **made.kwargs)
+        inputs = s.forward_input
+        actual = fused(*inputs.args, **inputs.kwargs)
+        expected = native(*inputs.args, **inputs.kwargs)
+        assert_same(actual, expected, [(inputs.args[0], inputs.args[0])], dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# What must be true of any loss
+
+
+@pytest.mark.parametrize("shape", [(40, 10), (9, 300), (2, 12, 40)], ids=str)
+def test_loss_is_positive_and_gradients_sum_to_zero(shape, device):
+    logits, target, _ = sample(shape, torch.float32, device)
+    loss = cross_entropy(logits, target, reduction="none")
+    assert (loss >= 0).all()
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient.sum(1).abs().max() < 1e-5
+
+
+def test_ignored_rows_have_no_loss_and_no_gradient(device):
+    logits, target, _ = sample((40, 300), torch.float32, device)
+    loss = cross_entropy(logits, target, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    ignored = target == -100
+    assert ignored.any()
+    assert not loss[ignored].any()
+    assert not gradient[ignored].any()
+
+
+@pytest.mark.parametrize("shape", [(20, 10), (5, 3000), (2, 12, 40)], ids=str)
+def test_a_shift_of_all_logits_changes_nothing(shape, device):
+    # Multiples of 1/8 below 64, shifted by multiples of 1024: float32 holds the sums exactly.
+    logits = (torch.randint(-256, 257, shape, device=device) / 8).requires_grad_()
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), device=device)
+    results = []
+    for shift in (0, 1024, -8192):
+        loss = cross_entropy(logits + shift, target, reduction="none")
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]))
+    for loss, gradient in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(gradient, results[0][1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(20, 10), (5, 300), (5, 5000), (2, 12, 40)], ids=str)
+@pytest.mark.parametrize("centre", [1e4, -1e4, 0.0])
+def test_large_logits(shape, centre, device):
+    """Their log-sum-exp in float32 alone would leave three digits of the gradient."""
+    for dtype in (torch.float32, torch.float64):
+        logits, target, weight = sample(shape, dtype, device, weight=True)
+        logits = (logits.detach() + centre).requires_grad_()
+        check(logits, target, weight, dtype)
+        check(logits, target, weight, dtype, label_smoothing=0.2)
+        spread = sample(shape, dtype, device, scale=1e4)
+        check(*spread, dtype, reduction="none")
+
+
+def hostile(shape):
+    """Logits with what softmax chokes on, by name; rows of their own for each."""
+    torch.manual_seed(1)
+    inf, nan = float("inf"), float("nan")
+    C = shape[1]
+    for name, values in {
+        "-inf beside": {0: -inf},
+        "-inf at the target": {1: -inf},
+        "all but one -inf": dict.fromkeys(range(C - 1), -inf),
+        "all -inf": dict.fromkeys(range(C), -inf),
+        "the first half -inf, the rest far down": {
+            **dict.fromkeys(range(C // 2), -inf), **{c: -1000.0 - c for c in range(C // 2, C)}
+        },
+        "inf": {2: inf},
+        "two inf": {1: inf, 2: inf},
+        "nan": {C - 1: nan},
+        "nan and inf": {0: nan, 1: inf},
+        "all nan": dict.fromkeys(range(C), nan),
+        "nan among -inf": {**dict.fromkeys(range(C), -inf), 1: nan},
+        "largest": {1: 3e38, 2: -3e38},
+    }.items():  # fmt: skip
+        logits = torch.randn(shape)
+        for c, value in values.items():
+            logits[0, c] = value
+        yield name, logits
+
+
+@pytest.mark.parametrize("shape", [(2, 10), (2, 70), (2, 4200), (2, 40, 17)], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_nan_and_infinity_pass_as_in_torch(shape, smoothing, device):
+    rows = (shape[0], *shape[2:])
+    for name, values in hostile(shape):
+        targets = {
+            "classes": torch.ones(rows, dtype=torch.int64),
+            "ignored": torch.full(rows, -100),
+            "probabilities": torch.rand(shape).softmax(1),
+        }
+        for kind, target in targets.items():
+            results = []
+            for function, where in ((F.cross_entropy, "cpu"), (cross_entropy, str(device))):
+                logits = values.to(where).requires_grad_()
+                loss = function(
+                    logits, target.to(where), reduction="none", label_smoothing=smoothing
+                )
+                results.append((loss.cpu(), torch.autograd.grad(loss.sum(), logits)[0].cpu()))
+            for actual, expected in zip(results[1], results[0], strict=True):
+                torch.testing.assert_close(
+                    actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5,
+                    msg=lambda text: f"{name}, {kind}: {text}",
+                )  # fmt: skip
+
+
+def test_nothing_counts(device):
+    """As in torch: the mean of nothing is NaN, its gradient is not."""
+    logits = torch.randn(4, 6, device=device, requires_grad=True)
+    ignored = torch.full((4,), -100, device=device)
+    loss = cross_entropy(logits, ignored)
+    assert loss.isnan()
+    assert not torch.autograd.grad(loss, logits)[0].any()
+    assert cross_entropy(logits, ignored, reduction="sum") == 0
+    weightless = cross_entropy(logits, torch.ones_like(ignored), torch.zeros(6, device=device))
+    assert weightless.isnan()
+    assert torch.autograd.grad(weightless, logits)[0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty_batches(shape, reduction, device):
+    logits = torch.randn(shape, device=device, requires_grad=True)
+    target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64, device=device)
+    expected = F.cross_entropy(logits, target, reduction=reduction)
+    actual = cross_entropy(logits, target, reduction=reduction)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+    # And the raw ops by themselves.
+    loss, statistics = device.ops.cross_entropy_forward(
+        logits.detach(), target, None, REDUCTIONS[reduction], -100, 0.0
+    )
+    torch.testing.assert_close(loss, expected.detach(), equal_nan=True)
+    gradient = device.ops.cross_entropy_backward(
+        torch.ones_like(loss), logits.detach(), target, None, statistics, REDUCTIONS[reduction],
+        -100, 0.0,
+    )  # fmt: skip
+    assert gradient.shape == shape
+
+
+def test_exponentials_and_logarithms_are_good_to_2_ulp():
+    """Through the raw ops: with m = 0, log Σ = 0 and Σ q = 1 given, and probabilities of 0, the
+    gradient is exp(x); of C equal logits the log-sum is log C."""
+    for dtype, low, high, digits in ((torch.float32, -87.3, 88.3, 23), (torch.float64, -708, 709, 52)):
+        x = torch.linspace(low, high, 200_001, dtype=torch.float64).to(dtype).view(-1, 3)
+        rows = len(x)
+        statistics = torch.zeros(3 * rows + 1, dtype=dtype)
+        statistics[2 * rows : 3 * rows] = 1
+        actual = torch.ops.fastnet.cross_entropy_backward(
+            torch.ones((), dtype=dtype), x, torch.zeros_like(x), None, statistics, 2, -100, 0.0
+        )
+        # float64's own exp, which is good to 1 ulp of its own.
+        expected = x.double().exp()
+        allowed = 2.0 if dtype is torch.float32 else 3.0
+        ulp = torch.exp2(expected.log2().floor() - digits)
+        assert ((actual.double() - expected).abs() / ulp).max() <= allowed
+        for C in [*range(1, 100), 1000, 5000]:
+            logits = torch.full((1, C), -3.25, dtype=dtype)
+            _, statistics = torch.ops.fastnet.cross_entropy_forward(
+                logits, torch.zeros(1, dtype=torch.int64), None, 2, -100, 0.0
+            )
+            error = abs(statistics[1].item() - math.log(C))
+            assert error <= allowed * 2.0 ** (math.frexp(math.log(C))[1] - 1 - digits), C
+
+
+def test_inputs_are_not_written_to(device):
+    for shape in ((20, 10), (3, 300), (2, 12, 40)):
+        logits, target, weight = sample(shape, torch.float32, device, weight=True)
+        before = [t.detach().clone() for t in (logits, target, weight)]
+        cross_entropy(logits, target, weight, label_smoothing=0.1).backward()
+        for old, new in zip(before, (logits, target, weight), strict=True):
+            assert torch.equal(old, new)
+
+
+def test_changed_logits_are_noticed(device):
+    logits, target, _ = sample((20, 10), torch.float32, device)
+    for changed in (0, 1):
+        hidden = logits * 1
+        labels = target.clone()
+        loss = cross_entropy(hidden, labels)
+        (hidden, labels)[changed].mul_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("shape", [(5000, 10), (100, 1000), (8, 21, 33, 31)], ids=str)
+def test_same_bits_every_time_and_on_any_number_of_threads(shape, device):
+    if device.name == "emulated":
+        shape = (shape[0] // 4, *shape[1:])
+    logits, target, weight = sample(shape, torch.float32, device, weight=True)
+    threads = torch.get_num_threads()
+
+    def run():
+        loss = cross_entropy(logits, target, weight, label_smoothing=0.1)
+        return [loss.detach(), *torch.autograd.grad(loss, logits)]
+
+    first = run()
+    for again in (run() for _ in range(5 if device.name == "cpu" else 1)):
+        assert all(map(torch.equal, first, again))
+    try:
+        torch.set_num_threads(1)
+        assert all(map(torch.equal, first, run()))
+    finally:
+        torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------------------------------------------------
+# torch's machinery
+
+
+CASES = {
+    "classes": dict(shape=(5, 4)),
+    "weight, smoothing": dict(shape=(5, 4), weight=True, smoothing=0.2),
+    "probabilities": dict(shape=(5, 4), probabilities=True, weight=True, smoothing=0.2),
+    "positions": dict(shape=(2, 4, 3, 2)),
+    "sum": dict(shape=(5, 4), reduction="sum"),
+    "none": dict(shape=(2, 4, 3), reduction="none", weight=True),
+    "one row": dict(shape=(4,)),
+}
+
+
+def case(name, device):
+    """A function of the logits alone, and float64 logits."""
+    options = {"weight": False, "probabilities": False, "smoothing": 0.0, "reduction": "mean",
+               **CASES[name]}  # fmt: skip
+    logits, target, weight = sample(
+        options["shape"], torch.float64, device, weight=options["weight"],
+        probabilities=options["probabilities"],
+    )  # fmt: skip
+
+    def function(x, loss=cross_entropy):
+        return loss(x, target, weight, reduction=options["reduction"],
+                    label_smoothing=options["smoothing"])  # fmt: skip
+
+    return function, logits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(name, device):
+    function, logits = case(name, device)
+    assert torch.autograd.gradcheck(function, logits)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradgradcheck(name, device):
+    function, logits = case(name, device)
+    assert torch.autograd.gradgradcheck(function, logits)
+
+
+def test_forward_mode():
+    function, logits = case("classes", "cpu")
+    assert torch.autograd.gradcheck(function, logits, check_forward_ad=True)
+
+
+def test_batched_gradients(device):
+    function, logits = case("none", device)
+    grads = torch.randn(3, 2, 3, dtype=torch.float64, device=device)
+    actual, expected = (
+        torch.autograd.grad(function(logits, loss), logits, grads, is_grads_batched=True)
+        for loss in (cross_entropy, F.cross_entropy)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_opcheck(options, device):
+    for shape in ((5, 4), (2, 4, 3), (4,)):
+        logits, target, weight = (
+            None if t is None else t.detach() for t in sample(shape, torch.float64, device, **options)
+        )
+        rest = (REDUCTIONS[options["reduction"]], -100, options["label_smoothing"])
+        torch.library.opcheck(
+            device.ops.cross_entropy_forward.default, (logits, target, weight, *rest)
+        )
+        loss, statistics = device.ops.cross_entropy_forward(logits, target, weight, *rest)
+        backward = (torch.rand_like(loss), logits, target, weight, statistics, *rest)
+        torch.library.opcheck(device.ops.cross_entropy_backward.default, backward)
+        torch.library.opcheck(
+            device.ops.cross_entropy_backward.out, backward, {"out": torch.empty_like(logits)}
+        )
+
+
+def test_opcheck_of_other_layouts(device):
+    target = torch.randint(5, (4, 3, 2), device=device)
+    for layout in LAYOUTS:
+        logits = lay_out(torch.randn(4, 5, 3, 2, device=device), layout)
+        loss, statistics = device.ops.cross_entropy_forward(logits, target, None, 1, -100, 0.0)
+        torch.library.opcheck(
+            device.ops.cross_entropy_backward.default,
+            (torch.ones_like(loss), logits, target, None, statistics, 1, -100, 0.0),
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_compile_without_graph_breaks(dynamic, reduction):
+    torch._dynamo.reset()
+    module = fastnet.CrossEntropyLoss(torch.rand(7), reduction=reduction, label_smoothing=0.1)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
+    for rows in (3, 8):
+        logits, target, _ = sample((rows, 7), torch.float32)
+        expected, actual = module(logits, target), compiled(logits, target)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual.square().sum(), logits),
+            torch.autograd.grad(expected.square().sum(), logits),
+        )
+
+
+def test_export():
+    module = fastnet.CrossEntropyLoss()
+    inputs = (torch.randn(4, 6), torch.tensor([1, 2, 3, 0]))
+    torch.testing.assert_close(torch.export.export(module, inputs).module()(*inputs), module(*inputs))
+
+
+def functional_cases():
+    from torch.func import grad, hessian, jvp, vmap
+
+    def loss(f, x, t):
+        return f(x, t).square().sum()
+
+    return {
+        "grad": lambda f, x, t: grad(loss, argnums=1)(f, x, t),
+        "per-sample grad": lambda f, x, t: vmap(grad(lambda row, y: f(row, y)))(x, t),
+        "hessian": lambda f, x, t: hessian(lambda v: f(v, t))(x),
+        "jvp": lambda f, x, t: jvp(lambda v: f(v, t), (x,), (torch.ones_like(x),)),
+        "compiled grad": lambda f, x, t: torch.compile(
+            lambda v: grad(lambda u: f(u, t))(v), fullgraph=True
+        )(x),
+    }
+
+
+@pytest.mark.parametrize("name", functional_cases())
+def test_torch_func(name):
+    logits, target, _ = sample((4, 6), torch.float64)
+    run = functional_cases()[name]
+    actual, expected = (
+        run(f, logits.detach(), target.clamp(min=0)) for f in (cross_entropy, F.cross_entropy)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_autocast_gives_float32(dtype, probabilities, device):
+    for logits_dtype in (torch.float32, dtype, torch.float64):
+        logits, target, weight = sample(
+            (8, 20), logits_dtype, device, weight=True, probabilities=probabilities
+        )
+        target = target.float() if probabilities else target
+        weight = weight.to(torch.float64 if logits_dtype is torch.float64 else torch.float32)
+        with torch.autocast(device, dtype=dtype):
+            expected = F.cross_entropy(logits, target, weight)
+            actual = cross_entropy(logits, target, weight)
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected)
+        got, wanted = (torch.autograd.grad(loss, logits)[0] for loss in (actual, expected))
+        assert got.dtype == logits_dtype
+        torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------
+# Inputs that the kernels do not take
+
+
+def native_and_fused(*arguments, **options):
+    outcomes = []
+    for function in (F.cross_entropy, cross_entropy):
+        try:
+            outcomes.append(function(*arguments, **options))
+        except Exception as error:  # which one is what is compared
+            outcomes.append(error)
+    return outcomes
+
+
+LOGITS = torch.randn(3, 5)
+LABELS = torch.tensor([1, 0, 4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ((LOGITS.half(), LABELS), {}),
+        ((LOGITS, LABELS.byte()), {}),
+        ((LOGITS, LOGITS.softmax(1).double()), {}),
+        ((LOGITS, LABELS), {"label_smoothing": -1.0}),  # torch takes this for none
+        ((LOGITS[0], torch.tensor([1])), {}),  # one row, its target in a list
+        ((LOGITS.to("meta"), LABELS.to("meta")), {}),
+        ((LOGITS, LABELS), {"ignore_index": 4}),
+        ((LOGITS, LABELS + 100), {"ignore_index": 104, "reduction": "none"}),
+    ],
+    ids=["float16", "uint8 target", "wider target", "negative smoothing", "target of one", "meta",
+         "a class ignored", "rejected"],
+)  # fmt: skip
+def test_what_torch_takes_is_taken(arguments, options):
+    expected, actual = native_and_fused(*arguments, **options)
+    assert type(actual) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        if not expected.is_meta:
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((LOGITS, torch.tensor([1, 5, 0])), {}, "5"),
+        ((LOGITS, torch.tensor([1, -1, 0])), {}, "-1"),
+        ((LOGITS, torch.tensor([1, 0, 9])), {"label_smoothing": 0.1}, "9"),
+        ((LOGITS, torch.tensor([1, 0])), {}, "3"),
+        ((LOGITS, LABELS.int()), {}, "Int"),
+        ((LOGITS, LABELS), {"label_smoothing": 2.0}, "2"),
+        ((LOGITS, LABELS), {"reduction": "median"}, "median"),
+        ((LOGITS, LABELS, torch.rand(5).double()), {}, "Double"),
+        ((LOGITS, LABELS, torch.rand(4)), {}, "4"),
+        ((LOGITS, LABELS, torch.rand(5, requires_grad=True)), {}, "weight"),
+        ((LOGITS, LOGITS.softmax(1)), {"ignore_index": 2}, "ignore_index"),
+        ((LOGITS, torch.ones(3, 5, dtype=torch.int64)), {}, "Long"),
+    ],
+    ids=["class 5 of 5", "class -1", "smoothed", "batch", "int32 target", "smoothing", "reduction",
+         "weight dtype", "weight size", "weight gradient", "ignored probability", "2-d labels"],
+)  # fmt: skip
+def test_what_torch_rejects_is_rejected(arguments, options, words):
+    expected, actual = native_and_fused(*arguments, **options)
+    assert isinstance(expected, Exception)
+    assert type(actual) is type(expected)
+    assert words in str(actual)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(target=torch.tensor([1, 0])), r"target \(2\) does not fit logits \(3, 5\)"),
+        (dict(target=LABELS.int()), "Int"),
+        (dict(weight=torch.rand(4)), r"weight must be \(5\).*but is \(4\)"),
+        (dict(weight=torch.rand(5).double()), "weight is Double"),
+        (dict(reduction=7), "7"),
+        (dict(label_smoothing=1.5), "1.5"),
+        (dict(logits=torch.randn(3, 0)), "no classes"),
+        (dict(logits=torch.randn(3, 5).half()), "Half"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_raw_op_rejects(change, words):
+    arguments = {"logits": LOGITS, "target": LABELS, "weight": None, "reduction": 1,
+                 "ignore_index": -100, "label_smoothing": 0.0, **change}  # fmt: skip
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.fastnet.cross_entropy_forward(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(grad_loss=torch.ones(3)), "must have 1 values"),
+        (dict(grad_loss=torch.ones((), dtype=torch.float64)), "Double"),
+        (dict(statistics=torch.ones(6)), "must have 7 values"),
+        (dict(out=torch.empty(3, 4)), r"out \(3, 4\) does not fit"),
+        (dict(out=torch.empty(3, 5).double()), "Double"),
+        (dict(target=torch.tensor([1, 0, 5])), "target 5 at position 2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_raw_backward_rejects(change, words):
+    out = {"out": change.pop("out")} if "out" in change else {}
+    arguments = {"grad_loss": torch.ones(()), "logits": LOGITS, "target": LABELS, "weight": None,
+                 "statistics": torch.zeros(7), "reduction": 1, "ignore_index": -100,
+                 "label_smoothing": 0.0, **change}  # fmt: skip
+    with pytest.raises((RuntimeError, IndexError), match=words):
+        torch.ops.fastnet.cross_entropy_backward(*arguments.values(), **out)
+
+
+@pytest.mark.parametrize("shape", ["(3, 5)", "(3, 2000)", "(3, 5, 40)"])
+def test_cuda_kernels_stop_at_a_target_out_of_bounds(shape, device):
+    """In a process of its own, which ends there: nothing can be done on that card afterwards."""
+    if device.name == "cpu":
+        pytest.skip("the CPU raises an IndexError")
+    namespace = "fastnet_emulated" if device.name == "emulated" else "fastnet"
+    where = "cpu" if device.name == "emulated" else "cuda"
+    program = f"""
+import sys, torch, fastnet
+sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
+import conftest
+assert {device.name != "emulated"} or conftest.load_emulated()
+shape = {shape}
+logits = torch.randn(shape, device={where!r})
+target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64, device={where!r})
+target[1] = shape[1]
+torch.ops.{namespace}.cross_entropy_forward(logits, target, None, 1, -100, 0.0)
+if {where!r} == "cuda":
+    torch.cuda.synchronize()
+print("went on")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "went on" not in run.stdout
+    assert "out of bounds" in run.stderr or "device-side assert" in run.stderr
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    run_on_isa(isa, __file__, "cpu and (float64 or strides or nan or bits or large) or ulp")
+
+
+# -------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_memory_beyond_the_gradient():
+    program = """
+import torch, fastnet
+from fastnet.functional import cross_entropy
+
+def status(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return 1024 * int(line.split()[1])
+
+N, C = 1024, 16_000
+cross_entropy(torch.randn(8, C, requires_grad=True), torch.zeros(8, dtype=torch.int64)).backward()
+logits = torch.randn(N, C, requires_grad=True)
+target = torch.randint(C, (N,))
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
+before = status("VmRSS")
+cross_entropy(logits, target).backward()
+size = 4 * N * C
+print((status("VmHWM") - before - size) / size)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) <= 0.02
+
+
+# -------------------------------------------------------------------------------------------------
+# The module
+
+
+def test_module_is_a_cross_entropy_loss():
+    native = torch.nn.CrossEntropyLoss(torch.rand(10), ignore_index=3, reduction="sum")
+    fused = fastnet.CrossEntropyLoss(torch.zeros(10), ignore_index=3, reduction="sum")
+    assert isinstance(fused, torch.nn.CrossEntropyLoss)
+    fused.load_state_dict(native.state_dict())
+    logits, target = torch.randn(20, 10), torch.randint(10, (20,))
+    torch.testing.assert_close(fused(logits, target), native(logits, target))
+    again = copy.deepcopy(fused)
+    torch.testing.assert_close(again(logits, target), native(logits, target))
+
+
+# -------------------------------------------------------------------------------------------------
+# linear_cross_entropy
+
+
+def linear_sample(dtype, device="cpu", probabilities=False, N=100, K=16, C=37):
+    """Multiples of 1/8, so that the logits are the same in every dtype, but for bfloat16's."""
+    x, w, b = (
+        (torch.randint(-8, 9, size, device=device) / 8).to(dtype).requires_grad_()
+        for size in ((N, K), (C, K), (C,))
+    )
+    _, target, class_weight = sample((N, C), dtype, device, weight=True, probabilities=probabilities)
+    return x, w, b, target, class_weight
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr("fastnet.ops.linear_cross_entropy.CHUNK_BYTES", 1)  # 32 rows
+
+
+def linear_reference(x, w, target, b, class_weight, grad, **options):
+    leaves = [t.requires_grad_() for t in to_double(x, w, b) if t is not None]
+    _, t, cw = to_double(x, target, class_weight)
+    logits = F.linear(*leaves)
+    loss = F.cross_entropy(logits, t, cw, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaves, grad.detach().cpu().double())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_linear_matches_float64(reduction, probabilities, bias, device, small_chunks):
+    for dtype in device.dtypes:
+        x, w, b, target, class_weight = linear_sample(dtype, device, probabilities)
+        b = b if bias else None
+        for cw, smoothing in ((None, 0.0), (class_weight, 0.1)):
+            options = dict(reduction=reduction, label_smoothing=smoothing)
+            loss = linear_cross_entropy(x, w, target, b, cw, **options)
+            assert loss.dtype == dtype
+            grad = torch.rand(loss.shape, device=loss.device).to(dtype)
+            leaves = [t for t in (x, w, b) if t is not None]
+            expected, expected_gradients = linear_reference(x, w, target, b, cw, grad, **options)
+            scale = 3 if dtype in (torch.bfloat16, torch.float16) else 1  # rounded in between
+            for actual, wanted in zip(
+                (loss, *torch.autograd.grad(loss, leaves, grad)),
+                (expected, *expected_gradients),
+                strict=True,
+            ):
+                assert actual.dtype == dtype
+                error = (actual.detach().cpu().double() - wanted).abs().max() / wanted.abs().max()
+                assert error <= scale * TOLERANCES[dtype]
+
+
+def test_linear_only_wanted_gradients(small_chunks):
+    for needs in itertools.product([False, True], repeat=3):
+        *leaves, target, _ = linear_sample(torch.float64)
+        x, w, b = (t.detach().requires_grad_(n) for t, n in zip(leaves, needs, strict=True))
+        loss = linear_cross_entropy(x, w, target, b)
+        assert loss.requires_grad == any(needs)
+        if any(needs):
+            loss.backward()
+        assert tuple(t.grad is not None for t in (x, w, b)) == needs
+
+
+def test_linear_backward_twice_with_other_factors(small_chunks):
+    x, w, b, target, _ = linear_sample(torch.float64)
+    loss = linear_cross_entropy(x, w, target, b)
+    gradients = [
+        torch.autograd.grad(loss, w, torch.tensor(g, dtype=torch.float64), retain_graph=True)[0]
+        for g in (1.0, 3.0, 1.0)
+    ]
+    torch.testing.assert_close(gradients[1], 3 * gradients[0])
+    assert torch.equal(gradients[0], gradients[2])
+    loss.backward()  # what accumulates into .grad must not be what is saved
+    w.grad.zero_()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_linear_gradgradcheck(reduction, small_chunks):
+    x, w, b, target, class_weight = linear_sample(torch.float64, N=5, K=3, C=4)
+
+    def function(x, w, b):
+        return linear_cross_entropy(x, w, target, b, class_weight, reduction=reduction)
+
+    assert torch.autograd.gradcheck(function, (x, w, b))
+    assert torch.autograd.gradgradcheck(function, (x, w, b))
+
+
+def test_linear_under_torchs_machinery(small_chunks):
+    x, w, b, target, _ = linear_sample(torch.float32)
+    expected = F.cross_entropy(F.linear(x, w, b), target)
+    gradients = torch.autograd.grad(expected, (x, w, b))
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)(x, w, target, b)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(torch.autograd.grad(compiled, (x, w, b)), gradients)
+    grad = torch.func.grad(lambda v: linear_cross_entropy(x, v, target, b))(w)
+    torch.testing.assert_close(grad, gradients[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(x, w, target, b)
+        wanted = F.cross_entropy(F.linear(x, w, b), target)
+    assert loss.dtype == wanted.dtype == torch.float32
+    torch.testing.assert_close(loss, wanted, rtol=1e-2, atol=1e-2)
+    loss.backward()
+    assert w.grad.dtype == torch.float32
+    torch.testing.assert_close(w.grad, gradients[1], rtol=5e-2, atol=1e-3)
+
+
+def test_linear_takes_and_rejects_as_the_two_ops_do():
+    x, w, b, target, _ = linear_sample(torch.float32)
+    one = linear_cross_entropy(x[0], w, target[0], b)
+    torch.testing.assert_close(one, F.cross_entropy(F.linear(x[0], w, b), target[0]))
+    empty = linear_cross_entropy(x[:0], w, target[:0], b, reduction="sum")
+    assert empty == 0
+    half = [t.detach().half() for t in (x, w, b)]
+    torch.testing.assert_close(
+        linear_cross_entropy(half[0], half[1], target, half[2]),
+        F.cross_entropy(F.linear(*half), target),
+    )
+    with pytest.raises(ValueError, match=r"\(2, 50, 16\)"):
+        linear_cross_entropy(x.view(2, 50, 16), w, target.view(2, 50))
+    with pytest.raises(IndexError, match="37"):
+        linear_cross_entropy(x, w, torch.full_like(target, 37), b)
+    with pytest.raises(ValueError, match="100"):
+        linear_cross_entropy(x, w, target[:50], b)
+    with pytest.raises(RuntimeError, match="100x16"):
+        linear_cross_entropy(x, w[:, :10], target, b)
