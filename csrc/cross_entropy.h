@@ -16,8 +16,9 @@
 //
 // What forward hands to backward is one vector of the accumulate type, `statistics`: every row's
 // maximum m; every row's log Σ exp(x - m); with probabilities or smoothing every row's Σ q (then
-// q = w for classes); and last the mean's divisor. m and the logarithm stay apart, since their sum would round away what exp(x - lse)
-// needs: logits of 1e4 would have gradients good to three digits only.
+// q = w for classes); and last the mean's divisor. m and the logarithm stay apart, since their sum
+// would round away what exp(x - lse) needs: logits of 1e4 would have gradients good to three digits
+// only.
 #pragma once
 
 #include "common.h"
@@ -40,8 +41,8 @@ inline ScalarType accumulate_type(const Tensor& tensor) {
 }
 
 inline CrossEntropyShape check_cross_entropy(const Tensor& logits, const Tensor& target,
-                                             const std::optional<Tensor>& weight,
-                                             int64_t reduction, double label_smoothing) {
+                                             const std::optional<Tensor>& weight, int64_t reduction,
+                                             double label_smoothing) {
   check(logits.dim() >= 1, "cross_entropy: logits must have at least one dimension");
   const int64_t class_dim = logits.dim() == 1 ? 0 : 1;
   CrossEntropyShape shape{class_dim == 0 ? 1 : logits.size(0), logits.size(class_dim), 1,
@@ -99,9 +100,9 @@ inline void check_cross_entropy_backward(const CrossEntropyShape& shape, const T
           "cross_entropy_backward: the arguments are on different devices");
   }
   for (const Tensor* tensor : {&grad_loss, &statistics}) {
-    check(tensor->scalar_type() == accumulate_type(logits), "cross_entropy_backward: ",
-          "grad_loss and statistics must be ", accumulate_type(logits), ", but one is ",
-          tensor->scalar_type());
+    check(tensor->scalar_type() == accumulate_type(logits),
+          "cross_entropy_backward: ", "grad_loss and statistics must be ", accumulate_type(logits),
+          ", but one is ", tensor->scalar_type());
   }
 }
 

@@ -96,8 +96,8 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""Computes softmax, logarithm and negative log-likelihood in one pass over the logits, and their
-    gradient in one more.
+    r"""Computes softmax, logarithm and negative log-likelihood in one pass over the logits, and
+    their gradient in one more.
 
     Takes what `F.cross_entropy` takes, with the same result. What the kernels do not cover (float16
     on the CPU, targets that want a gradient or are uint8, sparse tensors) goes to that function.
@@ -203,12 +203,12 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""Computes `cross_entropy(F.linear(input, weight, bias), target, class_weight, ...)` in chunks of
-    rows, so that the logits, and their gradient, never stand in memory whole.
+    r"""Computes `cross_entropy(F.linear(input, weight, bias), target, class_weight, ...)` in chunks
+    of rows, so that the logits, and their gradient, never stand in memory whole.
 
-    For last layers with very many classes. For a scalar loss the gradients are made along with it, a
-    chunk at a time; for reduction "none" and for float16 the logits are made twice. What the kernels
-    do not cover goes through the two functions.
+    For last layers with very many classes. For a scalar loss the gradients are made along with it,
+    a chunk at a time; for reduction "none" and for float16 the logits are made twice. What the
+    kernels do not cover goes through the two functions.
 
     Args:
         input: `(N, in_features)` or `(in_features)`.

@@ -20,8 +20,8 @@ struct CrossEntropyCall {
   const T* probabilities;
   ClassStrides target_at;
   const acc_t<T>* weight;  // (C) or null
-  acc_t<T> keep, spread;     // 1 - ε, ε / C
-  bool needs_dot;            // probabilities or smoothing
+  acc_t<T> keep, spread;   // 1 - ε, ε / C
+  bool needs_dot;          // probabilities or smoothing
   int64_t ignore_index;
   acc_t<T>*maximum, *log_sum, *target_sum;  // the statistics, a value per row each
 
@@ -32,7 +32,6 @@ struct CrossEntropyCall {
   const acc_t<T>* grad_loss;
   bool per_row;         // whether grad_loss is
   acc_t<T> grad_scale;  // the mean's
-
 };
 
 struct ChunkSums {
@@ -160,8 +159,7 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
   const CrossEntropyShape shape =
       check_cross_entropy(logits, target, weight, reduction, label_smoothing);
   Tensor loss = allocate_loss(logits, reduction);
-  Tensor statistics =
-      allocate(logits, std::array{shape.statistics()}, accumulate_type(logits));
+  Tensor statistics = allocate(logits, std::array{shape.statistics()}, accumulate_type(logits));
 
   dispatch_float("cross_entropy", logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -186,9 +184,9 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
     }
     call.maximum[shape.statistics() - 1] = static_cast<A>(total.divisor);
     if (static_cast<Reduction>(reduction) != Reduction::none) {
-      *result = static_cast<A>(
-          static_cast<Reduction>(reduction) == Reduction::mean ? total.loss / total.divisor
-                                                               : total.loss);
+      *result = static_cast<A>(static_cast<Reduction>(reduction) == Reduction::mean
+                                   ? total.loss / total.divisor
+                                   : total.loss);
     }
   });
   return {loss, statistics};
@@ -235,8 +233,8 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
                               int64_t reduction, int64_t ignore_index, double label_smoothing) {
   Tensor gradient = allocate_like(logits);
   prefer_huge_pages(gradient);
-  cross_entropy_backward_out(grad_loss, logits, target, weight, statistics, reduction,
-                             ignore_index, label_smoothing, gradient);
+  cross_entropy_backward_out(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
+                             label_smoothing, gradient);
   return gradient;
 }
 

@@ -1,5 +1,5 @@
-// The loops of cross_entropy, compiled once per instruction set by foreach_isa.h. The formulae stand
-// in ../cross_entropy.h.
+// The loops of cross_entropy, compiled once per instruction set by foreach_isa.h. The formulae
+// stand in ../cross_entropy.h.
 //
 // Two walks over the same sums. Where a row's classes lie side by side, vectors lie along the
 // classes (`row_*`). Where the positions behind the classes do, as in (N, C, H, W), a vector is as
@@ -51,8 +51,8 @@ struct Sums {
 // The end of every row: its statistics and its loss. Adds what it counts in the mean to `divisor`.
 template <class T>
 FASTNET_INLINE acc_t<T> finish_row(const CrossEntropyCall<T>& call, int64_t row,
-                                const Sums<acc_t<T>>& sums, acc_t<T> log_sum, const T* logits,
-                                int64_t logits_cls, double& divisor) {
+                                   const Sums<acc_t<T>>& sums, acc_t<T> log_sum, const T* logits,
+                                   int64_t logits_cls, double& divisor) {
   using A = acc_t<T>;
   call.maximum[row] = sums.maximum;
   call.log_sum[row] = log_sum;
@@ -223,10 +223,10 @@ static Sums<acc_t<T>> row_sums(const CrossEntropyCall<T>& call, const T* logits,
     }
     sums.exps += block_exp_sum(x, padded, shift_of(sums.maximum));
     if (!call.needs_dot) continue;
-    const T* const t = probabilities ? side_by_side(probabilities + first * call.target_at.cls,
-                                                    call.target_at.cls, count, narrowed<T>(0),
-                                                    target_buffer)
-                                     : nullptr;
+    const T* const t = probabilities
+                           ? side_by_side(probabilities + first * call.target_at.cls,
+                                          call.target_at.cls, count, narrowed<T>(0), target_buffer)
+                           : nullptr;
     const A* const w = call.weight ? call.weight + first : nullptr;
     if (count < kLanes<T>) {
       narrow_block_dot(call, x, t, w, count, sums);
@@ -296,8 +296,8 @@ struct Columns {
 
 // Rows row, row + 1, ...; those in [skip, count) are wanted, the other lanes only come along.
 template <class T, int kVectors>
-static void column_forward(const CrossEntropyCall<T>& call, Columns<T> x, Columns<T> t,
-                           int64_t row, int64_t skip, int64_t count, ChunkSums& out) {
+static void column_forward(const CrossEntropyCall<T>& call, Columns<T> x, Columns<T> t, int64_t row,
+                           int64_t skip, int64_t count, ChunkSums& out) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
   Sums<Vec<A>> sums[kVectors];
@@ -343,7 +343,7 @@ static void column_forward(const CrossEntropyCall<T>& call, Columns<T> x, Column
     const Sums<Vec<A>>& s = sums[i / kStep];
     const int lane = static_cast<int>(i % kStep);
     const A loss = finish_row(call, row + i, {maximum[i], 0, s.q[lane], s.dot[lane]}, log_sum[i],
-                           x.first + i, x.cls, divisor);
+                              x.first + i, x.cls, divisor);
     if (call.losses) call.losses[row + i] = loss;
     loss_sum += loss;
   }
@@ -370,8 +370,7 @@ static void column_gradient(const CrossEntropyCall<T>& call, Columns<T> x, Colum
   for (int64_t c = 0; c < call.C; ++c) {
     const A w = call.weight ? call.weight[c] : A(1);
     for (int v = 0; v < kVectors; ++v) {
-      const Vec<A> p =
-          exp((x.at(c, v) - load(maximum + v * kStep)) - load(log_sum + v * kStep));
+      const Vec<A> p = exp((x.at(c, v) - load(maximum + v * kStep)) - load(log_sum + v * kStep));
       Vec<A> value = load(slope + v * kStep) * p;
       if constexpr (kOffset) {
         Vec<A> q = splat(w);
@@ -550,8 +549,8 @@ static void backward_chunk(const CrossEntropyCall<T>& call, int64_t begin, int64
     }
     for (; i < width; i += kStep) {  // the last one reaches back, and makes those columns anew
       const int64_t j = i + kStep <= width ? i : width - kStep;
-      column_gradient<T, 1, kOffset>(call, {x + j, at.cls}, {from(t, j), t_at.cls},
-                                     g + j, g_at.cls, begin + j, kStep);
+      column_gradient<T, 1, kOffset>(call, {x + j, at.cls}, {from(t, j), t_at.cls}, g + j, g_at.cls,
+                                     begin + j, kStep);
     }
   } else if (call.C <= kFewClasses) {
     Tile<T> x, t, g;

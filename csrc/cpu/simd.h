@@ -178,8 +178,8 @@ FASTNET_INLINE A reduce_max(typename VectorType<A, kFrom>::type value) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// exp(x) for x up to 88 (float) or 709 (double), to 2 ulp. Where the result would be subnormal it is
-// 0, at -infinity too; NaN stays NaN.
+// exp(x) for x up to 88 (float) or 709 (double), to 2 ulp. Where the result would be subnormal it
+// is 0, at -infinity too; NaN stays NaN.
 //
 // exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2. Adding 1.5 · 2^(digits)
 // rounds to an integer, and leaves n in the lowest bits, from where it is shifted into the
@@ -204,15 +204,24 @@ FASTNET_INLINE Vec<double> exp(Vec<double> x) {
   const Vec<double> n = shifted - 6755399441055744.0;
   const Vec<double> r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
   // The Taylor series up to r¹³ / 13!, whose rest is below 4e-18.
-  constexpr double kInverseFactorials[] = {
-      1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0,
-      1 / 5040.0,       1 / 720.0,       1 / 120.0,      1 / 24.0,      1 / 6.0,      1 / 2.0,
-      1.0,              1.0};
+  constexpr double kInverseFactorials[] = {1 / 6227020800.0,
+                                           1 / 479001600.0,
+                                           1 / 39916800.0,
+                                           1 / 3628800.0,
+                                           1 / 362880.0,
+                                           1 / 40320.0,
+                                           1 / 5040.0,
+                                           1 / 720.0,
+                                           1 / 120.0,
+                                           1 / 24.0,
+                                           1 / 6.0,
+                                           1 / 2.0,
+                                           1.0,
+                                           1.0};
   Vec<double> sum = splat(kInverseFactorials[0]);
 #pragma GCC unroll 13
   for (int k = 1; k < 14; ++k) sum = sum * r + kInverseFactorials[k];
-  const Vec<double> power =
-      (Vec<double>)(((Vec<uint64_t>)shifted << 52) + 0x3ff0000000000000u);
+  const Vec<double> power = (Vec<double>)(((Vec<uint64_t>)shifted << 52) + 0x3ff0000000000000u);
   return x < -708.396418532264 ? Vec<double>{} : sum * power;
 }
 
@@ -239,10 +248,9 @@ FASTNET_INLINE Vec<A> log_by_series(Vec<A> x, Bits bits_of_sqrt_half, int digits
 }
 
 FASTNET_INLINE Vec<float> log(Vec<float> x) {
-  return log_by_series<float, int32_t, 4>(x, 0x3f3504f3, 23, 0.693359375f,
-                                          -2.12194440e-4f);
+  return log_by_series<float, int32_t, 4>(x, 0x3f3504f3, 23, 0.693359375f, -2.12194440e-4f);
 }
 FASTNET_INLINE Vec<double> log(Vec<double> x) {
-  return log_by_series<double, int64_t, 11>(x, 0x3fe6a09e667f3bcd, 52,
-                                            0.693147180369123816490, 1.90821492927058770002e-10);
+  return log_by_series<double, int64_t, 11>(x, 0x3fe6a09e667f3bcd, 52, 0.693147180369123816490,
+                                            1.90821492927058770002e-10);
 }

@@ -1,5 +1,5 @@
-// cross_entropy on CUDA; the formulae stand in ../cross_entropy.h. Nothing of this has been measured
-// on a card yet.
+// cross_entropy on CUDA; the formulae stand in ../cross_entropy.h. Nothing of this has been
+// measured on a card yet.
 //
 // Forward reads the logits once, in one of three ways:
 //   few classes, side by side     a warp per row, the row in registers
@@ -23,18 +23,18 @@ struct CrossEntropyCall {
   const int64_t* classes;  // (N, D), or null, and then:
   const T* probabilities;
   ClassStrides target_at;
-  const A* weight;     // (C) or null
-  A keep, spread;      // 1 - ε, ε / C
-  bool needs_dot;      // probabilities or smoothing
+  const A* weight;  // (C) or null
+  A keep, spread;   // 1 - ε, ε / C
+  bool needs_dot;   // probabilities or smoothing
   int64_t ignore_index;
   A *maximum, *log_sum, *target_sum, *divisor;  // the statistics
 
-  A* losses;           // (rows), or null where a single block sums them
-  A* counts;           // (rows): what each counts in the mean; null where nobody asks
-  A* loss;             // where a single block sums
+  A* losses;  // (rows), or null where a single block sums them
+  A* counts;  // (rows): what each counts in the mean; null where nobody asks
+  A* loss;    // where a single block sums
   bool is_mean;
 
-  T* gradient;         // backward
+  T* gradient;  // backward
   ClassStrides gradient_at;
   const A* grad_loss;
   bool per_row;
@@ -122,8 +122,7 @@ struct RowResult {
 // The end of every row: its statistics, loss, and what it counts in the mean.
 template <class T>
 __device__ __forceinline__ RowResult<acc_t<T>> finish_row(const CrossEntropyCall<T>& call,
-                                                          int64_t row,
-                                                          const Sums<acc_t<T>>& sums) {
+                                                          int64_t row, const Sums<acc_t<T>>& sums) {
   using A = acc_t<T>;
   const A log_sum = log(sums.exps);
   call.maximum[row] = sums.maximum;
@@ -298,8 +297,7 @@ __global__ void position_kernel(CrossEntropyCall<T> call) {
     A most = minus_infinity<A>();
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      values[i] =
-          c + i < call.C ? widen(x[(c + i) * call.logits_at.cls]) : minus_infinity<A>();
+      values[i] = c + i < call.C ? widen(x[(c + i) * call.logits_at.cls]) : minus_infinity<A>();
       if (most < values[i]) most = values[i];
     }
     sums.raise(most);

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import TOLERANCES
+from test_cross_entropy import sample, to_double
+
+from fastnet.functional import linear_cross_entropy
+from fastnet.ops.cross_entropy import REDUCTIONS
+
+
+def draw(dtype, device="cpu", probabilities=False, N=100, K=16, C=37):
+    """Multiples of 1/8, so that the logits are the same in every dtype, but for bfloat16's."""
+    x, w, b = (
+        (torch.randint(-8, 9, size, device=device) / 8).to(dtype).requires_grad_()
+        for size in ((N, K), (C, K), (C,))
+    )
+    _, target, class_weight = sample(
+        (N, C), dtype, device, weight=True, probabilities=probabilities
+    )
+    return x, w, b, target, class_weight
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr("fastnet.ops.linear_cross_entropy.CHUNK_BYTES", 1)  # 32 rows
+
+
+def reference(x, w, target, b, class_weight, grad, **options):
+    leaves = [t.requires_grad_() for t in to_double(x, w, b) if t is not None]
+    _, t, cw = to_double(x, target, class_weight)
+    logits = F.linear(*leaves)
+    loss = F.cross_entropy(logits, t, cw, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaves, grad.detach().cpu().double())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_matches_float64(reduction, probabilities, bias, device):
+    for dtype in device.dtypes:
+        x, w, b, target, class_weight = draw(dtype, device, probabilities)
+        b = b if bias else None
+        for cw, smoothing in ((None, 0.0), (class_weight, 0.1)):
+            options = {"reduction": reduction, "label_smoothing": smoothing}
+            loss = linear_cross_entropy(x, w, target, b, cw, **options)
+            assert loss.dtype == dtype
+            grad = torch.rand(loss.shape, device=loss.device).to(dtype)
+            leaves = [t for t in (x, w, b) if t is not None]
+            expected, expected_gradients = reference(x, w, target, b, cw, grad, **options)
+            scale = 3 if dtype in (torch.bfloat16, torch.float16) else 1  # rounded in between
+            for actual, wanted in zip(
+                (loss, *torch.autograd.grad(loss, leaves, grad)),
+                (expected, *expected_gradients),
+                strict=True,
+            ):
+                assert actual.dtype == dtype
+                error = (actual.detach().cpu().double() - wanted).abs().max() / wanted.abs().max()
+                assert error <= scale * TOLERANCES[dtype]
+
+
+def test_only_wanted_gradients():
+    for needs in itertools.product([False, True], repeat=3):
+        *leaves, target, _ = draw(torch.float64)
+        x, w, b = (t.detach().requires_grad_(n) for t, n in zip(leaves, needs, strict=True))
+        loss = linear_cross_entropy(x, w, target, b)
+        assert loss.requires_grad == any(needs)
+        if any(needs):
+            loss.backward()
+        assert tuple(t.grad is not None for t in (x, w, b)) == needs
+
+
+def test_backward_twice_with_other_factors():
+    x, w, b, target, _ = draw(torch.float64)
+    loss = linear_cross_entropy(x, w, target, b)
+    gradients = [
+        torch.autograd.grad(loss, w, torch.tensor(g, dtype=torch.float64), retain_graph=True)[0]
+        for g in (1.0, 3.0, 1.0)
+    ]
+    torch.testing.assert_close(gradients[1], 3 * gradients[0])
+    assert torch.equal(gradients[0], gradients[2])
+    loss.backward(retain_graph=True)
+    w.grad.zero_()  # must not be what is saved for the next time
+    assert torch.equal(torch.autograd.grad(loss, w)[0], gradients[0])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradgradcheck(reduction):
+    x, w, b, target, class_weight = draw(torch.float64, N=5, K=3, C=4)
+
+    def function(x, w, b):
+        return linear_cross_entropy(x, w, target, b, class_weight, reduction=reduction)
+
+    assert torch.autograd.gradcheck(function, (x, w, b))
+    assert torch.autograd.gradgradcheck(function, (x, w, b))
+
+
+def test_torchs_machinery():
+    x, w, b, target, _ = draw(torch.float32)
+    expected = F.cross_entropy(F.linear(x, w, b), target)
+    gradients = torch.autograd.grad(expected, (x, w, b))
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)(x, w, target, b)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(torch.autograd.grad(compiled, (x, w, b)), gradients)
+    grad = torch.func.grad(lambda v: linear_cross_entropy(x, v, target, b))(w)
+    torch.testing.assert_close(grad, gradients[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(x, w, target, b)
+        wanted = F.cross_entropy(F.linear(x, w, b), target)
+    assert loss.dtype == wanted.dtype == torch.float32
+    torch.testing.assert_close(loss, wanted, rtol=1e-2, atol=1e-2)
+    loss.backward()
+    assert w.grad.dtype == torch.float32
+    torch.testing.assert_close(w.grad, gradients[1], rtol=5e-2, atol=1e-3)
+
+
+def test_takes_and_rejects_as_the_two_ops_do():
+    x, w, b, target, _ = draw(torch.float32)
+    one = linear_cross_entropy(x[0], w, target[0], b)
+    torch.testing.assert_close(one, F.cross_entropy(F.linear(x[0], w, b), target[0]))
+    empty = linear_cross_entropy(x[:0], w, target[:0], b, reduction="sum")
+    assert empty == 0
+    half = [t.detach().half() for t in (x, w, b)]
+    torch.testing.assert_close(
+        linear_cross_entropy(half[0], half[1], target, half[2]),
+        F.cross_entropy(F.linear(*half), target),
+    )
+    with pytest.raises(ValueError, match=r"\(2, 50, 16\)"):
+        linear_cross_entropy(x.view(2, 50, 16), w, target.view(2, 50))
+    with pytest.raises(IndexError, match="37"):
+        linear_cross_entropy(x, w, torch.full_like(target, 37), b)
+    with pytest.raises(ValueError, match="100"):
+        linear_cross_entropy(x, w, target[:50], b)
+    with pytest.raises(RuntimeError, match="100x16"):
+        linear_cross_entropy(x, w[:, :10], target, b)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_below_a_quarter_of_the_two_ops():
+    program = """
+import sys, torch, torch.nn.functional as F
+from fastnet.functional import cross_entropy, linear_cross_entropy
+
+def status(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return 1024 * int(line.split()[1])
+
+function = {
+    "fused": linear_cross_entropy,
+    "two": lambda x, w, t: cross_entropy(F.linear(x, w), t),
+}[sys.argv[1]]
+
+def leaves(N, K, C):
+    x, w = torch.randn(N, K, requires_grad=True), torch.randn(C, K, requires_grad=True)
+    return x, w, torch.randint(C, (N,))
+
+function(*leaves(600, 300, 700)).backward()  # what the library allocates once
+inputs = leaves(2048, 256, 16_000)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
+before = status("VmRSS")
+function(*inputs).backward()
+print(status("VmHWM") - before)
+"""
+    peaks = {}
+    for side in ("fused", "two"):
+        run = subprocess.run([sys.executable, "-c", program, side], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        peaks[side] = int(run.stdout)
+    assert peaks["fused"] < peaks["two"] / 4, peaks
