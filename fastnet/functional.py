@@ -21,6 +21,11 @@ _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 _CUDA_DTYPES = _CPU_DTYPES | {torch.float16} if CUDA_STATUS == "loaded" else frozenset()
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
+# Logits below which cross_entropy on the CPU goes to the native operators, with and without a
+# gradient: there a call's own cost decides, and a node of autograd in Python, with torch.ops twice,
+# costs 25 µs more than torch's own in C++, however quick the kernel (see benchmarks/results).
+SMALL_LOGITS, SMALL_LOGITS_FORWARD = 16_384, 4_096
+
 
 @functools.cache
 def _built_for(device_index: int) -> bool:
@@ -100,7 +105,8 @@ def cross_entropy(
     their gradient in one more.
 
     Takes what `F.cross_entropy` takes, with the same result. What the kernels do not cover (float16
-    on the CPU, targets that want a gradient or are uint8, sparse tensors) goes to that function.
+    on the CPU, targets that want a gradient or are uint8, sparse tensors), and on the CPU what is
+    too small to gain (below 16,384 logits), goes to that function.
 
     Args:
         input: the logits, `(C)`, `(N, C)` or `(N, C, d1, ...)`; any strides. float32, float64 or
@@ -124,6 +130,16 @@ def cross_entropy(
         >>> logits = torch.randn(64, 10, requires_grad=True)
         >>> cross_entropy(logits, torch.randint(10, (64,))).backward()
     """
+    wants_gradient = input.requires_grad and torch.is_grad_enabled()
+    if input.is_cpu and input.numel() < (SMALL_LOGITS if wants_gradient else SMALL_LOGITS_FORWARD):
+        return F.cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
     dtype = input.dtype
     wide = weight_dtype = dtype
     if dtype is not torch.float64 and dtype is not torch.float32:
@@ -146,7 +162,7 @@ def cross_entropy(
     ):
         if weight is not None and weight.dtype is not wide:
             weight = weight.to(wide)
-        if input.requires_grad and torch.is_grad_enabled():
+        if wants_gradient:
             loss = CrossEntropy.apply(
                 input, target, weight, number, ignore_index, float(label_smoothing)
             )

@@ -12,6 +12,8 @@ op_tests="tests/test_linear_relu.py tests/test_cross_entropy.py"
 run() { # kind, library
     echo "== op tests under $2"
     library=$("$compiler" -print-file-name="$2")
+    # With the C++ library, or the sanitizer finds no __cxa_throw to pass exceptions on to.
+    library="$library $("$compiler" -print-file-name=libstdc++.so.6)"
     # One thread: torch's own pool is not instrumented, and would be taken for racing.
     FASTNET_EMULATION="$1" LD_PRELOAD="$library" OMP_NUM_THREADS=1 \
         setarch --addr-no-randomize "$python" -m pytest -q -x -s -p no:cacheprovider $op_tests \

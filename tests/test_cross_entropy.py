@@ -42,6 +42,13 @@ OPTIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _kernels_at_any_size(request, monkeypatch):
+    if "routing" not in request.node.name:
+        monkeypatch.setattr("fastnet.functional.SMALL_LOGITS", 0)
+        monkeypatch.setattr("fastnet.functional.SMALL_LOGITS_FORWARD", 0)
+
+
 def class_dim(shape) -> int:
     return 0 if len(shape) == 1 else 1
 
@@ -570,6 +577,19 @@ def test_autocast_gives_float32(dtype, probabilities, device):
 
 # -------------------------------------------------------------------------------------------------
 # Inputs that the kernels do not take
+
+
+def test_routing_of_small_logits():
+    """To whom nothing but a call's own cost matters."""
+    for N, needs_gradient, fused in ((64, True, False), (2000, True, True), (64, False, False),
+                                     (500, False, True)):  # fmt: skip
+        logits, target, _ = sample((N, 10), torch.float32)
+        logits.requires_grad_(needs_gradient)
+        with torch.profiler.profile() as profile:
+            loss = cross_entropy(logits, target)
+        names = {event.key for event in profile.key_averages()}
+        assert ("fastnet::cross_entropy_forward" in names) == fused
+        torch.testing.assert_close(loss, F.cross_entropy(logits, target))
 
 
 def native_and_fused(*arguments, **options):
