@@ -102,7 +102,7 @@ void prefer_huge_pages(Tensor& tensor) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t kHugePage = int64_t{2} << 20;
   const int64_t bytes = tensor.numel() * tensor.element_size();
-  if (bytes < 4 * kHugePage) return;
+  if (bytes < 2 * kHugePage) return;
   const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
