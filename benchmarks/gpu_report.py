@@ -28,6 +28,8 @@ LIMITS = {"build": 100, "tests": 100, "memcheck": 40, "racecheck": 40, "benchmar
 SHORT = "cuda and float64 and not no and (784 or 130 or 600)"  # a short list for compute-sanitizer
 
 
+OPS = ("linear_relu", "cross_entropy")
+OP_TESTS = [f"tests/test_{op}.py" for op in (*OPS, "linear_cross_entropy")]
 NEEDED = ("torch", "setuptools", "ninja", "pytest", "hypothesis", "typer", "matplotlib")
 
 
@@ -190,9 +192,9 @@ def main() -> int:
     parts = [build(out, capability)]
     rows: list[dict] = []
     if parts[0].ok:
-        tests = [sys.executable, "-m", "pytest", "-q", "tests/test_linear_relu.py", "-k", "cuda"]
+        tests = [sys.executable, "-m", "pytest", "-q", *OP_TESTS, "-k", "cuda"]
         parts.append(run("tests", tests, out))
-        benchmarks = [sys.executable, "-m", "benchmarks", "linear_relu", "--quick"]
+        benchmarks = [sys.executable, "-m", "benchmarks", *OPS, "--quick"]
         benchmarks += ["--out", str(out)]
         parts.append(run("benchmarks", benchmarks, out))
         parts += [sanitize(tool, out) for tool in ("memcheck", "racecheck")]

@@ -22,7 +22,7 @@ void define_schemas(Library& library) {
   library.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
       "Tensor statistics, int reduction, int ignore_index, float label_smoothing) -> Tensor");
-  // The same into memory at hand.
+  // The same into memory at hand, which may be that of the logits.
   library.def(
       "cross_entropy_backward.out(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
       "Tensor statistics, int reduction, int ignore_index, float label_smoothing, *, "

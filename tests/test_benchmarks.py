@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_report, harness, linear_relu
+from benchmarks import cross_entropy, gpu_report, harness, linear_relu
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +60,15 @@ def test_operators_compute_what_autograd_does():
         if timed.mode == "operators":
             harness.verify(timed)
             assert len(timed.sides["fastnet"]()) == 4
+
+
+def test_operators_of_cross_entropy():
+    for shape in ((6, 10), (2, 5, 3, 4)):
+        modes = []
+        for timed in cross_entropy._cases(shape, "cpu", torch.float32):
+            harness.verify(timed)
+            modes.append(timed.mode)
+        assert modes == ["forward", "forward+backward", "operators"]
 
 
 def test_report_without_a_gpu_is_one_sentence():

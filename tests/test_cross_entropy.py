@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import TOLERANCES, assert_near, run_on_isa
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 
 import fastnet
 from fastnet.functional import cross_entropy
@@ -176,8 +174,13 @@ def test_gradient_has_the_layout_of_the_logits(layout, device):
 # torch's own samples
 
 
-CROSS_ENTROPY = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
-MODULE = next(m for m in module_db if m.module_cls is torch.nn.CrossEntropyLoss)
+def torchs_own(database: str, is_wanted):
+    """An entry of torch.testing._internal, which needs more than torch does."""
+    pytest.importorskip("expecttest")
+    from torch.testing._internal import common_methods_invocations, common_modules
+
+    entries = {"ops": common_methods_invocations.op_db, "modules": common_modules.module_db}
+    return next(entry for entry in entries[database] if is_wanted(entry))
 
 
 def assert_same(actual, expected, leaf_pairs, dtype):
@@ -193,7 +196,8 @@ def assert_same(actual, expected, leaf_pairs, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_samples_of_the_operator(dtype, device):
-    samples = list(CROSS_ENTROPY.sample_inputs(str(device), dtype, requires_grad=True))
+    op = torchs_own("ops", lambda op: op.name == "nn.functional.cross_entropy")
+    samples = list(op.sample_inputs(str(device), dtype, requires_grad=True))
     assert len(samples) >= 20
     for s in samples:
         actual = cross_entropy(s.input, *s.args, **s.kwargs)
@@ -204,8 +208,9 @@ def test_samples_of_the_operator(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_samples_of_the_module(dtype, device):
-    samples = MODULE.module_inputs_func(
-        MODULE, device=str(device), dtype=dtype, requires_grad=True, training=True
+    module = torchs_own("modules", lambda m: m.module_cls is torch.nn.CrossEntropyLoss)
+    samples = module.module_inputs_func(
+        module, device=str(device), dtype=dtype, requires_grad=True, training=True
     )
     assert len(samples) >= 10
     for s in samples:
@@ -386,6 +391,20 @@ def test_inputs_are_not_written_to(device):
         cross_entropy(logits, target, weight, label_smoothing=0.1).backward()
         for old, new in zip(before, (logits, target, weight), strict=True):
             assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("shape", [(70, 10), (5, 33), (3, 5000), (2, 12, 41)], ids=str)
+def test_raw_backward_in_the_place_of_the_logits(shape, device):
+    for dtype in device.dtypes:
+        logits, target, _ = (
+            t if t is None else t.detach() for t in sample(shape, dtype, device)
+        )
+        options = (1, -100, 0.1)
+        loss, statistics = device.ops.cross_entropy_forward(logits, target, None, *options)
+        arguments = (torch.ones_like(loss), logits, target, None, statistics, *options)
+        expected = device.ops.cross_entropy_backward(*arguments)
+        device.ops.cross_entropy_backward(*arguments, out=logits)
+        assert torch.equal(logits, expected)
 
 
 def test_changed_logits_are_noticed(device):
@@ -758,6 +777,38 @@ print((status("VmHWM") - before - size) / size)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) <= 0.02
+
+
+def test_memory_of_a_large_gradient_is_used_again_when_nobody_holds_it():
+    logits = torch.randn(300, 30_000, requires_grad=True)
+    target = torch.randint(30_000, (300,))
+
+    def gradient():
+        return torch.autograd.grad(cross_entropy(logits, target), logits)[0]
+
+    first = gradient()
+    expected = first.clone()
+    place = first.data_ptr()
+    second = gradient()
+    assert second.data_ptr() != place  # the first one is still held
+    assert torch.equal(first, expected)
+    part = first[3]
+    del first, second
+    assert gradient().data_ptr() != place  # a part of it is
+    assert torch.equal(part, expected[3])
+    del part
+    again = gradient()
+    assert again.data_ptr() == place
+    assert torch.equal(again, expected)
+    assert again.untyped_storage().nbytes() == again.nbytes
+    smaller = torch.randn(299, 30_000, requires_grad=True)
+    cross_entropy(smaller, target[:299]).backward()
+    assert smaller.grad.untyped_storage().nbytes() == smaller.grad.nbytes
+    cross_entropy(smaller, target[:299]).backward()  # accumulates into what is held
+    torch.testing.assert_close(
+        smaller.grad, 2 * torch.autograd.grad(F.cross_entropy(smaller, target[:299]), smaller)[0]
+    )
+    assert torch.equal(again, expected)
 
 
 # -------------------------------------------------------------------------------------------------

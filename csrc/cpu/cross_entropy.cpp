@@ -213,7 +213,9 @@ void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits, c
     auto& call = operands.call;
     call.gradient = mutable_data<T>(written);
     call.gradient_at = *class_strides(written);
-    call.by_columns = call.by_columns && call.gradient_at.inner == 1;
+    // In the logits' own place only by rows: columns would be read again after they are written.
+    call.by_columns =
+        call.by_columns && call.gradient_at.inner == 1 && call.gradient != call.logits;
     call.grad_loss = static_cast<const A*>(g.const_data_ptr());
     call.per_row = static_cast<Reduction>(reduction) == Reduction::none;
     call.grad_scale = static_cast<Reduction>(reduction) == Reduction::mean

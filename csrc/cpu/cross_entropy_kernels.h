@@ -88,19 +88,25 @@ FASTNET_INLINE Slopes<acc_t<T>> slopes_of(const CrossEntropyCall<T>& call, int64
   return {call.needs_dot ? hit + offset * call.target_sum[row] : hit, offset, hit};
 }
 
-// Takes `hit` off the gradient at a row's class. Half types compute that element anew: what was
-// stored is rounded, and 1 - p of a confident row would be lost.
+// The logit at a row's class; 0 where it has none.
 template <class T>
-FASTNET_INLINE void hit_class(const CrossEntropyCall<T>& call, int64_t row, const T* logits,
-                              int64_t logits_cls, T* gradient, int64_t gradient_cls,
-                              const Slopes<acc_t<T>>& slopes) {
+FASTNET_INLINE acc_t<T> logit_at_class(const CrossEntropyCall<T>& call, int64_t row,
+                                       const T* logits, int64_t logits_cls) {
+  if (!call.classes || call.classes[row] == call.ignore_index) return 0;
+  return widen(logits[call.classes[row] * logits_cls]);
+}
+
+// Takes `hit` off the gradient at a row's class. Half types compute that element anew, from its
+// logit x: what was stored is rounded, and 1 - p of a confident row would be lost.
+template <class T>
+FASTNET_INLINE void hit_class(const CrossEntropyCall<T>& call, int64_t row, acc_t<T> x, T* gradient,
+                              int64_t gradient_cls, const Slopes<acc_t<T>>& slopes) {
   using A = acc_t<T>;
   if (!call.classes || call.classes[row] == call.ignore_index) return;
   const int64_t y = call.classes[row];
   T* const at = gradient + y * gradient_cls;
   A value = widen(*at);
   if constexpr (sizeof(T) != sizeof(A)) {
-    const A x = widen(logits[y * logits_cls]);
     value = slopes.slope * exp_of((x - call.maximum[row]) - call.log_sum[row]);
     if (call.needs_dot) value -= slopes.offset * (call.weight ? call.weight[y] : A(1));
   }
@@ -246,6 +252,7 @@ static void row_gradient(const CrossEntropyCall<T>& call, int64_t row, const T* 
   A weight_buffer[kStep];
   const Vec<A> most = splat(call.maximum[row]), log_sum = splat(call.log_sum[row]);
   const Vec<A> slope = splat(slopes.slope), offset = splat(slopes.offset);
+  const A x_of_class = logit_at_class(call, row, logits, call.logits_at.cls);
   for (int64_t first = 0; first < call.C; first += kRowBlock) {
     const int64_t count = call.C - first < kRowBlock ? call.C - first : kRowBlock;
     const T* const x = side_by_side(logits + first * call.logits_at.cls, call.logits_at.cls, count,
@@ -267,17 +274,21 @@ static void row_gradient(const CrossEntropyCall<T>& call, int64_t row, const T* 
     const bool in_place = call.gradient_at.cls == 1 && count >= kStep;
     T* const g = in_place ? gradient + first : gradient_buffer;
     const int64_t padded = count < kStep ? kStep : count;
-    for (int64_t c = 0; c < padded; c += kStep) {
-      const int64_t at = c + kStep <= padded ? c : padded - kStep;
-      Vec<A> value = slope * exp((load(x + at) - most) - log_sum);
-      if constexpr (kOffset) value -= offset * target_at(call, t, w, at);
-      store(g + at, value);
-    }
+    const auto gradient_at = [&](int64_t c, Vec<A> logit) {
+      Vec<A> value = slope * exp((logit - most) - log_sum);
+      if constexpr (kOffset) value -= offset * target_at(call, t, w, c);
+      return value;
+    };
+    // The last vector reaches back over what is written by then, maybe in the logits' own place.
+    const Vec<A> last = load(x + padded - kStep);
+    int64_t c = 0;
+    for (; c + kStep <= padded; c += kStep) store(g + c, gradient_at(c, load(x + c)));
+    if (c < padded) store(g + padded - kStep, gradient_at(padded - kStep, last));
     if (!in_place) {
       for (int64_t c = 0; c < count; ++c) gradient[(first + c) * call.gradient_at.cls] = g[c];
     }
   }
-  hit_class(call, row, logits, call.logits_at.cls, gradient, call.gradient_at.cls, slopes);
+  hit_class(call, row, x_of_class, gradient, call.gradient_at.cls, slopes);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -381,7 +392,8 @@ static void column_gradient(const CrossEntropyCall<T>& call, Columns<T> x, Colum
     }
   }
   for (int64_t i = 0; i < count; ++i) {
-    hit_class(call, row + i, x.first + i, x.cls, g + i, g_cls, slopes[i]);
+    const A logit = logit_at_class(call, row + i, x.first + i, x.cls);
+    hit_class(call, row + i, logit, g + i, g_cls, slopes[i]);
   }
 }
 

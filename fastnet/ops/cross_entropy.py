@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,48 @@ def evaluate(logits: Tensor, target: Tensor, *options) -> Tensor:
     return _forward(logits, target, *options)[0]
 
 
+class KeptMemory:
+    """The memory of the last large gradient on the CPU, for the next one of that shape once nobody
+    else holds it.
+
+    Given back to the system and fetched anew at every step, a few hundred megabytes cost several
+    times what the kernel does: page faults, and on a virtual machine the host's as well.
+    """
+
+    MIN_BYTES = 32 << 20  # what glibc's allocator gives back at once
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def _is_free(self) -> bool:
+        # In use by the tensor kept here and by the Python object that is asked.
+        return torch._C._storage_Use_Count(self._kept.untyped_storage()._cdata) == 2
+
+    def take(self, like: Tensor) -> Tensor | None:
+        """Memory for a tensor like this one, if there is any."""
+        with self._lock:
+            kept = self._kept
+            fits = (
+                kept is not None
+                and kept.shape == like.shape
+                and kept.stride() == like.stride()
+                and kept.dtype is like.dtype
+            )
+            return kept.detach() if fits and self._is_free() else None
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Keeps a fresh tensor's memory, in place of what nobody uses. Returns what to use."""
+        with self._lock:
+            if self._kept is not None and not self._is_free():
+                return tensor
+            self._kept = tensor
+            return tensor.detach()
+
+
+MEMORY = KeptMemory()
+
+
 class CrossEntropy(torch.autograd.Function):
     """Saves the logits, and two numbers a row. The target has no gradient."""
 
@@ -92,16 +135,19 @@ class CrossEntropy(torch.autograd.Function):
         logits, target, weight, statistics = ctx.saved_tensors
         reduction, ignore_index, label_smoothing = ctx.options
         if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
-            gradient = _backward(
-                grad_loss,
-                logits,
-                target,
-                weight,
-                statistics,
-                reduction,
-                ignore_index,
-                label_smoothing,
+            arguments = (grad_loss, logits, target, weight, statistics, *ctx.options)
+            is_kept = (
+                not torch.compiler.is_compiling()
+                and logits.is_cpu
+                and logits.nbytes >= KeptMemory.MIN_BYTES
             )
+            gradient = MEMORY.take(logits) if is_kept else None
+            if gradient is not None:
+                _backward_out(*arguments, out=gradient)
+            else:
+                gradient = _backward(*arguments)
+                if is_kept:
+                    gradient = MEMORY.keep(gradient)
             return gradient, None, None, None, None, None
         # Somebody wants to differentiate the gradient, or to map over it: native operators, which
         # torch knows how to.

@@ -1,7 +1,7 @@
 """linear_cross_entropy: cross_entropy(linear(input, weight, bias), target), in chunks of rows.
 
-The logits of a chunk are made, turned into loss and gradient by the raw ops of cross_entropy,
-multiplied into the gradients of input, weight and bias, and forgotten, before the next chunk's are
+The logits of a chunk are made, turned into loss and, in their place, gradient by the raw ops of
+cross_entropy, multiplied into the gradients of input, weight and bias, and forgotten, before the next chunk's are
 made. So the (N, C) logits and their gradient never stand in memory whole.
 """
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from fastnet.ops import cross_entropy
 from fastnet.ops.cross_entropy import NAMES, REDUCTIONS, accumulate_dtype
 
-# Logits of one chunk: large enough for the products to be at their peak.
-CHUNK_BYTES = 16 << 20
+# Logits of one chunk: large enough for the products to be at their peak, and for the weight's
+# gradient, which every chunk adds to, to be read and written seldom.
+CHUNK_BYTES = 32 << 20
 MIN_ROWS = 32
 
 
@@ -66,12 +67,11 @@ def sweep(
     grad_input, grad_weight, grad_bias = gradients
     step = chunk_rows(N, C, input.element_size())
     # The same memory for every chunk. Left to an allocator, it might grow with each.
-    logits_memory = input.new_empty((step, C))
-    gradient_memory = None if grad_loss is None else input.new_empty((step, C))
+    memory = input.new_empty((step, C))
     for first in range(0, N, step):
         rows = slice(first, first + step)
         x = input[rows]
-        logits = logits_memory[: x.shape[0]]
+        logits = memory[: x.shape[0]]
         if bias is None:
             torch.mm(x, weight.t(), out=logits)
         else:
@@ -80,7 +80,7 @@ def sweep(
         losses.append(loss)
         if grad_loss is None:
             continue
-        grad_logits = gradient_memory[: x.shape[0]]
+        grad_logits = logits
         cross_entropy._backward_out(
             grad_loss[rows] if per_row else grad_loss, logits, target[rows], raw[0], statistics,
             *raw[1:], out=grad_logits,
