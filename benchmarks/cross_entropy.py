@@ -50,7 +50,9 @@ def cases(quick: bool = False) -> Iterator[Case]:
 def _cases(shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
     torch.manual_seed(0)
     logits_bytes = math.prod(shape) * (2 if dtype is torch.bfloat16 else 4)
-    count = 8 if logits_bytes < 1 << 20 else 2 if logits_bytes < 1 << 28 else 1
+    # Several batches in turn, where caches could hold one; a large one by itself, whose gradient is
+    # gone when the next begins, as in a training.
+    count = 8 if logits_bytes < 1 << 20 else 2 if logits_bytes < 1 << 26 else 1
     inputs = [
         torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(count)
     ]
