@@ -50,8 +50,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
 def _cases(shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
     torch.manual_seed(0)
     logits_bytes = math.prod(shape) * (2 if dtype is torch.bfloat16 else 4)
-    # Several batches in turn, where caches could hold one; a large one by itself, whose gradient is
-    # gone when the next begins, as in a training.
+    # Several batches in turn, where caches could hold one.
     count = 8 if logits_bytes < 1 << 20 else 2 if logits_bytes < 1 << 26 else 1
     inputs = [
         torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(count)
@@ -80,9 +79,9 @@ def _cases(shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
         def once():
             logits, target = next(turn)
-            logits.grad = None
             function(logits, target).backward()
-            return [logits.grad]
+            gradient, logits.grad = logits.grad, None  # gone before the next one, as in a training
+            return [gradient]
 
         return once
 
