@@ -52,12 +52,8 @@ def _cases(shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
     logits_bytes = math.prod(shape) * (2 if dtype is torch.bfloat16 else 4)
     # Several batches in turn, where caches could hold one.
     count = 8 if logits_bytes < 1 << 20 else 2 if logits_bytes < 1 << 26 else 1
-    inputs = [
-        torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(count)
-    ]
-    targets = [
-        torch.randint(shape[1], (shape[0], *shape[2:]), device=device) for _ in range(count)
-    ]
+    inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(count)]
+    targets = [torch.randint(shape[1], (shape[0], *shape[2:]), device=device) for _ in range(count)]
     name = "x".join(map(str, shape))
     name += "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     torch._dynamo.reset()

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from fastnet._library import CUDA_STATUS, build_info
 from fastnet.ops import CrossEntropy, LinearCrossEntropy, LinearReLU
 from fastnet.ops.cross_entropy import REDUCTIONS, accumulate_dtype, evaluate
+from fastnet.ops.linear_cross_entropy import evaluate as evaluate_linear
 
 # This file is on the path of every call, and its Python is felt at the sizes that fastnet is for:
 # the checks below are the quick ones for each question (a property of 0.1 µs, not one of 0.6).
@@ -274,9 +275,11 @@ def linear_cross_entropy(
     ):
         if class_weight is not None:
             class_weight = class_weight.to(wide)
-        loss = LinearCrossEntropy.apply(
-            x, w, target, b, class_weight, number, ignore_index, float(label_smoothing)
+        wants_gradient = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, w, b)
         )
+        function = LinearCrossEntropy.apply if wants_gradient else evaluate_linear
+        loss = function(x, w, target, b, class_weight, number, ignore_index, float(label_smoothing))
         return loss if under_autocast else loss.to(x.dtype)
     return cross_entropy(
         F.linear(input, weight, bias),

@@ -396,9 +396,7 @@ def test_inputs_are_not_written_to(device):
 @pytest.mark.parametrize("shape", [(70, 10), (5, 33), (3, 5000), (2, 12, 41)], ids=str)
 def test_raw_backward_in_the_place_of_the_logits(shape, device):
     for dtype in device.dtypes:
-        logits, target, _ = (
-            t if t is None else t.detach() for t in sample(shape, dtype, device)
-        )
+        logits, target, _ = (t if t is None else t.detach() for t in sample(shape, dtype, device))
         options = (1, -100, 0.1)
         loss, statistics = device.ops.cross_entropy_forward(logits, target, None, *options)
         arguments = (torch.ones_like(loss), logits, target, None, statistics, *options)
@@ -480,6 +478,16 @@ def test_gradcheck(name, device):
 def test_gradgradcheck(name, device):
     function, logits = case(name, device)
     assert torch.autograd.gradgradcheck(function, logits)
+
+
+def test_hooks_run_once_under_create_graph(device):
+    function, logits = case("classes", device)
+    logits.register_hook(lambda gradient: 2 * gradient)
+    actual, expected = (
+        torch.autograd.grad(function(logits, loss), logits, create_graph=True)[0]
+        for loss in (cross_entropy, F.cross_entropy)
+    )
+    torch.testing.assert_close(actual, expected)
 
 
 def test_forward_mode():
@@ -779,36 +787,60 @@ print((status("VmHWM") - before - size) / size)
     assert float(run.stdout) <= 0.02
 
 
-def test_memory_of_a_large_gradient_is_used_again_when_nobody_holds_it():
-    logits = torch.randn(300, 30_000, requires_grad=True)
-    target = torch.randint(30_000, (300,))
+def large_gradient(seed=0):
+    logits = torch.randn(20, 30_000, generator=torch.Generator().manual_seed(seed))
+    logits.requires_grad_()
+    target = torch.arange(20)
+    return torch.autograd.grad(cross_entropy(logits, target), logits)[0]
 
-    def gradient():
-        return torch.autograd.grad(cross_entropy(logits, target), logits)[0]
 
-    first = gradient()
-    expected = first.clone()
-    place = first.data_ptr()
-    second = gradient()
-    assert second.data_ptr() != place  # the first one is still held
-    assert torch.equal(first, expected)
-    part = first[3]
-    del first, second
-    assert gradient().data_ptr() != place  # a part of it is
-    assert torch.equal(part, expected[3])
-    del part
-    again = gradient()
+def test_memory_of_a_large_gradient_is_used_again():
+    first = large_gradient()
+    expected, place = first.clone(), first.data_ptr()
+    del first
+    again = large_gradient()
     assert again.data_ptr() == place
     assert torch.equal(again, expected)
     assert again.untyped_storage().nbytes() == again.nbytes
-    smaller = torch.randn(299, 30_000, requires_grad=True)
-    cross_entropy(smaller, target[:299]).backward()
-    assert smaller.grad.untyped_storage().nbytes() == smaller.grad.nbytes
-    cross_entropy(smaller, target[:299]).backward()  # accumulates into what is held
-    torch.testing.assert_close(
-        smaller.grad, 2 * torch.autograd.grad(F.cross_entropy(smaller, target[:299]), smaller)[0]
-    )
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda g: g,
+        lambda g: g[3],
+        lambda g: g.numpy(),
+        lambda g: g.untyped_storage(),
+        lambda g: g.share_memory_(),
+        lambda g: g.untyped_storage().resize_(0),
+    ],
+    ids=["gradient", "row", "numpy", "storage", "shared memory", "resized"],
+)
+def test_memory_that_somebody_holds_is_not_used_again(hold):
+    expected = large_gradient().clone()
+    gradient = large_gradient()
+    place = gradient.data_ptr()
+    held = hold(gradient)
+    del gradient
+    again = large_gradient()
     assert torch.equal(again, expected)
+    other = large_gradient(seed=1)
+    assert other.data_ptr() not in (again.data_ptr(), place)
+    assert torch.equal(again, expected)
+    if isinstance(held, torch.UntypedStorage) and held.nbytes():
+        held = torch.tensor([], dtype=torch.float32).set_(held)
+    if not isinstance(held, torch.UntypedStorage):
+        rows = torch.as_tensor(held).reshape(-1, 30_000)
+        assert torch.equal(rows, expected if len(rows) == 20 else expected[3:4])
+
+
+def test_gradients_add_up_in_large_memory():
+    logits = torch.randn(20, 30_000, requires_grad=True)
+    target = torch.arange(20)
+    for _ in range(2):
+        cross_entropy(logits, target).backward()
+    (once,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)
+    torch.testing.assert_close(logits.grad, 2 * once)
 
 
 # -------------------------------------------------------------------------------------------------

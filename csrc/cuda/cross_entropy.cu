@@ -148,14 +148,20 @@ __device__ __forceinline__ RowResult<acc_t<T>> finish_row(const CrossEntropyCall
 // ---------------------------------------------------------------------------------------------
 // Forward
 
-inline constexpr int kRowWarps = 8, kRowWarpsAlone = 32;
+inline constexpr int kRowWarps = 8, kMaxWarps = 32;
+
+// Warps of a block that is alone in its grid: all there can be, where a thread's row leaves it with
+// 64 registers, which is what 1,024 threads have each.
+template <class T, int kPerLane>
+inline constexpr int kRowWarpsAlone = kPerLane * sizeof(acc_t<T>) <= 32 ? kMaxWarps : kRowWarps;
 
 // One warp per row, kPerLane classes to a lane: 32 · kPerLane >= C. A block that is alone in its
 // grid also sums the rows' losses: the whole loss is one launch.
 template <class T, int kPerLane>
-__global__ void warp_row_kernel(CrossEntropyCall<T> call) {
+__global__ void __launch_bounds__(kWarp* kRowWarpsAlone<T, kPerLane>)
+    warp_row_kernel(CrossEntropyCall<T> call) {
   using A = acc_t<T>;
-  __shared__ double loss_sums[kRowWarpsAlone], count_sums[kRowWarpsAlone];
+  __shared__ double loss_sums[kMaxWarps], count_sums[kMaxWarps];
   const int lane = threadIdx.x, warps = blockDim.y;
   double loss_sum = 0, count_sum = 0;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.y; row < call.rows;
@@ -458,7 +464,7 @@ void launch_warp_rows(const CrossEntropyCall<T>& call, cudaStream_t stream) {
   if constexpr (kPerLane * kWarp < kWarpRowClasses) {
     if (kPerLane * kWarp < call.C) return launch_warp_rows<T, 2 * kPerLane>(call, stream);
   }
-  const int warps = call.loss ? kRowWarpsAlone : kRowWarps;
+  const int warps = call.loss ? kRowWarpsAlone<T, kPerLane> : kRowWarps;
   launch(warp_row_kernel<T, kPerLane>, dim3(call.loss ? 1 : blocks_for(call.rows, warps)),
          dim3(kWarp, warps), 0, stream, call);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 
 import torch
@@ -69,22 +70,31 @@ def evaluate(logits: Tensor, target: Tensor, *options) -> Tensor:
 
 
 class KeptMemory:
-    """The memory of the last large gradient on the CPU, for the next one of that shape once nobody
+    """The memory of the last large gradient on the CPU, for the next one of that layout once nobody
     else holds it.
 
     Given back to the system and fetched anew at every step, a few hundred megabytes cost several
     times what the kernel does: page faults, and on a virtual machine the host's as well.
     """
 
-    MIN_BYTES = 32 << 20  # what glibc's allocator gives back at once
+    MIN_BYTES = 2 << 20  # a huge page
 
     def __init__(self) -> None:
         self._kept: Tensor | None = None
+        self._alone: tuple | None = None
         self._lock = threading.Lock()
 
-    def _is_free(self) -> bool:
-        # In use by the tensor kept here and by the Python object that is asked.
-        return torch._C._storage_Use_Count(self._kept.untyped_storage()._cdata) == 2
+    @staticmethod
+    def _state(tensor: Tensor) -> tuple:
+        """Whatever changes when somebody else holds the memory, shares it or takes it away."""
+        storage = tensor.untyped_storage()
+        return (
+            torch._C._storage_Use_Count(storage._cdata),
+            sys.getrefcount(storage),
+            storage.is_shared(),
+            storage.nbytes(),
+            storage.data_ptr(),
+        )
 
     def take(self, like: Tensor) -> Tensor | None:
         """Memory for a tensor like this one, if there is any."""
@@ -96,14 +106,12 @@ class KeptMemory:
                 and kept.stride() == like.stride()
                 and kept.dtype is like.dtype
             )
-            return kept.detach() if fits and self._is_free() else None
+            return kept.detach() if fits and self._state(kept) == self._alone else None
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Keeps a fresh tensor's memory, in place of what nobody uses. Returns what to use."""
+        """Keeps the memory of a tensor that nobody else has seen yet. Returns what to show them."""
         with self._lock:
-            if self._kept is not None and not self._is_free():
-                return tensor
-            self._kept = tensor
+            self._kept, self._alone = tensor, self._state(tensor)
             return tensor.detach()
 
 
@@ -152,7 +160,9 @@ class CrossEntropy(torch.autograd.Function):
         # Somebody wants to differentiate the gradient, or to map over it: native operators, which
         # torch knows how to.
         with torch.enable_grad():
-            wide = logits.to(grad_loss.dtype)
+            # An alias: the logits' own hooks and history are for whoever called us to go through.
+            alias = logits.view_as(logits)
+            wide = alias.to(grad_loss.dtype)
             loss = F.cross_entropy(
                 wide,
                 target.to(wide.dtype) if target.is_floating_point() else target,
@@ -161,5 +171,5 @@ class CrossEntropy(torch.autograd.Function):
                 reduction=NAMES[reduction],
                 label_smoothing=label_smoothing,
             )
-            (gradient,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
+            (gradient,) = torch.autograd.grad(loss, alias, grad_loss, create_graph=True)
         return gradient, None, None, None, None, None

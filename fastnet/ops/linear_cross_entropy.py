@@ -1,8 +1,8 @@
 """linear_cross_entropy: cross_entropy(linear(input, weight, bias), target), in chunks of rows.
 
 The logits of a chunk are made, turned into loss and, in their place, gradient by the raw ops of
-cross_entropy, multiplied into the gradients of input, weight and bias, and forgotten, before the next chunk's are
-made. So the (N, C) logits and their gradient never stand in memory whole.
+cross_entropy, multiplied into the gradients of input, weight and bias, and forgotten, before the
+next chunk's are made. So the (N, C) logits and their gradient never stand in memory whole.
 """
 
 from __future__ import annotations
@@ -101,19 +101,29 @@ def sweep(
 def divisor(target: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
     """What the mean divides by, known before any logits are."""
     if target.is_floating_point():
-        return torch.tensor(target.shape[0], dtype=dtype, device=target.device)
+        return torch.full((), target.shape[0], dtype=dtype, device=target.device)
     counts = target != options.ignore_index
     if options.class_weight is None:
         return counts.sum(dtype=dtype)
     # An ignored class may be no class. Others that are none are found by the kernels.
     index = target.clamp(0, options.class_weight.shape[0] - 1)
-    return (options.class_weight[index] * counts).sum()
+    return torch.where(counts, options.class_weight[index], 0).sum()
+
+
+def evaluate(input, weight, target, bias, *options) -> Tensor:
+    """The loss alone, where no gradient is wanted."""
+    options = Options(*options)
+    loss, _ = sweep(input, weight, target, bias, options, None, (False, False, False))
+    if options.reduction == REDUCTIONS["mean"]:
+        loss = loss / divisor(target, options, loss.dtype)
+    return loss
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """For a scalar loss the gradients are made along with it, for an upstream gradient of 1, and
-    scaled in the backward. One loss per row, and float16, whose small gradients would vanish before
-    a GradScaler's factor reaches them, make the logits anew in the backward instead.
+    scaled and given away by the first backward; another one makes them anew. One loss per row, and
+    float16, whose small gradients would vanish before a GradScaler's factor reaches them, leave
+    them to the backward altogether.
     """
 
     @staticmethod
@@ -123,32 +133,40 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         wide = accumulate_dtype(input.dtype)
         by = divisor(target, options, wide) if reduction == REDUCTIONS["mean"] else None
-        ctx.at_once = (
-            any(needs) and reduction != REDUCTIONS["none"] and input.dtype is not torch.float16
-        )
         grad_loss = None
-        if ctx.at_once:
+        if reduction != REDUCTIONS["none"] and input.dtype is not torch.float16:
             one = torch.ones((), dtype=wide, device=input.device)
             grad_loss = one if by is None else one / by
         loss, gradients = sweep(input, weight, target, bias, options, grad_loss, needs)
         ctx.options = (reduction, ignore_index, label_smoothing)
         ctx.needs = needs
-        ctx.save_for_backward(input, weight, target, bias, class_weight, by, *gradients)
+        saved = [input, weight, target, bias, class_weight, by]
+        ctx.made = None
+        if grad_loss is not None:
+            if torch.compiler.is_compiling():  # a graph owns what it saves
+                saved += gradients
+            else:
+                ctx.made = gradients
+        ctx.save_for_backward(*saved)
         return loss if by is None else loss / by
 
     @staticmethod
     def backward(ctx, grad_loss):
-        input, weight, target, bias, class_weight, by, *gradients = ctx.saved_tensors
+        input, weight, target, bias, class_weight, by, *saved = ctx.saved_tensors
         options = Options(class_weight, *ctx.options)
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             gradients = _native_gradients(
                 input, weight, target, bias, options, ctx.needs, grad_loss
             )
-        elif not ctx.at_once:
+        elif saved:
+            gradients = [None if g is None else (g * grad_loss).to(g.dtype) for g in saved]
+        elif ctx.made is not None:
+            gradients, ctx.made = ctx.made, None
+            if not grad_loss.is_cpu or grad_loss.item() != 1:
+                gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
+        else:
             by_row = grad_loss if by is None else grad_loss / by
             _, gradients = sweep(input, weight, target, bias, options, by_row, ctx.needs)
-        elif grad_loss.is_cuda or torch.compiler.is_compiling() or grad_loss.item() != 1:
-            gradients = [None if g is None else (g * grad_loss).to(g.dtype) for g in gradients]
         grad_input, grad_weight, grad_bias = gradients
         return grad_input, grad_weight, None, grad_bias, None, None, None, None
 
@@ -156,7 +174,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 def _native_gradients(input, weight, target, bias, options, needs, grad_loss):
     """By operators that torch can differentiate again, or map over."""
     with torch.enable_grad():
-        logits = F.linear(input, weight, bias).to(grad_loss.dtype)
+        # Aliases: each one's own hooks and history, maybe through one another, are for whoever
+        # called us to go through.
+        x, w, b = (None if t is None else t.view_as(t) for t in (input, weight, bias))
+        logits = F.linear(x, w, b).to(grad_loss.dtype)
         loss = F.cross_entropy(
             logits,
             target.to(logits.dtype) if target.is_floating_point() else target,
@@ -165,6 +186,6 @@ def _native_gradients(input, weight, target, bias, options, needs, grad_loss):
             reduction=NAMES[options.reduction],
             label_smoothing=options.label_smoothing,
         )
-        leaves = [t for t, wanted in zip((input, weight, bias), needs, strict=True) if wanted]
+        leaves = [t for t, wanted in zip((x, w, b), needs, strict=True) if wanted]
         made = iter(torch.autograd.grad(loss, leaves, grad_loss, create_graph=True))
     return [next(made) if wanted else None for wanted in needs]
