@@ -132,28 +132,22 @@ def cross_entropy(
         >>> cross_entropy(logits, torch.randint(10, (64,))).backward()
     """
     wants_gradient = input.requires_grad and torch.is_grad_enabled()
-    if input.is_cpu and input.numel() < (SMALL_LOGITS if wants_gradient else SMALL_LOGITS_FORWARD):
-        return F.cross_entropy(
-            input,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+    is_small = input.is_cpu and input.numel() < (
+        SMALL_LOGITS if wants_gradient else SMALL_LOGITS_FORWARD
+    )
     dtype = input.dtype
     wide = weight_dtype = dtype
     if dtype is not torch.float64 and dtype is not torch.float32:
         wide = accumulate_dtype(dtype)
     loss_dtype = dtype
-    if torch._C._is_any_autocast_enabled() and _is_autocast(input.device.type):
+    if not is_small and torch._C._is_any_autocast_enabled() and _is_autocast(input.device.type):
         # To float32. The kernels read half types and give float32: no copy of the logits is made.
         loss_dtype = weight_dtype = wide
         if weight is not None:
             weight = weight.to(wide)
         if target.is_floating_point() and target.dtype is not dtype:
             input, target = input.to(wide), target.to(wide)
-    number = REDUCTIONS.get(reduction)
+    number = None if is_small else REDUCTIONS.get(reduction)
     if (
         number is not None
         and 0 <= label_smoothing <= 1

@@ -49,3 +49,25 @@ def run_on_isa(isa: str, file: str, select: str) -> None:
     tests = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", select)
     assert tests.returncode == 0, tests.stdout[-3000:]
     assert " passed" in tests.stdout
+
+
+def peak_memory(setup: str, measured: str) -> int:
+    """Bytes by which `measured` raises the memory of a process of its own, at its peak."""
+    program = f"""
+import torch, torch.nn.functional as F
+from fastnet.functional import cross_entropy, linear_cross_entropy
+
+def status(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return 1024 * int(line.split()[1])
+
+{setup}
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
+before = status("VmRSS")
+{measured}
+print(status("VmHWM") - before)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout)

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import TOLERANCES
+from support import TOLERANCES, peak_memory
 from test_cross_entropy import sample, to_double
 
 from fastnet.functional import linear_cross_entropy
@@ -174,34 +173,22 @@ def test_takes_and_rejects_as_the_two_ops_do():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_below_a_quarter_of_the_two_ops():
-    program = """
-import sys, torch, torch.nn.functional as F
-from fastnet.functional import cross_entropy, linear_cross_entropy
-
-def status(name):
-    for line in open("/proc/self/status"):
-        if line.startswith(name):
-            return 1024 * int(line.split()[1])
-
-function = {
-    "fused": linear_cross_entropy,
-    "two": lambda x, w, t: cross_entropy(F.linear(x, w), t),
-}[sys.argv[1]]
-
+    fused, two = (
+        peak_memory(
+            f"""
 def leaves(N, K, C):
     x, w = torch.randn(N, K, requires_grad=True), torch.randn(C, K, requires_grad=True)
     return x, w, torch.randint(C, (N,))
 
-function(*leaves(600, 300, 700)).backward()  # what the library allocates once
+function = {function}
+function(*leaves(600, 300, 700)).backward()  # what is allocated once
 inputs = leaves(2048, 256, 16_000)
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
-before = status("VmRSS")
-function(*inputs).backward()
-print(status("VmHWM") - before)
-"""
-    peaks = {}
-    for side in ("fused", "two"):
-        run = subprocess.run([sys.executable, "-c", program, side], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        peaks[side] = int(run.stdout)
-    assert peaks["fused"] < peaks["two"] / 4, peaks
+""",
+            "function(*inputs).backward()",
+        )
+        for function in (
+            "linear_cross_entropy",
+            "lambda x, w, t: cross_entropy(F.linear(x, w), t)",
+        )
+    )
+    assert fused < two / 4
