@@ -24,6 +24,9 @@
 #include <source_location>
 #include <type_traits>
 
+#undef __launch_bounds__
+#define __launch_bounds__(...)  // registers are no concern here
+
 // Shared memory of a block: blocks run one after the other, so one copy does.
 #undef __shared__
 #define __shared__ static
