@@ -27,6 +27,16 @@ void define_schemas(Library& library) {
       "cross_entropy_backward.out(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
       "Tensor statistics, int reduction, int ignore_index, float label_smoothing, *, "
       "Tensor(a!) out) -> ()");
+
+  // The pooled activations, and which position of each window won (see conv_relu_pool.h).
+  library.def(
+      "conv_relu_pool_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, "
+      "int[] padding, int[] dilation, int groups) -> (Tensor, Tensor)");
+  // The gradients of input, weight and bias, undefined where not asked for.
+  library.def(
+      "conv_relu_pool_backward(Tensor grad_output, Tensor codes, Tensor input, Tensor weight, "
+      "int[] stride, int[] padding, int[] dilation, int groups, bool needs_input, "
+      "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)");
 }
 
 }  // namespace fastnet

@@ -1,0 +1,125 @@
+// conv_relu_pool on the CPU, forward: 3 x 3 and 5 x 5 filters in kernels of our own, other
+// convolutions by torch's library with one fused pass after it.
+
+#include "conv_relu_pool.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <atomic>
+
+#define FASTNET_KERNELS "conv_relu_pool_forward_kernels.h"
+#include "foreach_isa.h"
+
+namespace fastnet {
+namespace {
+
+// Input channels from which Winograd's form is faster than the direct one.
+constexpr int64_t kWinogradChannels = 4;
+
+template <class T>
+bool run(ConvForward<element_t<T>> call, const Tensor& input) {
+  using A = acc_t<T>;
+  const int64_t filters = FASTNET_BEST_ISA(filter_count(call));
+  const Tensor arranged = allocate(
+      input, {filters * static_cast<int64_t>(sizeof(A) / sizeof(element_t<T>))});
+  call.filters = static_cast<A*>(arranged.mutable_data_ptr());
+  const int64_t parts = FASTNET_BEST_ISA(filter_parts(call));
+  std::atomic<bool> fits = true;
+  parallel(parts, 4 * filters / parts, [&](int64_t begin, int64_t end) {
+    if (!FASTNET_BEST_ISA(arrange_filters_kernel(call, begin, end))) fits = false;
+  });
+  if (!fits) return false;
+
+  const int64_t tiles = call.N * call.P * call.Q, in_block = FASTNET_BEST_ISA(forward_tiles(call));
+  const int64_t scratch = FASTNET_BEST_ISA(forward_scratch(call));
+  const int64_t blocks = divide_up(tiles, in_block), threads = torch::stable::get_num_threads();
+  const int64_t work = 4 * call.kernel * call.kernel * call.C * call.K * in_block;
+  if (blocks >= 2 * threads || parts < threads) {
+    parallel(blocks, work, [&](int64_t begin, int64_t end) {
+      if (!FASTNET_BEST_ISA(conv_forward_kernel(call, begin * in_block,
+                                                std::min(tiles, end * in_block), 0, parts,
+                                                thread_scratch<A>(scratch)))) {
+        fits = false;
+      }
+    });
+  } else {
+    // Few images: threads share out the filters.
+    parallel(parts, blocks * work / parts, [&](int64_t begin, int64_t end) {
+      if (!FASTNET_BEST_ISA(
+              conv_forward_kernel(call, 0, tiles, begin, end, thread_scratch<A>(scratch)))) {
+        fits = false;
+      }
+    });
+  }
+  return fits;
+}
+
+std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
+                                                  const std::optional<Tensor>& bias,
+                                                  const std::vector<int64_t>& stride,
+                                                  const std::vector<int64_t>& padding,
+                                                  const std::vector<int64_t>& dilation,
+                                                  int64_t groups) {
+  const ConvReluPoolShape shape =
+      check_conv_relu_pool(input, weight, bias, stride, padding, dilation, groups);
+  Tensor output = allocate_image(input, shape, shape.P, shape.Q);
+  Tensor codes = allocate_image(input, shape, shape.P, shape.Q, ScalarType::Byte);
+  if (output.numel() == 0) return {output, codes};
+  const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
+
+  dispatch_float("conv_relu_pool", input.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const auto* bias_data = b ? data<T>(*b) : nullptr;
+    if (has_own_kernels(shape)) {
+      ConvForward<element_t<T>> call{shape.N,
+                                     shape.C,
+                                     shape.H,
+                                     shape.W,
+                                     shape.K,
+                                     shape.R,
+                                     shape.P,
+                                     shape.Q,
+                                     shape.padding[0],
+                                     shape.padding[1],
+                                     data<T>(input),
+                                     strides_of(input),
+                                     data<T>(weight),
+                                     strides_of(weight),
+                                     bias_data,
+                                     mutable_data<T>(output),
+                                     static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                                     strides_of(output),
+                                     /*by_winograd=*/shape.R == 3 &&
+                                         shape.C >= kWinogradChannels &&
+                                         sizeof(acc_t<T>) == sizeof(float),
+                                     nullptr};
+      if (!run<T>(call, input)) {
+        call.by_winograd = false;
+        run<T>(call, input);
+      }
+      return;
+    }
+    Tensor z = library_convolution(aoti_torch_cpu_convolution, input, weight, shape);
+    if (!shape.channels_last || !is_channels_last(z)) z = dense(z);
+    const bool channels_last = !z.is_contiguous();
+    check(channels_last == shape.channels_last || shape.K == 1,
+          "conv_relu_pool: torch's convolution came in an unexpected memory format");
+    const int64_t rows = shape.N * shape.P * (channels_last ? 1 : shape.K);
+    auto* out = mutable_data<T>(output);
+    auto* code = static_cast<uint8_t*>(codes.mutable_data_ptr());
+    parallel(rows, 8 * output.numel() / rows, [&](int64_t begin, int64_t end) {
+      FASTNET_BEST_ISA(relu_pool_kernel(data<T>(z), strides_of(z), bias_data, out, code,
+                                        strides_of(output), shape.K, shape.P, shape.Q,
+                                        channels_last, begin, end));
+    });
+  });
+  return {output, codes};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
+  library.impl("conv_relu_pool_forward", TORCH_BOX(&conv_relu_pool_forward));
+}
+
+}  // namespace fastnet

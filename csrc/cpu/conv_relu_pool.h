@@ -1,0 +1,74 @@
+// What conv_relu_pool's kernels for the CPU are called with. T is the element as it stands in
+// memory, A = acc_t<T> what is calculated in.
+#pragma once
+
+#include <cstddef>
+
+#include "../conv_relu_pool.h"
+#include "common.h"
+
+namespace fastnet {
+
+// Whether the kernels of our own take it.
+inline bool has_own_kernels(const ConvReluPoolShape& shape) {
+  return shape.is_plain() && shape.R == shape.S && (shape.R == 3 || shape.R == 5);
+}
+
+struct Strides4 {
+  int64_t n, c, y, x;
+};
+
+inline Strides4 strides_of(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+// A stretch of memory of the calling thread's, kept for its next call: what a fresh one costs, in
+// pages that the system has to clear, is felt at these sizes. Begins on a cache line; its content is
+// arbitrary.
+template <class A>
+A* thread_scratch(int64_t count) {
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  thread_local std::vector<Line> memory;
+  const size_t lines = (static_cast<size_t>(count) * sizeof(A) + sizeof(Line) - 1) / sizeof(Line);
+  if (memory.size() < lines) {
+    memory.clear();  // nothing to copy over
+    memory.resize(lines);
+  }
+  return reinterpret_cast<A*>(memory.data());
+}
+
+template <class T>
+struct ConvForward {
+  int64_t N, C, H, W, K, kernel, P, Q;  // kernel is the height and the width of the filters
+  int64_t pad_y, pad_x;
+  const T* input;
+  Strides4 input_at;
+  const T* weight;
+  Strides4 weight_at;  // of k, c, r, s
+  const T* bias;       // or null
+  T* output;
+  uint8_t* codes;
+  Strides4 output_at;  // of the codes, too
+  bool by_winograd;
+  acc_t<T>* filters;  // the weights, rearranged by a kernel of its own
+};
+
+template <class T>
+struct ConvBackward {
+  int64_t N, C, H, W, K, kernel, P, Q;
+  int64_t pad_y, pad_x;
+  const T* input;
+  Strides4 input_at;
+  const T* grad_output;
+  Strides4 grad_output_at;
+  const uint8_t* codes;
+  Strides4 codes_at;
+  bool needs_weight, needs_bias;
+  T* grad_input;  // or null
+  Strides4 grad_input_at;
+  const acc_t<T>* filters;  // rearranged by a kernel of its own, for grad_input
+};
+
+}  // namespace fastnet

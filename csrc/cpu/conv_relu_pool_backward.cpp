@@ -1,0 +1,178 @@
+// conv_relu_pool on the CPU, backward: from the pooled gradient and the codes alone where the
+// kernels of our own take the shape, by torch's library on the expanded gradient elsewhere.
+
+#include "conv_relu_pool.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <atomic>
+#include <cstring>
+
+#define FASTNET_KERNELS "conv_relu_pool_backward_kernels.h"
+#include "foreach_isa.h"
+
+namespace fastnet {
+namespace {
+
+struct Gradients {
+  Tensor input, weight, bias;  // undefined where not wanted
+};
+
+// Returns false where an operand is not finite: what these kernels leave out would then be NaN.
+template <class T>
+bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradients) {
+  using A = acc_t<T>;
+  std::atomic<bool> fits = true;
+  const int64_t elements = FASTNET_BEST_ISA(patch_elements(call));
+  const int64_t blocks = FASTNET_BEST_ISA(channel_blocks(call));
+  const int64_t scratch = FASTNET_BEST_ISA(backward_scratch(call));
+  std::unique_ptr<A[]> filters;
+  if (call.grad_input) {
+    filters.reset(new A[elements]);
+    call.filters = filters.get();
+    parallel(blocks, 2 * elements / blocks, [&](int64_t begin, int64_t end) {
+      if (!FASTNET_BEST_ISA(arrange_backward_filters_kernel(
+              call, data<T>(weight), strides_of(weight), filters.get(), begin, end))) {
+        fits = false;
+      }
+    });
+    if (!fits) return false;
+  }
+
+  // A multiply-add for every live window and position of the filter, at most.
+  const int64_t work = call.N * call.K * call.P * call.Q * call.C * call.kernel * call.kernel *
+                       (call.needs_weight + (call.grad_input != nullptr));
+  const int64_t threads = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
+  // Threads share out the images; where these are few, the filters of grad_weight and the channels
+  // of grad_input.
+  const bool by_image = call.N >= 2 * threads || threads == 1;
+  const int64_t sums = by_image ? std::min(call.N, threads) : 1;
+  const int64_t weight_elements = call.needs_weight ? elements : 0;
+  const std::unique_ptr<A[]> weight_sums(new A[std::max<int64_t>(1, sums * weight_elements)]);
+  const std::unique_ptr<A[]> bias_sums(new A[sums * call.K]);
+  const int64_t shares = std::min(threads, by_image ? call.N : std::max(call.K, blocks));
+  const auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t share = begin; share < end; ++share) {
+      A* const memory = thread_scratch<A>(scratch);
+      const int64_t n_begin = by_image ? share * call.N / shares : 0;
+      const int64_t n_end = by_image ? (share + 1) * call.N / shares : call.N;
+      const int64_t k_begin = by_image ? 0 : share * call.K / shares;
+      const int64_t k_end = by_image ? call.K : (share + 1) * call.K / shares;
+      const int64_t sum = by_image ? share : 0;
+      A* const weight_sum = weight_sums.get() + sum * weight_elements;
+      A* const bias_sum = bias_sums.get() + sum * call.K;
+      std::fill(bias_sum + k_begin, bias_sum + k_end, A(0));
+      if (call.needs_weight || call.needs_bias) {
+        const int64_t per_filter = weight_elements / call.K;
+        std::fill(weight_sum + k_begin * per_filter, weight_sum + k_end * per_filter, A(0));
+        if (!FASTNET_BEST_ISA(conv_backward_weight_kernel(call, n_begin, n_end, k_begin, k_end,
+                                                          weight_sum, bias_sum, memory))) {
+          fits = false;
+          return;
+        }
+      }
+      if (call.grad_input) {
+        const int64_t block_begin = by_image ? 0 : share * blocks / shares;
+        const int64_t block_end =
+            by_image ? blocks : (share + 1) * blocks / shares;
+        FASTNET_BEST_ISA(conv_backward_input_kernel(call, n_begin, n_end, block_begin, block_end,
+                                                    memory));
+      }
+    }
+  };
+  if (shares == 1) {
+    body(0, 1);
+  } else {
+    torch::stable::parallel_for(0, shares, 1, body);
+  }
+  if (!fits) return false;
+
+  auto* grad_weight = call.needs_weight ? mutable_data<T>(gradients.weight) : nullptr;
+  auto* grad_bias = call.needs_bias ? mutable_data<T>(gradients.bias) : nullptr;
+  const Strides4 weight_at = call.needs_weight ? strides_of(gradients.weight) : Strides4{};
+  if (grad_weight || grad_bias) {
+    parallel(call.K, 4 * sums * weight_elements / call.K, [&](int64_t begin, int64_t end) {
+      FASTNET_BEST_ISA(collect_weight_kernel(call, weight_sums.get(), bias_sums.get(), sums,
+                                             grad_weight, weight_at, grad_bias, begin, end));
+    });
+  }
+  return true;
+}
+
+// The kernels keep a whole image's gradient at hand, a block of channels at a time.
+constexpr int64_t kImageLimit = 96 * 96;
+
+bool prefers_own_backward(const ConvReluPoolShape& shape, bool needs_input) {
+  return has_own_kernels(shape) && (!needs_input || shape.H * shape.W <= kImageLimit);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
+    const Tensor& grad_output, const Tensor& codes, const Tensor& input, const Tensor& weight,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, int64_t groups, bool needs_input, bool needs_weight,
+    bool needs_bias) {
+  const ConvReluPoolShape shape =
+      check_conv_relu_pool(input, weight, std::nullopt, stride, padding, dilation, groups);
+  check_conv_relu_pool_backward(shape, grad_output, codes, input);
+  Gradients gradients;
+  bool done = false;
+  if (prefers_own_backward(shape, needs_input) && shape.N > 0) {
+    if (needs_input) gradients.input = torch::stable::empty_like(input);
+    if (needs_weight) gradients.weight = torch::stable::empty_like(weight);
+    if (needs_bias) gradients.bias = allocate(weight, {shape.K});
+    dispatch_float("conv_relu_pool_backward", input.scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      const ConvBackward<element_t<T>> call{
+          shape.N,
+          shape.C,
+          shape.H,
+          shape.W,
+          shape.K,
+          shape.R,
+          shape.P,
+          shape.Q,
+          shape.padding[0],
+          shape.padding[1],
+          data<T>(input),
+          strides_of(input),
+          data<T>(grad_output),
+          strides_of(grad_output),
+          static_cast<const uint8_t*>(codes.const_data_ptr()),
+          strides_of(codes),
+          needs_weight,
+          needs_bias,
+          needs_input ? mutable_data<T>(gradients.input) : nullptr,
+          needs_input ? strides_of(gradients.input) : Strides4{},
+          nullptr};
+      done = run<T>(call, weight, gradients);
+    });
+  }
+  if (!done) {
+    Tensor grad_z = allocate_image(input, shape, shape.z_height(), shape.z_width());
+    if (grad_z.numel() > 0) {
+      dispatch_float("conv_relu_pool_backward", input.scalar_type(), [&](auto type) {
+        using T = decltype(type);
+        const auto* code = static_cast<const uint8_t*>(codes.const_data_ptr());
+        auto* z = mutable_data<T>(grad_z);
+        const int64_t rows = shape.N * shape.z_height();
+        parallel(rows, 2 * grad_z.numel() / rows, [&](int64_t begin, int64_t end) {
+          FASTNET_BEST_ISA(expand_kernel(data<T>(grad_output), strides_of(grad_output), code,
+                                         strides_of(codes), z, strides_of(grad_z), shape.K,
+                                         shape.P, shape.Q, shape.z_height(), shape.z_width(),
+                                         begin, end));
+        });
+      });
+    }
+    return library_convolution_backward(aoti_torch_cpu_convolution_backward, grad_z, input,
+                                        weight, shape, needs_input, needs_weight, needs_bias);
+  }
+  return {gradients.input, gradients.weight, gradients.bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
+  library.impl("conv_relu_pool_backward", TORCH_BOX(&conv_relu_pool_backward));
+}
+
+}  // namespace fastnet

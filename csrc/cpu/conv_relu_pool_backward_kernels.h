@@ -1,0 +1,461 @@
+// The backward loops of conv_relu_pool, compiled once per instruction set by foreach_isa.h.
+//
+// Both gradients are sums over live windows of a gradient times a patch, so both are calculated
+// from lists of (where the patch stands, gradient), dead windows left out:
+//   grad_weight[k][c] = Σ over windows of g[k] · the input's patch at the window's winner
+//   grad_input at a winner's patch += Σ over k of g[k] · weight[k]
+// A patch has kernel x kernel positions and some channels, which stand innermost:
+//   blocks  [C / channels][...][positions][channels]
+// with as many channels to a block as a vector has lanes, or all where that is fewer; positions in
+// a row of the patch are then side by side, and `vectors` vectors hold them.
+
+// The sums of a list stay in registers, up to so many.
+inline constexpr int kSums = kRegisters == 32 ? 25 : 12;
+
+// Windows whose lists are made together, at most.
+inline constexpr int kMaxWindows = 256;
+
+template <class A>
+struct Entry {
+  int32_t at;
+  A gradient;
+};
+
+// Where everything stands in a thread's scratch memory, in elements.
+template <class T>
+struct BackwardPlan {
+  using A = acc_t<T>;
+  int64_t channels, blocks, vectors;
+  int64_t height, width;  // of the part of the padded input that windows touch
+  int64_t row;            // from one row of the padded input to the next
+  int64_t patch_row;      // the same in a patch of grad_weight and the filters
+  int64_t patch;          // elements of such a patch
+  int64_t strip_rows, strip_size;  // rows of windows in a strip, and its elements, of a block
+  int64_t strips;                  // in a list
+  int64_t windows;                 // in a list of grad_input's
+  int64_t input_at, entries_at, image_at, end;
+
+  explicit BackwardPlan(const ConvBackward<T>& call) {
+    constexpr int64_t kLane = kLanes<T>, kStripBytes = 16 * 1024, kSlack = 8 * kLane;
+    constexpr int64_t kSize = sizeof(A);
+    channels = call.C < kLane ? call.C : kLane;
+    blocks = (call.C + kLane - 1) / kLane;
+    vectors = (call.kernel * channels + kLane - 1) / kLane;
+    height = 2 * call.P + call.kernel - 1;
+    width = 2 * call.Q + call.kernel - 1;
+    row = width * channels;
+    patch_row = vectors * kLane;
+    patch = call.kernel * patch_row;
+    const int64_t most = kStripBytes / kSize;
+    strip_rows = (most / row - call.kernel + 1) / 2;
+    strip_rows = strip_rows < 1 ? 1 : strip_rows < call.P ? strip_rows : call.P;
+    strip_size = (2 * strip_rows + call.kernel - 1) * row;
+    strips = strip_rows == call.P && strip_size <= most ? most / strip_size : 1;
+    windows = (4096 + call.K - 1) / call.K;
+    if (windows > kMaxWindows) windows = kMaxWindows;
+    if (windows > call.P * call.Q) windows = call.P * call.Q;
+    const int64_t listed = strips * strip_rows * call.Q + 1, by_window = windows * 5 * call.K;
+    const int64_t entry = sizeof(Entry<A>) / kSize;
+    constexpr int64_t kLine = 64 / kSize;
+    const auto next_line = [&](int64_t at) { return (at + kSlack + kLine - 1) / kLine * kLine; };
+    input_at = 0;
+    entries_at = next_line(blocks * strips * strip_size);
+    image_at = next_line(entries_at + entry * (listed > by_window ? listed : by_window));
+    end = image_at + blocks * height * row + kSlack;
+  }
+};
+
+template <class T>
+int64_t backward_scratch(const ConvBackward<T>& call) {
+  return BackwardPlan<T>(call).end;
+}
+
+// Elements of grad_weight as it is summed, [k][block][r][vectors · lanes], and of the filters as
+// grad_input takes them, [block][k][r][vectors · lanes].
+template <class T>
+int64_t patch_elements(const ConvBackward<T>& call) {
+  const BackwardPlan<T> plan(call);
+  return call.K * plan.blocks * plan.patch;
+}
+
+template <class A>
+static bool are_finite(const A* values, int64_t count) {
+  auto is_finite = Vec<A>{} == Vec<A>{};
+  int64_t i = 0;
+  constexpr int kStep = kVectorBytes / sizeof(A);
+  for (; i + kStep <= count; i += kStep) {
+    const Vec<A> value = load(values + i);
+    is_finite &= value - value == Vec<A>{};
+  }
+  bool all = reduce_max<A>(is_finite ? Vec<A>{} : splat(A(1))) == 0;
+  for (; i < count; ++i) all &= values[i] - values[i] == 0;
+  return all;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Sums over a list
+
+// to[r][v] += Σ over entries of gradient · from[at + r · row][v]. Of the last vector of a row only
+// the first `lanes` lanes are patch.
+template <class A, int kRows, int kVectors>
+FASTNET_INLINE void accumulate_rows(const Entry<A>* entries, int64_t count, const A* from,
+                                    int64_t row, A* to, int64_t to_row, int64_t lanes) {
+  using V = Vec<A>;
+  constexpr int kStep = kVectorBytes / sizeof(A);
+  // So few sums would wait for their own additions: two entries have sums each.
+  constexpr int kAtOnce = kRows * kVectors <= kSums / 2 ? 2 : 1;
+  V sum[kAtOnce][kRows][kVectors] = {};
+  int64_t i = 0;
+  for (; i + kAtOnce <= count; i += kAtOnce) {
+    for (int e = 0; e < kAtOnce; ++e) {
+      const V gradient = splat(entries[i + e].gradient);
+      const A* patch = from + entries[i + e].at;
+      for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+          sum[e][r][v] += gradient * load(patch + r * row + v * kStep);
+        }
+      }
+    }
+  }
+  if constexpr (kAtOnce == 2) {
+    if (i < count) {
+      const V gradient = splat(entries[i].gradient);
+      const A* patch = from + entries[i].at;
+      for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+          sum[0][r][v] += gradient * load(patch + r * row + v * kStep);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) sum[0][r][v] += sum[1][r][v];
+    }
+  }
+  const auto is_patch = lane_index<A>() < splat(static_cast<A>(lanes));
+  for (int r = 0; r < kRows; ++r) {
+    A* const at = to + r * to_row;
+    for (int v = 0; v < kVectors; ++v) {
+      V value = sum[0][r][v];
+      if (v == kVectors - 1) value = is_patch ? value : V{};
+      store(at + v * kStep, load(at + v * kStep) + value);
+    }
+  }
+}
+
+template <class A>
+using Accumulate = void (*)(const Entry<A>*, int64_t, const A*, int64_t, A*, int64_t, int64_t);
+
+template <class A, int kKernel, int kVectors>
+static void accumulate(const Entry<A>* entries, int64_t count, const A* from, int64_t row, A* to,
+                       int64_t to_row, int64_t lanes) {
+  constexpr int kFit = kSums / kVectors, kRows = kFit < kKernel ? kFit : kKernel;
+  constexpr int kRest = kKernel % kRows;
+  int r = 0;
+  for (; r + kRows <= kKernel; r += kRows) {
+    accumulate_rows<A, kRows, kVectors>(entries, count, from + r * row, row, to + r * to_row,
+                                        to_row, lanes);
+  }
+  if constexpr (kRest > 0) {
+    accumulate_rows<A, kRest, kVectors>(entries, count, from + r * row, row, to + r * to_row,
+                                        to_row, lanes);
+  }
+}
+
+template <class A, int kKernel, int kVectors = kKernel>
+static Accumulate<A> accumulate_for(int64_t vectors) {
+  if constexpr (kVectors > 1) {
+    if (vectors != kVectors) return accumulate_for<A, kKernel, kVectors - 1>(vectors);
+  }
+  return accumulate<A, kKernel, kVectors>;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Rearranging
+
+// A strip of the padded input, rows [row, row + rows), into blocks of channels.
+template <class T>
+static void fill_blocks(const ConvBackward<T>& call, const BackwardPlan<T>& plan, int64_t n,
+                        int64_t row, int64_t rows, acc_t<T>* to) {
+  const int64_t columns = call.W < plan.width - call.pad_x ? call.W : plan.width - call.pad_x;
+  for (int64_t block = 0; block < plan.blocks; ++block) {
+    acc_t<T>* const strip = to + block * plan.strips * plan.strip_size;
+    const int64_t c_first = block * plan.channels;
+    const int64_t channels = call.C - c_first < plan.channels ? call.C - c_first : plan.channels;
+    __builtin_memset(strip, 0, static_cast<size_t>(rows * plan.row) * sizeof(acc_t<T>));
+    for (int64_t y = 0; y < rows; ++y) {
+      const int64_t from_y = row + y - call.pad_y;
+      if (from_y < 0 || from_y >= call.H) continue;
+      const T* from = call.input + n * call.input_at.n + c_first * call.input_at.c +
+                      from_y * call.input_at.y;
+      acc_t<T>* const line = strip + y * plan.row + call.pad_x * plan.channels;
+      if (call.input_at.c == 1 && channels == kLanes<T>) {
+        for (int64_t x = 0; x < columns; ++x) {
+          store(line + x * kLanes<T>, load(from + x * call.input_at.x));
+        }
+      } else if (channels == kLanes<T>) {
+        for (int64_t x = 0; x < columns; ++x) {
+          for (int c = 0; c < kLanes<T>; ++c) {
+            line[x * kLanes<T> + c] = widen(from[c * call.input_at.c + x * call.input_at.x]);
+          }
+        }
+      } else {
+        for (int64_t x = 0; x < columns; ++x) {
+          for (int64_t c = 0; c < channels; ++c) {
+            line[x * plan.channels + c] =
+                widen(from[c * call.input_at.c + x * call.input_at.x]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// filters[block][k][r][s][channel] of blocks [begin, end). Returns whether all are finite.
+template <class T>
+bool arrange_backward_filters_kernel(const ConvBackward<T>& call, const T* weight,
+                                     Strides4 weight_at, acc_t<T>* filters, int64_t begin,
+                                     int64_t end) {
+  const BackwardPlan<T> plan(call);
+  const int64_t size = call.K * plan.patch;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t c_first = block * plan.channels;
+    const int64_t channels = call.C - c_first < plan.channels ? call.C - c_first : plan.channels;
+    acc_t<T>* const to = filters + block * size;
+    __builtin_memset(to, 0, static_cast<size_t>(size) * sizeof(acc_t<T>));
+    for (int64_t k = 0; k < call.K; ++k) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* from = weight + k * weight_at.n + (c_first + c) * weight_at.c;
+        for (int64_t r = 0; r < call.kernel; ++r) {
+          for (int64_t s = 0; s < call.kernel; ++s) {
+            to[k * plan.patch + r * plan.patch_row + s * plan.channels + c] =
+                widen(from[r * weight_at.y + s * weight_at.x]);
+          }
+        }
+      }
+    }
+  }
+  return are_finite(filters + begin * size, (end - begin) * size);
+}
+
+template <class T>
+int64_t channel_blocks(const ConvBackward<T>& call) {
+  return BackwardPlan<T>(call).blocks;
+}
+
+// grad_weight and grad_bias of filters [begin, end) out of the sums of several shares.
+template <class T>
+void collect_weight_kernel(const ConvBackward<T>& call, const acc_t<T>* sums,
+                           const acc_t<T>* bias_sums, int64_t shares, T* grad_weight,
+                           Strides4 grad_weight_at, T* grad_bias, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const BackwardPlan<T> plan(call);
+  const int64_t size = call.K * plan.blocks * plan.patch;
+  for (int64_t k = begin; k < end; ++k) {
+    if (grad_bias) {
+      A sum = 0;
+      for (int64_t share = 0; share < shares; ++share) sum += bias_sums[share * call.K + k];
+      narrow(sum, grad_bias + k);
+    }
+    if (!grad_weight) continue;
+    for (int64_t c = 0; c < call.C; ++c) {
+      const int64_t block = c / plan.channels;
+      const A* from = sums + (k * plan.blocks + block) * plan.patch + c % plan.channels;
+      for (int64_t r = 0; r < call.kernel; ++r) {
+        for (int64_t s = 0; s < call.kernel; ++s) {
+          A sum = 0;
+          for (int64_t share = 0; share < shares; ++share) {
+            sum += from[share * size + r * plan.patch_row + s * plan.channels];
+          }
+          narrow(sum, grad_weight + k * grad_weight_at.n + c * grad_weight_at.c +
+                          r * grad_weight_at.y + s * grad_weight_at.x);
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// grad_weight and grad_bias of filters [k_begin, k_end) from images [n_begin, n_end), added to sums
+// and bias_sums. Returns false where the input is not finite: an infinity times the gradient of a
+// dead window would be NaN, which this leaves out.
+
+template <class T>
+bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, int64_t n_end,
+                                 int64_t k_begin, int64_t k_end, acc_t<T>* sums,
+                                 acc_t<T>* bias_sums, acc_t<T>* scratch) {
+  using A = acc_t<T>;
+  const BackwardPlan<T> plan(call);
+  const Accumulate<A> add = call.kernel == 3 ? accumulate_for<A, 3>(plan.vectors)
+                                             : accumulate_for<A, 5>(plan.vectors);
+  A* const input = scratch + plan.input_at;
+  Entry<A>* const entries = reinterpret_cast<Entry<A>*>(scratch + plan.entries_at);
+  const int64_t lanes = call.kernel * plan.channels - (plan.vectors - 1) * kLanes<T>;
+  int32_t offset[5] = {};
+  for (int code = 0; code < 4; ++code) {
+    offset[code] = static_cast<int32_t>((code / 2) * plan.row + (code % 2) * plan.channels);
+  }
+  const int64_t strips_per_image = (call.P + plan.strip_rows - 1) / plan.strip_rows;
+  const int64_t strip_end = n_end * strips_per_image;
+  for (int64_t first = n_begin * strips_per_image; first < strip_end; first += plan.strips) {
+    const int64_t last = first + plan.strips < strip_end ? first + plan.strips : strip_end;
+    if (call.needs_weight) {
+      for (int64_t strip = first; strip < last; ++strip) {
+        const int64_t p = strip % strips_per_image * plan.strip_rows;
+        const int64_t p_rows = call.P - p < plan.strip_rows ? call.P - p : plan.strip_rows;
+        const int64_t rows = 2 * p_rows + call.kernel - 1;
+        A* const to = input + (strip - first) * plan.strip_size;
+        fill_blocks(call, plan, strip / strips_per_image, 2 * p, rows, to);
+        for (int64_t block = 0; block < plan.blocks; ++block) {
+          if (!are_finite(to + block * plan.strips * plan.strip_size, rows * plan.row)) {
+            return false;
+          }
+        }
+      }
+    }
+    for (int64_t k = k_begin; k < k_end; ++k) {
+      int64_t count = 0;
+      A bias_sum = 0;
+      for (int64_t strip = first; strip < last; ++strip) {
+        const int64_t n = strip / strips_per_image;
+        const int64_t p_first = strip % strips_per_image * plan.strip_rows;
+        const int64_t p_stop =
+            p_first + plan.strip_rows < call.P ? p_first + plan.strip_rows : call.P;
+        for (int64_t p = p_first; p < p_stop; ++p) {
+          const T* g = call.grad_output + n * call.grad_output_at.n + k * call.grad_output_at.c +
+                       p * call.grad_output_at.y;
+          const uint8_t* codes =
+              call.codes + n * call.codes_at.n + k * call.codes_at.c + p * call.codes_at.y;
+          int64_t at = (strip - first) * plan.strip_size + 2 * (p - p_first) * plan.row;
+          for (int64_t q = 0; q < call.Q; ++q, at += 2 * plan.channels) {
+            const uint8_t code = codes[q * call.codes_at.x];
+            const A gradient = widen(g[q * call.grad_output_at.x]);
+            entries[count] = {static_cast<int32_t>(at) + offset[code], gradient};
+            count += code != kDead;
+            bias_sum += code != kDead ? gradient : A(0);
+          }
+        }
+      }
+      bias_sums[k] += bias_sum;
+      if (!call.needs_weight) continue;
+      for (int64_t block = 0; block < plan.blocks; ++block) {
+        add(entries, count, input + block * plan.strips * plan.strip_size, plan.row,
+            sums + (k * plan.blocks + block) * plan.patch, plan.patch_row, lanes);
+      }
+    }
+  }
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------------
+// grad_input of images [n_begin, n_end), channels in blocks [block_begin, block_end)
+
+template <class T>
+void conv_backward_input_kernel(const ConvBackward<T>& call, int64_t n_begin, int64_t n_end,
+                                int64_t block_begin, int64_t block_end, acc_t<T>* scratch) {
+  using A = acc_t<T>;
+  const BackwardPlan<T> plan(call);
+  const Accumulate<A> add = call.kernel == 3 ? accumulate_for<A, 3>(plan.vectors)
+                                             : accumulate_for<A, 5>(plan.vectors);
+  Entry<A>* const entries = reinterpret_cast<Entry<A>*>(scratch + plan.entries_at);
+  A* const image = scratch + plan.image_at;
+  const int64_t image_size = plan.height * plan.row, all = call.P * call.Q;
+  const int64_t lanes = call.kernel * plan.channels - (plan.vectors - 1) * kLanes<T>;
+  for (int64_t n = n_begin; n < n_end; ++n) {
+    __builtin_memset(image + block_begin * image_size, 0,
+                     static_cast<size_t>((block_end - block_begin) * image_size) * sizeof(A));
+    const T* const g = call.grad_output + n * call.grad_output_at.n;
+    const uint8_t* const codes = call.codes + n * call.codes_at.n;
+    for (int64_t first = 0; first < all; first += plan.windows) {
+      const int64_t last = first + plan.windows < all ? first + plan.windows : all;
+      // Five lists a window, one for every code; that of the dead is never read.
+      constexpr int kCodes = 5;
+      int32_t counts[kMaxWindows][kCodes];
+      for (int64_t window = first; window < last; ++window) {
+        const int64_t p = window / call.Q, q = window % call.Q;
+        Entry<A>* const lists = entries + (window - first) * kCodes * call.K;
+        Entry<A>* ends[kCodes];
+        for (int code = 0; code < kCodes; ++code) ends[code] = lists + code * call.K;
+        const T* g_window = g + p * call.grad_output_at.y + q * call.grad_output_at.x;
+        const uint8_t* codes_window = codes + p * call.codes_at.y + q * call.codes_at.x;
+        int32_t at = 0;
+        for (int64_t k = 0; k < call.K; ++k, at += static_cast<int32_t>(plan.patch)) {
+          *ends[codes_window[k * call.codes_at.c]]++ = {at,
+                                                        widen(g_window[k * call.grad_output_at.c])};
+        }
+        for (int code = 0; code < kCodes; ++code) {
+          counts[window - first][code] = static_cast<int32_t>(ends[code] - lists - code * call.K);
+        }
+      }
+      for (int64_t block = block_begin; block < block_end; ++block) {
+        const A* const filters = call.filters + block * call.K * plan.patch;
+        for (int64_t window = first; window < last; ++window) {
+          const int64_t p = window / call.Q, q = window % call.Q;
+          for (int code = 0; code < 4; ++code) {
+            const int64_t y = 2 * p + code / 2, x = 2 * q + code % 2;
+            const int32_t count = counts[window - first][code];
+            if (count == 0) continue;
+            add(entries + ((window - first) * kCodes + code) * call.K, count, filters,
+                plan.patch_row, image + block * image_size + y * plan.row + x * plan.channels,
+                plan.row, lanes);
+          }
+        }
+      }
+    }
+    // Out of the blocks and the padding. What no window touches has no gradient.
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      const int64_t c_first = block * plan.channels;
+      const int64_t channels = call.C - c_first < plan.channels ? call.C - c_first : plan.channels;
+      for (int64_t y = 0; y < call.H; ++y) {
+        const int64_t from_y = y + call.pad_y;
+        T* to = call.grad_input + n * call.grad_input_at.n + c_first * call.grad_input_at.c +
+                y * call.grad_input_at.y;
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t x = 0; x < call.W; ++x) {
+            const int64_t from_x = x + call.pad_x;
+            const bool is_touched = from_y < plan.height && from_x < plan.width;
+            const A value = is_touched ? image[block * image_size + from_y * plan.row +
+                                               from_x * plan.channels + c]
+                                       : A(0);
+            narrow(value, to + c * call.grad_input_at.c + x * call.grad_input_at.x);
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// grad_z, for a library's backward: rows [begin, end) of the convolution's output, counted through
+// images and channels.
+
+template <class T>
+void expand_kernel(const T* grad_output, Strides4 grad_output_at, const uint8_t* codes,
+                   Strides4 codes_at, T* grad_z, Strides4 z_at, int64_t K, int64_t P, int64_t Q,
+                   int64_t z_height, int64_t z_width, int64_t begin, int64_t end) {
+  const T zero = {};
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = row / z_height, y = row % z_height, p = y / 2;
+    const int64_t z_row = n * z_at.n + y * z_at.y;
+    const int64_t g_row = n * grad_output_at.n + p * grad_output_at.y;
+    const int64_t code_row = n * codes_at.n + p * codes_at.y;
+    const auto value = [&](int64_t k, int64_t x) {
+      const int64_t q = x / 2;
+      if (p >= P || q >= Q) return zero;
+      const uint8_t code = codes[code_row + k * codes_at.c + q * codes_at.x];
+      return code == 2 * (y % 2) + x % 2
+                 ? grad_output[g_row + k * grad_output_at.c + q * grad_output_at.x]
+                 : zero;
+    };
+    if (z_at.c == 1) {
+      for (int64_t x = 0; x < z_width; ++x) {
+        for (int64_t k = 0; k < K; ++k) grad_z[z_row + k + x * z_at.x] = value(k, x);
+      }
+    } else {
+      for (int64_t k = 0; k < K; ++k) {
+        for (int64_t x = 0; x < z_width; ++x) {
+          grad_z[z_row + k * z_at.c + x * z_at.x] = value(k, x);
+        }
+      }
+    }
+  }
+}
