@@ -104,38 +104,32 @@ FASTNET_INLINE void accumulate_rows(const Entry<A>* entries, int64_t count, cons
   constexpr int kStep = kVectorBytes / sizeof(A);
   // So few sums would wait for their own additions: two entries have sums each.
   constexpr int kAtOnce = kRows * kVectors <= kSums / 2 ? 2 : 1;
-  V sum[kAtOnce][kRows][kVectors] = {};
+  V sum[kAtOnce][kRows][kVectors];
+  FASTNET_UNROLL for (int e = 0; e < kAtOnce; ++e) {
+    FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[e][r][v] = V{};
+    }
+  }
+  const auto add = [&](const Entry<A>& entry, V(&sum)[kRows][kVectors])
+                       __attribute__((always_inline)) {
+    const V gradient = splat(entry.gradient);
+    const A* patch = from + entry.at;
+    FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] += gradient * load(patch + r * row + v * kStep);
+      }
+    }
+  };
   int64_t i = 0;
   for (; i + kAtOnce <= count; i += kAtOnce) {
-    for (int e = 0; e < kAtOnce; ++e) {
-      const V gradient = splat(entries[i + e].gradient);
-      const A* patch = from + entries[i + e].at;
-      for (int r = 0; r < kRows; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
-          sum[e][r][v] += gradient * load(patch + r * row + v * kStep);
-        }
-      }
-    }
+    FASTNET_UNROLL for (int e = 0; e < kAtOnce; ++e) add(entries[i + e], sum[e]);
   }
-  if constexpr (kAtOnce == 2) {
-    if (i < count) {
-      const V gradient = splat(entries[i].gradient);
-      const A* patch = from + entries[i].at;
-      for (int r = 0; r < kRows; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
-          sum[0][r][v] += gradient * load(patch + r * row + v * kStep);
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) sum[0][r][v] += sum[1][r][v];
-    }
-  }
+  if (i < count) add(entries[i], sum[0]);
   const auto is_patch = lane_index<A>() < splat(static_cast<A>(lanes));
-  for (int r = 0; r < kRows; ++r) {
+  FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
     A* const at = to + r * to_row;
-    for (int v = 0; v < kVectors; ++v) {
-      V value = sum[0][r][v];
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+      V value = kAtOnce == 2 ? sum[0][r][v] + sum[kAtOnce - 1][r][v] : sum[0][r][v];
       if (v == kVectors - 1) value = is_patch ? value : V{};
       store(at + v * kStep, load(at + v * kStep) + value);
     }
@@ -192,12 +186,8 @@ static void fill_blocks(const ConvBackward<T>& call, const BackwardPlan<T>& plan
         for (int64_t x = 0; x < columns; ++x) {
           store(line + x * kLanes<T>, load(from + x * call.input_at.x));
         }
-      } else if (channels == kLanes<T>) {
-        for (int64_t x = 0; x < columns; ++x) {
-          for (int c = 0; c < kLanes<T>; ++c) {
-            line[x * kLanes<T> + c] = widen(from[c * call.input_at.c + x * call.input_at.x]);
-          }
-        }
+      } else if (call.input_at.x == 1) {
+        transpose(from, call.input_at.c, line, plan.channels, channels, columns);
       } else {
         for (int64_t x = 0; x < columns; ++x) {
           for (int64_t c = 0; c < channels; ++c) {
@@ -409,15 +399,22 @@ void conv_backward_input_kernel(const ConvBackward<T>& call, int64_t n_begin, in
         const int64_t from_y = y + call.pad_y;
         T* to = call.grad_input + n * call.grad_input_at.n + c_first * call.grad_input_at.c +
                 y * call.grad_input_at.y;
-        for (int64_t c = 0; c < channels; ++c) {
-          for (int64_t x = 0; x < call.W; ++x) {
-            const int64_t from_x = x + call.pad_x;
-            const bool is_touched = from_y < plan.height && from_x < plan.width;
-            const A value = is_touched ? image[block * image_size + from_y * plan.row +
-                                               from_x * plan.channels + c]
-                                       : A(0);
-            narrow(value, to + c * call.grad_input_at.c + x * call.grad_input_at.x);
+        const int64_t touched = from_y < plan.height ? plan.width - call.pad_x : 0;
+        const int64_t columns = touched < 0 ? 0 : touched < call.W ? touched : call.W;
+        const A* from =
+            image + block * image_size + from_y * plan.row + call.pad_x * plan.channels;
+        const int64_t x_stride = call.grad_input_at.x, c_stride = call.grad_input_at.c;
+        if (x_stride == 1) {
+          transpose(from, plan.channels, to, c_stride, columns, channels);
+        } else {
+          for (int64_t x = 0; x < columns; ++x) {
+            for (int64_t c = 0; c < channels; ++c) {
+              narrow(from[x * plan.channels + c], to + c * c_stride + x * x_stride);
+            }
           }
+        }
+        for (int64_t x = columns; x < call.W; ++x) {
+          for (int64_t c = 0; c < channels; ++c) narrow(A(0), to + c * c_stride + x * x_stride);
         }
       }
     }

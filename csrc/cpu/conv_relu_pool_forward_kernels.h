@@ -4,7 +4,7 @@
 // of every channel. Tiles are counted through images, rows and columns, and calculated in blocks,
 // whose vectors have one tile to a lane: no lane is idle where a row ends.
 //
-//   strip   [C][rows][width]       some rows of a padded image
+//   strip   [C][rows][2][half]     some rows of a padded image, even columns and odd ones apart
 //   patches [points][C][tiles]     the tiles of a block, by position in the patch, or transformed
 //   pooled  [K][tiles]             the block's results, then written in the output's layout
 
@@ -139,20 +139,29 @@ template <class T>
 struct ForwardPlan {
   using A = acc_t<T>;
   int64_t patch;       // height and width of a patch
-  int64_t width;       // of a strip
+  int64_t half;        // the even columns of a row of a strip, or the odd ones
   int64_t strip_rows;  // of tiles, in a strip
+  int64_t strip_plane; // from one channel of a strip to the next
   int64_t tiles;       // in a block
   int64_t patch_row;   // from one channel of the patches to the next
   int64_t plane;       // from one point of the patches to the next
   int64_t filters;     // K, rounded up
+  int64_t products_plane;  // from one point of the products to the next
   int64_t strip_at, patches_at, products_at, pooled_at, codes_at, end;
+
+  // A distance at which many stores in a row do not all fall into the same few sets of the cache, as
+  // they do a page apart: an odd number of lines.
+  static int64_t off_pages(int64_t elements) {
+    constexpr int64_t kLine = 64 / sizeof(A);
+    return ((elements + kLine - 1) / kLine | 1) * kLine;
+  }
 
   explicit ForwardPlan(const ConvForward<T>& call) {
     constexpr int64_t kStripBytes = 64 * 1024, kPatchBytes = 24 * 1024;
     const int64_t C = call.C;
     patch = call.kernel + 1;
-    width = 2 * call.Q + call.kernel - 1;
-    const int64_t row_bytes = 2 * C * width * static_cast<int64_t>(sizeof(A));
+    half = call.Q + call.kernel / 2;
+    const int64_t row_bytes = 4 * C * half * static_cast<int64_t>(sizeof(A));
     strip_rows = least(call.P, kStripBytes / row_bytes);
     if (strip_rows < 1) strip_rows = 1;
     const int64_t points = patch * patch;
@@ -163,13 +172,15 @@ struct ForwardPlan {
     // Patches are written a vector at a time, past the end of a row of tiles, and read so.
     constexpr int64_t kSlack = 4 * kLanes<T>, kLine = 64 / sizeof(A);
     patch_row = tiles + kLanes<T>;
-    plane = round_up(C * patch_row, kLine);
+    plane = off_pages(C * patch_row);
     filters = round_up(call.K, kProductFilters);
+    products_plane = off_pages(filters * tiles);
+    strip_plane = off_pages((2 * strip_rows + call.kernel - 1) * 2 * half);
     strip_at = 0;
     patches_at =
-        round_up(strip_at + C * (2 * strip_rows + call.kernel - 1) * width + kSlack, kLine);
+        round_up(strip_at + C * strip_plane + kSlack, kLine);
     products_at = patches_at + points * plane;
-    pooled_at = products_at + (call.by_winograd ? kPoints * filters * tiles : 0);
+    pooled_at = products_at + (call.by_winograd ? kPoints * products_plane : 0);
     codes_at = pooled_at + filters * tiles;
     end = codes_at + filters * tiles / static_cast<int64_t>(sizeof(A)) + kSlack;
   }
@@ -180,97 +191,110 @@ int64_t forward_scratch(const ConvForward<T>& call) {
   return ForwardPlan<T>(call).end;
 }
 
-// What is copied, and whether all of it is small.
-template <class T>
-FASTNET_INLINE bool copy_row(const T* from, int64_t stride, acc_t<T>* to, int64_t count) {
-  using A = acc_t<T>;
-  constexpr int kStep = kLanes<T>;
-  bool is_small = true;
-  int64_t i = 0;
-  if (stride == 1 && count >= kStep) {
-    // The last vector reaches back over elements already copied.
-    Vec<A> largest = {};
-    auto is_number = Vec<A>{} == Vec<A>{};
-    for (; i < count; i += kStep) {
-      const int64_t at = i + kStep <= count ? i : count - kStep;
-      const Vec<A> value = load(from + at);
-      store(to + at, value);
-      largest = maximum<A>(largest, value < Vec<A>{} ? -value : value);
-      is_number &= value == value;
-    }
-    is_small = reduce_max<A>(is_number ? largest : splat(A(2) * static_cast<A>(kLargest))) <
-               static_cast<A>(kLargest);
-  }
-  for (; i < count; ++i) {
-    const A value = widen(from[i * stride]);
-    to[i] = value;
-    is_small &= value < static_cast<A>(kLargest) && value > -static_cast<A>(kLargest);
-  }
-  return is_small;
+// The largest magnitude of some floats: as integers their bits are in the same order, with infinity
+// and then NaN above all.
+FASTNET_INLINE void raise_magnitude(Vec<int32_t>* largest, Vec<float> value) {
+  const Vec<int32_t> bits = (Vec<int32_t>)value & 0x7fffffff;
+  *largest = bits > *largest ? bits : *largest;
 }
 
-// Copies rows [row, row + rows) of image n, counted in the padded image.
+// Copies columns [0, columns) of a row, 2i to even[i], 2i + 1 to odd[i].
 template <class T>
-static bool fill_strip(const ConvForward<T>& call, int64_t n, int64_t row, int64_t rows,
-                       int64_t width, acc_t<T>* strip) {
+FASTNET_INLINE void split_columns(const T* from, int64_t stride, acc_t<T>* even, acc_t<T>* odd,
+                                  int64_t columns) {
+  const auto eight = [&](int64_t x) {
+    const Vec4<acc_t<T>> a = load_4(from + x), b = load_4(from + x + 4);
+    store_4(even + x / 2, __builtin_shufflevector(a, b, 0, 2, 4, 6));
+    store_4(odd + x / 2, __builtin_shufflevector(a, b, 1, 3, 5, 7));
+  };
+  int64_t x = 0;
+  if (stride == 1 && columns >= 8) {
+    for (; x + 8 <= columns; x += 8) eight(x);
+    // The rest reaches back over columns already copied.
+    x = (columns - 8) / 2 * 2;
+    eight(x);
+    x += 8;
+  }
+  for (; x + 2 <= columns; x += 2) {
+    even[x / 2] = widen(from[x * stride]);
+    odd[x / 2] = widen(from[(x + 1) * stride]);
+  }
+  if (x < columns) even[x / 2] = widen(from[x * stride]);
+}
+
+// Copies rows [row, row + rows) of image n, counted in the padded image, into a strip whose columns
+// to the left and right of the image are 0 already. Returns whether Winograd's form can take them.
+template <class T>
+static bool fill_strip(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t n,
+                       int64_t row, int64_t rows, acc_t<T>* strip) {
   using A = acc_t<T>;
-  bool is_small = true;
-  const int64_t columns = least(call.W, width - call.pad_x);
-  const int64_t left = least(call.pad_x, width);
-  for (int64_t c = 0; c < call.C; ++c) {
-    for (int64_t y = 0; y < rows; ++y) {
-      A* to = strip + (c * rows + y) * width;
-      const int64_t from_y = row + y - call.pad_y;
-      if (from_y < 0 || from_y >= call.H || columns <= 0) {
-        for (int64_t x = 0; x < width; ++x) to[x] = 0;
-        continue;
+  const int64_t half = plan.half, plane = plan.strip_plane, left = least(call.pad_x, 2 * half);
+  const int64_t columns = least(call.W, 2 * half - left);
+  const bool channels_last = call.input_at.c == 1 && call.C > 1;
+  // Column x of the image is column x + left of the padded one.
+  const int64_t first_even = (left + 1) / 2, first_odd = left / 2;
+  // The image's own even columns are odd ones of the padded image where `left` is odd.
+  A* const even = strip + (left % 2 ? half + first_odd : first_even);
+  A* const odd = strip + (left % 2 ? first_even : half + first_odd);
+  const int64_t stride = call.input_at.x;
+  const auto fill_row = [&](int64_t y, int64_t c) {
+    const int64_t from_y = row + y - call.pad_y, to = c * plane + y * 2 * half;
+    const T* from = call.input + n * call.input_at.n + c * call.input_at.c + from_y * call.input_at.y;
+    if (from_y < 0 || from_y >= call.H) {
+      for (int64_t k = c; k < (channels_last ? call.C : c + 1); ++k) {
+        for (int64_t x = 0; x < 2 * half; ++x) strip[k * plane + y * 2 * half + x] = 0;
       }
-      for (int64_t x = 0; x < left; ++x) to[x] = 0;
-      for (int64_t x = left + columns; x < width; ++x) to[x] = 0;
-      const T* from = call.input + n * call.input_at.n + c * call.input_at.c +
-                      from_y * call.input_at.y;
-      // A branch on the stride, so that the compiler sees the contiguous copy by itself.
-      is_small &= call.input_at.x == 1 ? copy_row<T>(from, 1, to + left, columns)
-                                       : copy_row<T>(from, call.input_at.x, to + left, columns);
+    } else if (channels_last) {
+      transpose(from, 2 * stride, even + to, plane, (columns + 1) / 2, call.C);
+      transpose(from + stride, 2 * stride, odd + to, plane, columns / 2, call.C);
+    } else {
+      split_columns(from, stride, even + to, odd + to, columns);
+    }
+  };
+  for (int64_t c = 0; c < (channels_last ? 1 : call.C); ++c) {
+    for (int64_t y = 0; y < rows; ++y) fill_row(y, c);
+  }
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (call.by_winograd) {
+      constexpr int kStep = kLanes<float>;
+      Vec<int32_t> largest[2] = {};
+      const int64_t count = call.C * plane;  // whole lines
+      for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(float))) {
+        for (int j = 0; j < 64 / static_cast<int>(sizeof(float)) / kStep; ++j) {
+          raise_magnitude(largest + j % 2, load(strip + i + j * kStep));
+        }
+      }
+      int32_t limit;
+      __builtin_memcpy(&limit, &kLargest, sizeof limit);
+      for (int lane = 0; lane < kStep; ++lane) {
+        if (largest[0][lane] > limit || largest[1][lane] > limit) return false;
+      }
     }
   }
-  return is_small;
+  return true;
 }
 
-template <class V, int... kLane>
-FASTNET_INLINE void deinterleave(V a, V b, V* even, V* odd, LaneList<kLane...>) {
-  *even = __builtin_shufflevector(a, b, (2 * kLane)...);
-  *odd = __builtin_shufflevector(a, b, (2 * kLane + 1)...);
+// Column j of a patch in one row, for neighbouring tiles.
+template <class A>
+FASTNET_INLINE Vec<A> load_column(const A* row, int64_t half, int j) {
+  return load(row + j % 2 * half + j / 2);
 }
 
-// Columns j of a patch in one row, for neighbouring tiles: row[2 · tile + j].
-template <class A, int kPatch>
-FASTNET_INLINE void load_columns(const A* row, Vec<A>* columns) {
-  constexpr int kStep = kVectorBytes / sizeof(A);
-  for (int j = 0; j < kPatch; j += 2) {
-    deinterleave(load(row + j), load(row + j + kStep), columns + j, columns + j + 1,
-                 typename MakeLanes<kStep>::type{});
-  }
-}
-
-// V = Bᵀ d B, stored at `to`, `plane` from one point to the next.
-FASTNET_INLINE void transform_patch(const float* strip, int64_t width, float* to, int64_t plane) {
+// V = Bᵀ d B, stored at `to`, `plane` from one point to the next. A row of V at a time, from the two
+// rows of the patch that it needs: the whole would not fit into registers.
+FASTNET_INLINE void transform_patch(const float* strip, int64_t half, float* to, int64_t plane) {
   using V = Vec<float>;
-  V d[4][4];
-  for (int i = 0; i < 4; ++i) {
-    V x[4];
-    load_columns<float, 4>(strip + i * width, x);
-    d[i][0] = x[0] - x[2];
-    d[i][1] = x[1] + x[2];
-    d[i][2] = x[2] - x[1];
-    d[i][3] = x[1] - x[3];
-  }
-  for (int j = 0; j < 4; ++j) {
-    store(to + j * plane, d[0][j] - d[2][j]);
-    store(to + (4 + j) * plane, d[1][j] + d[2][j]);
-    store(to + (8 + j) * plane, d[2][j] - d[1][j]);
-    store(to + (12 + j) * plane, d[1][j] - d[3][j]);
-  }
+  const auto row = [&](int i, V x0, V x1, V x2, V x3) {
+    store(to + 4 * i * plane, x0 - x2);
+    store(to + (4 * i + 1) * plane, x1 + x2);
+    store(to + (4 * i + 2) * plane, x2 - x1);
+    store(to + (4 * i + 3) * plane, x1 - x3);
+  };
+  const auto d = [&](int i, int j) { return load_column(strip + i * 2 * half, half, j); };
+  row(0, d(0, 0) - d(2, 0), d(0, 1) - d(2, 1), d(0, 2) - d(2, 2), d(0, 3) - d(2, 3));
+  row(1, d(1, 0) + d(2, 0), d(1, 1) + d(2, 1), d(1, 2) + d(2, 2), d(1, 3) + d(2, 3));
+  row(2, d(2, 0) - d(1, 0), d(2, 1) - d(1, 1), d(2, 2) - d(1, 2), d(2, 3) - d(1, 3));
+  row(3, d(1, 0) - d(3, 0), d(1, 1) - d(3, 1), d(1, 2) - d(3, 2), d(1, 3) - d(3, 3));
 }
 
 // The patches of tiles [first, last) of a block, one row of tiles at a time.
@@ -290,7 +314,7 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
     const int64_t rows = 2 * p_rows + kKernel - 1;
     const int64_t id = n * strips + p / plan.strip_rows;
     if (id != *strip_id) {
-      is_small &= fill_strip(call, n, 2 * p_first, rows, plan.width, strip);
+      is_small &= fill_strip(call, plan, n, 2 * p_first, rows, strip);
       *strip_id = id;
     }
     const int64_t stop = least(last, (n * call.P + p_first + p_rows) * call.Q);
@@ -299,20 +323,19 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
       for (int64_t t = tile; t < stop;) {
         // What is written beyond the end of the row, the next row writes over.
         const int64_t count = least(stop - t, call.Q - column);
-        const A* from = strip + (c * rows + 2 * row) * plan.width + 2 * column;
+        const A* from = strip + c * plan.strip_plane + 2 * row * 2 * plan.half + column;
         A* to = scratch + plan.patches_at + c * plan.patch_row + (t - first);
         for (int64_t i = 0; i < count; i += kLanes<T>) {
           if constexpr (sizeof(A) == sizeof(float) && kKernel == 3) {
             if (call.by_winograd) {
-              transform_patch(from + 2 * i, plan.width, to + i, plan.plane);
+              transform_patch(from + i, plan.half, to + i, plan.plane);
               continue;
             }
           }
           for (int r = 0; r < kPatch; ++r) {
-            Vec<A> columns[kPatch];
-            load_columns<A, kPatch>(from + r * plan.width + 2 * i, columns);
             for (int s = 0; s < kPatch; ++s) {
-              store(to + i + (r * kPatch + s) * plan.plane, columns[s]);
+              store(to + i + (r * kPatch + s) * plan.plane,
+                    load_column(from + i + r * 2 * plan.half, plan.half, s));
             }
           }
         }
@@ -335,17 +358,24 @@ FASTNET_INLINE void product_block(const float* filters, const float* patches, in
                                   int64_t patch_row, int64_t tiles, float* products) {
   using V = Vec<float>;
   constexpr int kStep = kLanes<float>;
-  V sum[kProductFilters][kVectors] = {};
+  V sum[kProductFilters][kVectors];
+  FASTNET_UNROLL for (int k = 0; k < kProductFilters; ++k) {
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[k][v] = V{};
+  }
   for (int64_t c = 0; c < C; ++c) {
     V x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load(patches + c * patch_row + v * kStep);
-    for (int k = 0; k < kProductFilters; ++k) {
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+      x[v] = load(patches + c * patch_row + v * kStep);
+    }
+    FASTNET_UNROLL for (int k = 0; k < kProductFilters; ++k) {
       const V w = splat(filters[c * kProductFilters + k]);
-      for (int v = 0; v < kVectors; ++v) sum[k][v] += w * x[v];
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[k][v] += w * x[v];
     }
   }
-  for (int k = 0; k < kProductFilters; ++k) {
-    for (int v = 0; v < kVectors; ++v) store(products + k * tiles + v * kStep, sum[k][v]);
+  FASTNET_UNROLL for (int k = 0; k < kProductFilters; ++k) {
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+      store(products + k * tiles + v * kStep, sum[k][v]);
+    }
   }
 }
 
@@ -394,7 +424,7 @@ FASTNET_INLINE void pool_products(const float* products, int64_t plane, float bi
 template <class T>
 static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t vectors,
                            int64_t k_begin, int64_t k_end, float* scratch) {
-  const int64_t C = call.C, tiles = plan.tiles, plane = plan.filters * tiles;
+  const int64_t C = call.C, tiles = plan.tiles, plane = plan.products_plane;
   float* const products = scratch + plan.products_at;
   for (int point = 0; point < kPoints; ++point) {
     const float* patches = scratch + plan.patches_at + point * plan.plane;
@@ -457,16 +487,14 @@ FASTNET_INLINE void direct_tile(const A* patches, int64_t patch_row, int64_t pla
 #pragma GCC unroll 1
     for (int r = 0; r < kKernel; ++r) {
       const A *upper = x + r * kPatch * plane, *lower = upper + kPatch * plane;
-#pragma GCC unroll 5
+#pragma GCC unroll 1
       for (int s = 0; s < kKernel; ++s) {
-        const V x00 = load(upper + s * plane), x01 = load(upper + (s + 1) * plane);
-        const V x10 = load(lower + s * plane), x11 = load(lower + (s + 1) * plane);
-        for (int k = 0; k < kFilters; ++k) {
-          const V w = splat(filters[k]);
-          sum[k][0] += w * x00;
-          sum[k][1] += w * x01;
-          sum[k][2] += w * x10;
-          sum[k][3] += w * x11;
+        // In this order all there is fits into 16 registers.
+        V w[kFilters];
+        for (int k = 0; k < kFilters; ++k) w[k] = splat(filters[k]);
+        for (int i = 0; i < 4; ++i) {
+          const V value = load((i < 2 ? upper : lower) + (s + i % 2) * plane);
+          for (int k = 0; k < kFilters; ++k) sum[k][i] += w[k] * value;
         }
         filters += kFilters;
       }
@@ -510,6 +538,34 @@ static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
 
 // ---------------------------------------------------------------------------------------------
 
+// Copies a few elements: the last vector reaches back over some already copied.
+template <class T>
+FASTNET_INLINE void copy_few(const acc_t<T>* from, T* to, int64_t count) {
+  constexpr int kStep = kLanes<T>;
+  if (count >= kStep) {
+    for (int64_t i = 0; i < count; i += kStep) {
+      const int64_t at = least(i, count - kStep);
+      store(to + at, load(from + at));
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
+  }
+}
+
+FASTNET_INLINE void copy_codes(const uint8_t* from, uint8_t* to, int64_t count) {
+  if (count >= 8) {
+    for (int64_t i = 0; i < count; i += 8) {
+      const int64_t at = least(i, count - 8);
+      uint64_t eight;
+      __builtin_memcpy(&eight, from + at, sizeof eight);
+      __builtin_memcpy(to + at, &eight, sizeof eight);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+}
+
+// A block's results into the output: filters [k_begin, k_end) of tiles [first, last).
 template <class T>
 static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
                         int64_t last, int64_t k_begin, int64_t k_end, const acc_t<T>* pooled,
@@ -518,20 +574,18 @@ static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, 
   for (int64_t tile = first; tile < last;) {
     const int64_t n = tile / image, window = tile % image;
     const int64_t count = least(last - tile, image - window);
-    if (call.output_at.x == 1) {  // contiguous: the windows of a channel side by side
-      for (int64_t k = k_begin; k < k_end; ++k) {
-        const int64_t to = n * call.output_at.n + k * call.output_at.c + window;
-        const int64_t from = k * tiles + (tile - first);
-        for (int64_t i = 0; i < count; ++i) narrow(pooled[from + i], call.output + to + i);
-        __builtin_memcpy(call.codes + to, codes + from, static_cast<size_t>(count));
+    const int64_t from = k_begin * tiles + (tile - first);
+    const int64_t to = n * call.output_at.n + k_begin * call.output_at.c + window * call.output_at.x;
+    if (call.output_at.x == 1) {  // the windows of a channel stand side by side
+      for (int64_t k = 0; k < k_end - k_begin; ++k) {
+        copy_few<T>(pooled + from + k * tiles, call.output + to + k * call.output_at.c, count);
+        copy_codes(codes + from + k * tiles, call.codes + to + k * call.output_at.c, count);
       }
-    } else {  // channels_last, or a single channel: those of a window side by side
+    } else {  // channels_last
+      transpose(pooled + from, tiles, call.output + to, call.output_at.x, k_end - k_begin, count);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t to = n * call.output_at.n + (window + i) * call.output_at.x;
-        const int64_t from = tile - first + i;
-        for (int64_t k = k_begin; k < k_end; ++k) {
-          narrow(pooled[k * tiles + from], call.output + to + k);
-          call.codes[to + k] = codes[k * tiles + from];
+        for (int64_t k = 0; k < k_end - k_begin; ++k) {
+          call.codes[to + i * call.output_at.x + k] = codes[from + k * tiles + i];
         }
       }
     }
@@ -552,6 +606,7 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
   const ForwardPlan<T> plan(call);
   const int64_t k_begin = part_begin(call, part_first), k_end = part_begin(call, part_last);
   int64_t strip_id = -1;
+  for (int64_t i = plan.strip_at; i < plan.patches_at; ++i) scratch[i] = 0;
   for (int64_t first = begin; first < end; first += plan.tiles) {
     const int64_t last = least(end, first + plan.tiles);
     const int64_t vectors = (last - first + kLanes<T> - 1) / kLanes<T>;
@@ -577,6 +632,12 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
 // Bias, ReLU and maximum by themselves, for a convolution that a library computed: rows
 // [begin, end) of the pooled output, counted through images and channels, or for channels_last
 // through images. z is laid out as the output is.
+
+template <class V, int... kLane>
+FASTNET_INLINE void deinterleave(V a, V b, V* even, V* odd, LaneList<kLane...>) {
+  *even = __builtin_shufflevector(a, b, (2 * kLane)...);
+  *odd = __builtin_shufflevector(a, b, (2 * kLane + 1)...);
+}
 
 template <class T>
 void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* output, uint8_t* codes,

@@ -73,4 +73,5 @@ inline constexpr int kRegisters = 32;
 #endif
 
 #undef FASTNET_INLINE
+#undef FASTNET_UNROLL
 #undef FASTNET_KERNELS

@@ -22,7 +22,10 @@ FASTNET_INLINE void forward_tile(const T* x, const T* w, const T* bias, T* out, 
                                  int64_t N) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
-  Vec<A> sum[kRows][kCols] = {};
+  Vec<A> sum[kRows][kCols];
+  FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+    FASTNET_UNROLL for (int c = 0; c < kCols; ++c) sum[r][c] = Vec<A>{};
+  }
   int64_t k = 0;
   for (; k + kStep <= K; k += kStep) {
     Vec<A> a[kRows];
@@ -181,7 +184,10 @@ FASTNET_INLINE void product_tile(const acc_t<T>* a, int64_t a_row, int64_t a_ste
                                  int64_t J, int64_t K, bool add, int64_t skip) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
-  Vec<A> sum[kRows][kVectors] = {};
+  Vec<A> sum[kRows][kVectors];
+  FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<A>{};
+  }
   for (int64_t j = 0; j < J; ++j) {
     Vec<A> row[kVectors];
     for (int v = 0; v < kVectors; ++v) row[v] = load(b + j * K + v * kStep);
