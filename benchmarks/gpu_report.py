@@ -28,7 +28,7 @@ LIMITS = {"build": 100, "tests": 100, "memcheck": 40, "racecheck": 40, "benchmar
 SHORT = "cuda and float64 and not no and (784 or 130 or 600)"  # a short list for compute-sanitizer
 
 
-OPS = ("linear_relu", "cross_entropy")
+OPS = ("linear_relu", "cross_entropy", "conv_relu_pool")
 OP_TESTS = [f"tests/test_{op}.py" for op in (*OPS, "linear_cross_entropy")]
 NEEDED = ("torch", "setuptools", "ninja", "pytest", "hypothesis", "typer", "matplotlib")
 

@@ -3,6 +3,13 @@
 from fastnet import functional
 from fastnet._library import build_info
 from fastnet._version import __version__
-from fastnet.modules import CrossEntropyLoss, Linear
+from fastnet.modules import ConvReLUPool2d, CrossEntropyLoss, Linear
 
-__all__ = ["CrossEntropyLoss", "Linear", "__version__", "build_info", "functional"]
+__all__ = [
+    "ConvReLUPool2d",
+    "CrossEntropyLoss",
+    "Linear",
+    "__version__",
+    "build_info",
+    "functional",
+]

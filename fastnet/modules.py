@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnet import functional
@@ -47,6 +48,91 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class ConvReLUPool2d(nn.Conv2d):
+    r"""`nn.Conv2d`, `nn.ReLU` and `nn.MaxPool2d` in one; see `functional.conv_relu_pool2d`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: as in `nn.Conv2d`.
+        pool_kernel_size, pool_stride, pool_padding, ceil_mode: as `kernel_size`, `stride`,
+            `padding` and `ceil_mode` in `nn.MaxPool2d`.
+
+    Shape: `(N, in_channels, H, W)` or `(in_channels, H, W)` → the same with `out_channels` and the
+        pooled height and width.
+
+    Example:
+        >>> block = fastnet.ConvReLUPool2d(3, 32, 3, padding=1)  # Conv2d, ReLU, MaxPool2d(2)
+        >>> block(torch.randn(64, 3, 32, 32)).shape
+        torch.Size([64, 32, 16, 16])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pool_kernel_size: int | tuple[int, int] = 2,
+        pool_stride: int | tuple[int, int] | None = None,
+        pool_padding: int | tuple[int, int] = 0,
+        ceil_mode: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self.pool_kernel_size = pool_kernel_size
+        self.pool_stride = pool_stride
+        self.pool_padding = pool_padding
+        self.ceil_mode = ceil_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return functional.conv_relu_pool2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            pool_kernel_size=self.pool_kernel_size,
+            pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding,
+            ceil_mode=self.ceil_mode,
+        )
+
+    def extra_repr(self) -> str:
+        pool = f"pool_kernel_size={self.pool_kernel_size}"
+        if self.pool_stride is not None:
+            pool += f", pool_stride={self.pool_stride}"
+        if self.pool_padding:
+            pool += f", pool_padding={self.pool_padding}"
+        if self.ceil_mode:
+            pool += ", ceil_mode=True"
+        return f"{super().extra_repr()}, {pool}"
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

@@ -25,7 +25,7 @@ def _seed() -> None:
 
 
 EMULATED = Path(__file__).parent.parent / "build" / "emulation"
-FUSED_OPS = ("linear_relu", "cross_entropy")
+FUSED_OPS = ("linear_relu", "cross_entropy", "conv_relu_pool")
 
 
 def raw_ops(namespace: str):

@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 compiler="${CXX:-c++}"
 python=.venv/bin/python
-op_tests="tests/test_linear_relu.py tests/test_cross_entropy.py"
+op_tests="tests/test_linear_relu.py tests/test_cross_entropy.py tests/test_conv_relu_pool.py"
 "$python" -m pytest -q -p no:cacheprovider tests/test_emulation.py
 
 run() { # kind, library

@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
   dispatch_float("conv_relu_pool", input.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const auto* bias_data = b ? data<T>(*b) : nullptr;
-    if (has_own_kernels(shape)) {
+    if (has_own_kernels(shape, input.scalar_type())) {
       ConvForward<element_t<T>> call{shape.N,
                                      shape.C,
                                      shape.H,

@@ -9,9 +9,11 @@
 
 namespace fastnet {
 
-// Whether the kernels of our own take it.
-inline bool has_own_kernels(const ConvReluPoolShape& shape) {
-  return shape.is_plain() && shape.R == shape.S && (shape.R == 3 || shape.R == 5);
+// Whether the kernels of our own take it. Where the processor multiplies bfloat16 itself, oneDNN
+// uses that, and these kernels do not.
+inline bool has_own_kernels(const ConvReluPoolShape& shape, ScalarType dtype) {
+  return shape.is_plain() && shape.R == shape.S && (shape.R == 3 || shape.R == 5) &&
+         !(dtype == ScalarType::BFloat16 && cpu_has_bfloat16());
 }
 
 struct Strides4 {

@@ -102,8 +102,8 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
 // The kernels keep a whole image's gradient at hand, a block of channels at a time.
 constexpr int64_t kImageLimit = 96 * 96;
 
-bool prefers_own_backward(const ConvReluPoolShape& shape, bool needs_input) {
-  return has_own_kernels(shape) && (!needs_input || shape.H * shape.W <= kImageLimit);
+bool prefers_own_backward(const ConvReluPoolShape& shape, ScalarType dtype, bool needs_input) {
+  return has_own_kernels(shape, dtype) && (!needs_input || shape.H * shape.W <= kImageLimit);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
   check_conv_relu_pool_backward(shape, grad_output, codes, input);
   Gradients gradients;
   bool done = false;
-  if (prefers_own_backward(shape, needs_input) && shape.N > 0) {
+  if (prefers_own_backward(shape, input.scalar_type(), needs_input) && shape.N > 0) {
     if (needs_input) gradients.input = torch::stable::empty_like(input);
     if (needs_weight) gradients.weight = torch::stable::empty_like(weight);
     if (needs_bias) gradients.bias = allocate(weight, {shape.K});

@@ -25,4 +25,13 @@ inline Tensor addmm_relu(const Tensor& bias, const Tensor& a, const Tensor& b) {
   return Tensor(result);
 }
 
+// For library_convolution and library_convolution_backward.
+#if defined(FASTNET_EMULATION)
+inline constexpr auto* device_convolution = aoti_torch_cpu_convolution;
+inline constexpr auto* device_convolution_backward = aoti_torch_cpu_convolution_backward;
+#else
+inline constexpr auto* device_convolution = aoti_torch_cuda_convolution;
+inline constexpr auto* device_convolution_backward = aoti_torch_cuda_convolution_backward;
+#endif
+
 }  // namespace fastnet

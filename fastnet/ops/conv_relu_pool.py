@@ -1,0 +1,133 @@
+"""conv_relu_pool: max_pool2d(relu(conv2d(input, weight, bias)), 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnet import _library  # noqa: F401  registers torch.ops.fastnet
+
+_forward = torch.ops.fastnet.conv_relu_pool_forward.default
+_backward = torch.ops.fastnet.conv_relu_pool_backward.default
+
+
+def convolved_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """The length of a convolution's output along one dimension."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@torch.library.register_fake("fastnet::conv_relu_pool_forward")
+def fake_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    torch._check(
+        input.shape[1] == weight.shape[1] * groups,
+        lambda: (
+            f"conv_relu_pool: input {tuple(input.shape)} does not fit weight {tuple(weight.shape)}"
+        ),
+    )
+    size = [
+        convolved_size(input.shape[2 + d], weight.shape[2 + d], stride[d], padding[d], dilation[d])
+        // 2
+        for d in range(2)
+    ]
+    like_input = torch._prims_common.suggest_memory_format(input)
+    like_weight = torch._prims_common.suggest_memory_format(weight)
+    is_last = torch.channels_last in (like_input, like_weight)
+    shape = (input.shape[0], weight.shape[0], *size)
+    output = input.new_empty(shape)
+    if is_last:
+        output = input.new_empty((shape[0], *size, shape[1])).permute(0, 3, 1, 2)
+    return output, torch.empty_like(output, dtype=torch.uint8)
+
+
+@torch.library.register_fake("fastnet::conv_relu_pool_backward")
+def fake_backward(
+    grad_output: Tensor,
+    codes: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (
+        torch.empty_like(input) if needs_input else None,
+        torch.empty_like(weight) if needs_weight else None,
+        weight.new_empty(weight.shape[:1]) if needs_bias else None,
+    )
+
+
+class ConvReLUPool(torch.autograd.Function):
+    """Saves input, weight and a byte per pooled output: which position of its window won.
+
+    In the style with one `forward(ctx, ...)`, as LinearReLU and for the same reason.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        output, codes = _forward(input, weight, bias, stride, padding, dilation, groups)
+        ctx.save_for_backward(codes, input, weight)
+        ctx.convolution = (stride, padding, dilation, groups)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        codes, input, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+            grads = _backward(grad_output, codes, input, weight, *ctx.convolution, *needs)
+        else:
+            # Somebody wants to differentiate the gradient, or to map over it: native operators,
+            # which torch knows how to.
+            stride, padding, dilation, groups = ctx.convolution
+            z_size = [
+                convolved_size(
+                    input.shape[2 + d], weight.shape[2 + d], stride[d], padding[d], dilation[d]
+                )
+                for d in range(2)
+            ]
+            grads = torch.ops.aten.convolution_backward(
+                expand(grad_output, codes, z_size),
+                input,
+                weight,
+                weight.shape[:1],
+                stride,
+                padding,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                needs,
+            )
+        return (*grads, None, None, None, None)
+
+
+def expand(grad_output: Tensor, codes: Tensor, z_size: Sequence[int]) -> Tensor:
+    """The gradient of the convolution's output: that of each window at the position that won."""
+    N, K, P, Q = codes.shape
+    positions = torch.stack([grad_output.masked_fill(codes != i, 0) for i in range(4)], -1)
+    grad_z = positions.view(N, K, P, Q, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(N, K, 2 * P, 2 * Q)
+    return F.pad(grad_z, (0, z_size[1] - 2 * Q, 0, z_size[0] - 2 * P))

@@ -1,0 +1,665 @@
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import assert_near, peak_memory, run_on_isa
+
+import fastnet
+from fastnet.functional import conv_relu_pool2d
+
+# (N, in_channels, H, W, out_channels, kernel, padding)
+SHAPES = [
+    (4, 1, 28, 28, 32, 3, 1),  # the document networks' blocks
+    (4, 3, 32, 32, 32, 3, 1),
+    (4, 32, 14, 14, 64, 3, 1),
+    (3, 64, 8, 8, 128, 3, 1),
+    (1, 1, 4, 4, 1, 3, 0),  # one window
+    (1, 4, 1, 1, 2, 3, 2),  # an image of one pixel
+    (2, 3, 27, 27, 8, 5, 2),  # odd sizes: the last row and column are in no window
+    (5, 8, 7, 7, 5, 3, 1),
+    (2, 13, 6, 19, 7, 3, 0),  # tails in every direction
+    (3, 5, 9, 12, 11, 5, 1),
+    (1, 20, 5, 5, 3, 3, 4),  # more padding than kernel
+    (7, 2, 6, 6, 33, 5, 0),  # one window an image
+    (1, 16, 40, 44, 9, 3, 1),  # several strips of an image, one image for all threads
+    (2, 1, 100, 30, 3, 5, 2),  # too large for the own gradient of the input
+    (40, 6, 4, 4, 17, 3, 1),  # several images in a list
+]
+
+
+def native(
+    input,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    pool_kernel_size=2,
+    pool_stride=None,
+    pool_padding=0,
+    ceil_mode=False,
+):
+    z = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return F.max_pool2d(
+        torch.relu(z), pool_kernel_size, pool_stride, pool_padding, ceil_mode=ceil_mode
+    )
+
+
+def sample(shape, dtype, device="cpu", bias=True):
+    N, C, H, W, K, kernel, padding = shape
+
+    # Multiples of 1/8, whose sums of products are exact, in Winograd's form too: no result changes
+    # its sign between dtypes, and equal elements of a window stay equal, of which there are many.
+    def draw(*size):
+        return (torch.randint(-8, 9, size, device=device) / 8).to(dtype)
+
+    input, weight = draw(N, C, H, W), draw(K, C, kernel, kernel)
+    return input, weight, draw(K) if bias else None, padding
+
+
+def check(function, leaves, dtype, **options):
+    """Against float64, the gradients too."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
+    doubles = [None if t is None else t.detach().cpu().double().requires_grad_() for t in leaves]
+    output, expected = function(*leaves, **options), native(*doubles, **options)
+    assert output.dtype == dtype
+    assert_near(output, expected, dtype)
+    grad = (torch.randint(-8, 9, output.shape, device=output.device) / 8).to(dtype)
+    grads = [
+        torch.autograd.grad(result, [t for t in inputs if t is not None], g)
+        for result, inputs, g in ((output, leaves, grad), (expected, doubles, grad.cpu().double()))
+    ]
+    for actual, wanted in zip(*grads, strict=True):
+        assert actual.dtype == dtype
+        assert_near(actual, wanted, dtype)
+
+
+def is_tiny(shape):
+    """Few enough additions for the emulated device, which takes a microsecond for each."""
+    N, C, H, W, K, kernel, _ = shape
+    return N * C * H * W * K * kernel * kernel < 3_000_000
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(shape, bias, device):
+    if device.name == "emulated" and not is_tiny(shape):
+        shape = (1, *shape[1:4], 9, *shape[5:])
+    for dtype in device.dtypes:
+        *leaves, padding = sample(shape, dtype, device, bias)
+        check(conv_relu_pool2d, leaves, dtype, padding=padding)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:8], ids=str)
+def test_normal_values(shape):
+    """Whose rounding differs from form to form; windows whose first two are that close, or close to
+    zero, are few, and their gradients may go either way."""
+    N, C, H, W, K, kernel, padding = shape
+    input, weight = torch.randn(N, C, H, W), torch.randn(K, C, kernel, kernel)
+    output = conv_relu_pool2d(input, weight, None, padding=padding)
+    reference = native(input.double(), weight.double(), None, padding=padding)
+    assert_near(output, reference, torch.float32)
+    theirs = native(input, weight, None, padding=padding)
+    error, their_error = ((t - reference).abs().max() for t in (output, theirs))
+    assert error <= 4 * their_error + 1e-6
+
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def lay_out(tensor, layout):
+    """The same values, otherwise laid out in memory."""
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "strided":
+        return torch.stack([tensor, tensor], dim=-1)[..., 0]
+    if layout == "expanded":
+        return tensor[:, :, :, :1].expand(tensor.shape)
+    return tensor
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the device stays as it is
+@given(
+    N=st.integers(0, 5),
+    C=st.integers(1, 20),
+    size=st.tuples(st.integers(1, 14), st.integers(1, 21)),
+    K=st.integers(1, 20),
+    kernel=st.sampled_from([(3, 3), (5, 5), (1, 1), (2, 3), (4, 4)]),
+    stride=st.sampled_from([1, 1, 1, (2, 1), 3]),
+    padding=st.sampled_from([0, 1, 2, (0, 3), "same", "valid"]),
+    dilation=st.sampled_from([1, 1, 1, 2, (1, 2)]),
+    groups=st.sampled_from([1, 1, 1, 2]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    bias=st.booleans(),
+    layouts=st.tuples(
+        *[st.sampled_from(["dense", "channels_last", "transposed", "strided", "expanded"])] * 2
+    ),
+)
+def test_any_shape_and_strides(
+    device, N, C, size, K, kernel, stride, padding, dilation, groups, dtype, bias, layouts
+):
+    if device.name == "emulated":
+        N, C, K = min(N, 2), min(C, 6), min(K, 6)
+    C, K = C * groups, K * groups
+    input, weight, b, _ = sample((N, C, *size, K, 1, 0), dtype, device, bias)
+    weight = (torch.randint(-8, 9, (K, C // groups, *kernel), device=device) / 8).to(dtype)
+    input, weight = lay_out(input, layouts[0]), lay_out(weight, layouts[1])
+    options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+    try:
+        expected = native(input, weight, b, **options)
+    except (RuntimeError, ValueError) as error:
+        with pytest.raises(type(error)):
+            conv_relu_pool2d(input, weight, b, **options)
+        return
+    check(conv_relu_pool2d, (input, weight, b), dtype, **options)
+    # In the memory format of torch's result, where it has just one.
+    actual = conv_relu_pool2d(input, weight, b, **options)
+    for memory_format, other in (FORMATS, FORMATS[::-1]):
+        if expected.is_contiguous(memory_format=memory_format) and not (
+            expected.is_contiguous(memory_format=other)
+        ):
+            is_copied = "transposed" in layouts or "strided" in layouts or "expanded" in layouts
+            assert is_copied or actual.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        dict(pool_kernel_size=2),
+        dict(pool_kernel_size=(2, 2), pool_stride=(2, 2)),
+        dict(pool_kernel_size=3, pool_stride=2, pool_padding=1),
+        dict(pool_kernel_size=2, pool_stride=1),
+        dict(pool_kernel_size=(3, 2), ceil_mode=True),
+        dict(pool_kernel_size=2, ceil_mode=True),
+        dict(pool_kernel_size=2, pool_padding=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)], ids=str)
+def test_any_window(pool, size, device):
+    *leaves, _ = sample((2, 5, *size, 6, 3, 1), torch.float32, device)
+    check(conv_relu_pool2d, leaves, torch.float32, padding=1, **pool)
+
+
+def test_unbatched(device):
+    input, weight, bias, _ = sample((1, 5, 8, 10, 6, 3, 1), torch.float32, device)
+    check(conv_relu_pool2d, (input[0], weight, bias), torch.float32, padding=1)
+    assert conv_relu_pool2d(input[0], weight, bias).shape == (6, 3, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_samples_of_the_operator(dtype, device):
+    """torch's own samples for conv2d, each under five poolings."""
+    pytest.importorskip("expecttest")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    op = next(op for op in op_db if op.name == "nn.functional.conv2d")
+    poolings = [
+        dict(pool_kernel_size=2),
+        dict(pool_kernel_size=1),
+        dict(pool_kernel_size=2, ceil_mode=True),
+        dict(pool_kernel_size=(2, 1), pool_stride=1),
+        dict(pool_kernel_size=3, pool_padding=1),
+    ]
+    compared = 0
+    for s in op.sample_inputs(str(device), dtype, requires_grad=True):
+        for pool in poolings:
+            try:
+                expected = native(s.input, *s.args, **s.kwargs, **pool)
+            except RuntimeError:
+                with pytest.raises(RuntimeError):
+                    conv_relu_pool2d(s.input, *s.args, **s.kwargs, **pool)
+                continue
+            actual = conv_relu_pool2d(s.input, *s.args, **s.kwargs, **pool)
+            torch.testing.assert_close(actual, expected)
+            leaves = [t for t in (s.input, *s.args) if t is not None]
+            torch.testing.assert_close(
+                torch.autograd.grad(actual.square().sum(), leaves),
+                torch.autograd.grad(expected.square().sum(), leaves),
+                rtol=1e-4,
+                atol=1e-4,
+            )
+            compared += 1
+    assert compared >= 40
+
+
+# -------------------------------------------------------------------------------------------------
+# Which of a window's elements wins
+
+
+@pytest.mark.parametrize("channels", [1, 8], ids=["direct", "winograd"])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_of_equals_the_first_wins_and_of_nan_the_last(channels, memory_format, device):
+    """The filter passes on its middle, so that z is the input's first channel."""
+    nan, inf = float("nan"), float("inf")
+    windows = torch.tensor(
+        list(itertools.product([0.0, 1.0, 2.0], repeat=4))
+        + list(itertools.product([1.0, nan, inf, -inf], repeat=4))
+    )
+    z = windows.view(-1, 1, 1, 2, 2)
+    input = torch.zeros(len(z), channels, 2, 2, device=device)
+    input[:, :1] = z[:, 0]
+    for some in (input[:81], input):  # with and without what is not finite
+        x = some.contiguous(memory_format=memory_format)
+        weight = torch.zeros(1, channels, 3, 3, device=device)
+        weight[0, 0, 1, 1] = 1
+        for fused, whole in ((conv_relu_pool2d, native),):
+            got, want = fused(x, weight, padding=1), whole(x, weight, padding=1)
+            finite = some.flatten(1).isfinite().all(1)
+            torch.testing.assert_close(got[finite], want[finite])
+            if len(some) > 81:
+                # Zero times infinity is NaN, wherever a filter meets it.
+                assert torch.equal(got.isnan(), want.isnan())
+        _, codes = device.ops.conv_relu_pool_forward(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
+        for window, code in zip(windows[:81], codes[:81].flatten().tolist(), strict=True):
+            best = int(window.clamp_min(0).argmax())
+            assert code == (best if window.max() > 0 else 4)
+
+
+@pytest.mark.parametrize("where", ["input", "weight", "bias", "huge input", "huge weight"])
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 8, 8, 4, 3, 1), (3, 8, 8, 10, 8, 3, 1), (2, 3, 9, 9, 4, 5, 2)], ids=str
+)
+def test_nan_and_infinity_pass_as_in_torch(shape, where, device):
+    input, weight, bias, padding = sample(shape, torch.float32, device)
+    if where == "input":
+        input[1, 0, 3, 3], input[0, 0, 0, 0] = float("inf"), float("nan")
+    elif where == "weight":
+        weight[1, 0, 1, 1], weight[2, 0, 0, 0] = -float("inf"), float("nan")
+    elif where == "bias":
+        bias[0], bias[1], bias[2] = float("nan"), float("inf"), -float("inf")
+    elif where == "huge input":  # finite, and so are the sums, which Winograd's form overflows
+        input[0, 0, 2, 2], input[0, 0, 2, 4], input[0, 0, 4, 2] = 2e38, -2e38, -2e38
+    else:
+        weight[0, 0] = 3e38
+        input.mul_(1e-3)
+    leaves = [t.requires_grad_() for t in (input, weight, bias)]
+    output, expected = conv_relu_pool2d(*leaves, padding=padding), native(*leaves, padding=padding)
+    torch.testing.assert_close(output, expected, equal_nan=True)
+    if where == "bias" or where.startswith("huge"):
+        grad = torch.ones_like(output) / 8
+    else:
+        grad = (torch.randint(1, 9, output.shape, device=device) / 8).to(output)
+    for actual, wanted in zip(
+        torch.autograd.grad(output, leaves, grad),
+        torch.autograd.grad(expected, leaves, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_a_background_of_one_value_has_its_gradient_at_the_first(device):
+    """As images of digits do: whole windows of equal sums, whatever form they were made in."""
+    input = torch.full((2, 8, 12, 12), -0.4242, device=device)
+    weight = torch.randn(6, 8, 3, 3, device=device)
+    _, codes = device.ops.conv_relu_pool_forward(
+        input, weight, torch.ones(6, device=device), [1, 1], [0, 0], [1, 1], 1
+    )
+    assert set(codes.unique().tolist()) <= {0, 4}
+
+
+# -------------------------------------------------------------------------------------------------
+# Gradients
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_only_wanted_gradients(needs, device):
+    input, weight, bias, padding = sample((2, 3, 8, 8, 4, 3, 1), torch.float64, device)
+    leaves = [input, weight, bias]
+    for tensor, wanted in zip(leaves, needs, strict=True):
+        tensor.requires_grad_(wanted)
+    output = conv_relu_pool2d(*leaves, padding=padding)
+    assert output.requires_grad == any(needs)
+    if any(needs):
+        output.sum().backward()
+    assert tuple(t.grad is not None for t in leaves) == needs
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_gradients_have_the_layout_of_what_they_are_of(memory_format, device):
+    for shape in ((2, 8, 10, 10, 8, 3, 1), (2, 3, 12, 12, 4, 5, 2)):
+        input, weight, bias, padding = sample(shape, torch.float32, device)
+        leaves = [
+            t.contiguous(memory_format=memory_format).requires_grad_() for t in (input, weight)
+        ]
+        output = conv_relu_pool2d(*leaves, bias, padding=padding)
+        assert output.is_contiguous(memory_format=memory_format)
+        for grad, leaf in zip(torch.autograd.grad(output.sum(), leaves), leaves, strict=True):
+            assert grad.is_contiguous(memory_format=memory_format) or leaf.size(1) == 1
+
+
+def test_inputs_are_not_written_to(device):
+    input, weight, bias, padding = sample((3, 8, 12, 12, 8, 3, 1), torch.float32, device)
+    leaves = [t.requires_grad_() for t in (input, weight, bias)]
+    before = [t.detach().clone() for t in leaves]
+    output = conv_relu_pool2d(*leaves, padding=padding)
+    grad = torch.ones_like(output)
+    output.backward(grad)
+    assert all(map(torch.equal, before, leaves))
+    assert torch.equal(grad, torch.ones_like(grad))
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], (2, 20, 9, 9, 12, 5, 2)], ids=str)
+def test_same_bits_every_time(shape, device):
+    input, weight, bias, padding = sample(shape, torch.float32, device)
+    leaves = [(t + torch.randn_like(t)).requires_grad_() for t in (input, weight, bias)]
+
+    def run():
+        output = conv_relu_pool2d(*leaves, padding=padding)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+
+    first = run()
+    for again in (run() for _ in range(5 if device.name == "cpu" else 1)):
+        assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[1], (1, 12, 30, 30, 20, 3, 1)], ids=str)
+def test_any_number_of_threads(shape, threads):
+    before = torch.get_num_threads()
+    *leaves, padding = sample(shape, torch.float32)
+    try:
+        torch.set_num_threads(threads)
+        check(conv_relu_pool2d, leaves, torch.float32, padding=padding)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_peak_memory_of_a_training_step():
+    """SimpleCNN's first block, 64 x 3 x 32 x 32 to 32 channels: at most 45 % of eager's."""
+    setup = """
+from fastnet.functional import conv_relu_pool2d
+def eager(x, w, b):
+    return F.max_pool2d(F.relu(F.conv2d(x, w, b, padding=1)), 2)
+def fused(x, w, b):
+    return conv_relu_pool2d(x, w, b, padding=1)
+def step(function, N):
+    x, w, b = torch.randn(N, 3, 32, 32), torch.randn(32, 3, 3, 3), torch.randn(32)
+    function(x, w.requires_grad_(), b.requires_grad_()).sum().backward()
+for function in (eager, fused):
+    step(function, 1)
+"""
+    eager = peak_memory(setup, "step(eager, 64)")
+    fused = peak_memory(setup, "step(fused, 64)")
+    assert fused <= 0.45 * eager, f"{fused / 1e6:.1f} MB of {eager / 1e6:.1f} MB"
+
+
+# -------------------------------------------------------------------------------------------------
+# torch's machinery
+
+
+def spread(device, shape=(2, 3, 6, 8, 4, 3, 1)):
+    """float64 leaves such that no two elements of a window come within 1e-3, nor one of zero."""
+    N, C, H, W, K, kernel, padding = shape
+    for _ in range(200):
+        leaves = [
+            torch.randn(size, dtype=torch.float64, device=device)
+            for size in ((N, C, H, W), (K, C, kernel, kernel), (K,))
+        ]
+        z = F.conv2d(*leaves, padding=padding).cpu()
+        windows = z.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+        sorted_ = torch.cat([windows, torch.zeros_like(windows[..., :1])], -1).sort(-1).values
+        if sorted_.diff(dim=-1).min() > 1e-3:
+            return [t.requires_grad_() for t in leaves]
+    raise AssertionError("no such leaves in 200 draws")
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 4, 3, 3, 1), (2, 1, 6, 4, 2, 5, 2)], ids=str)
+def test_gradcheck_and_gradgradcheck(shape, device):
+    leaves = spread(device, shape)
+
+    def function(*inputs):
+        return conv_relu_pool2d(*inputs, padding=shape[-1])
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_gradgradcheck_of_strided_and_grouped():
+    """Whose output leaves a row over."""
+    input = torch.randn(1, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(*inputs):
+        return conv_relu_pool2d(*inputs, None, (1, 2), 1, 1, 2)
+
+    assert torch.autograd.gradcheck(function, (input, weight))
+    assert torch.autograd.gradgradcheck(function, (input, weight))
+
+
+def test_batched_gradients(device):
+    leaves = spread(device, (1, 2, 4, 4, 3, 3, 1))
+    output, expected = conv_relu_pool2d(*leaves, padding=1), native(*leaves, padding=1)
+    grads = torch.randn(3, *output.shape, dtype=torch.float64, device=device)
+    torch.testing.assert_close(
+        torch.autograd.grad(output, leaves, grads, is_grads_batched=True),
+        torch.autograd.grad(expected, leaves, grads, is_grads_batched=True),
+    )
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_opcheck(memory_format, stride, device):
+    input, weight, bias, _ = sample((2, 5, 9, 10, 4, 3, 1), torch.float64, device)
+    input = input.contiguous(memory_format=memory_format)
+    convolution = ([stride, stride], [1, 1], [1, 1], 1)
+    torch.library.opcheck(
+        device.ops.conv_relu_pool_forward.default, (input, weight, bias, *convolution)
+    )
+    output, codes = device.ops.conv_relu_pool_forward(input, weight, bias, *convolution)
+    for needs in ((True, True, True), (False, True, False), (True, False, True)):
+        torch.library.opcheck(
+            device.ops.conv_relu_pool_backward.default,
+            (torch.randn_like(output), codes, input, weight, *convolution, *needs),
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_without_graph_breaks(dynamic):
+    torch._dynamo.reset()
+    module = fastnet.ConvReLUPool2d(3, 8, 3, padding=1)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
+    for rows in (3, 8):
+        input = torch.randn(rows, 3, 10, 12, requires_grad=True)
+        expected, actual = module(input), compiled(input)
+        torch.testing.assert_close(actual, expected)
+        leaves = [input, module.weight, module.bias]
+        torch.testing.assert_close(
+            torch.autograd.grad(actual.square().sum(), leaves),
+            torch.autograd.grad(expected.square().sum(), leaves),
+        )
+
+
+def test_export():
+    module = fastnet.ConvReLUPool2d(3, 8, 3, padding="same")
+    input = torch.randn(4, 3, 10, 12)
+    torch.testing.assert_close(torch.export.export(module, (input,)).module()(input), module(input))
+
+
+def functional_cases():
+    from torch.func import grad, jacrev, jvp, vmap
+
+    def loss(f, x, w, b):
+        return f(x, w, b, padding=1).square().sum()
+
+    return {
+        "grad": lambda f, x, w, b: grad(loss, argnums=(1, 2, 3))(f, x, w, b),
+        "grad of grad": lambda f, x, w, b: grad(
+            lambda v: grad(lambda u: loss(f, x, u, b))(v).square().sum()
+        )(w),
+        "per-sample grad": lambda f, x, w, b: vmap(
+            lambda image: grad(lambda v: loss(f, image, v, b))(w)
+        )(x),
+        "jacrev": lambda f, x, w, b: jacrev(lambda v: f(x, w, v).sum((0, 2, 3)))(b),
+        "jvp": lambda f, x, w, b: jvp(lambda v: f(x, v, b), (w,), (torch.ones_like(w),)),
+    }
+
+
+@pytest.mark.parametrize("case", functional_cases())
+def test_torch_func(case):
+    inputs = [t.detach() for t in spread("cpu")]
+    run = functional_cases()[case]
+    torch.testing.assert_close(run(conv_relu_pool2d, *inputs), run(native, *inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_as_conv2d_does(dtype, device):
+    conv = torch.nn.Conv2d(3, 8, 3, padding=1, device=device)
+    fused = fastnet.ConvReLUPool2d(3, 8, 3, padding=1, device=device)
+    fused.load_state_dict(conv.state_dict())
+    input = torch.randn(4, 3, 8, 8, device=device)
+    with torch.autocast(device, dtype=dtype):
+        expected, actual = F.max_pool2d(torch.relu(conv(input)), 2), fused(input)
+    assert actual.dtype == expected.dtype == dtype
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    expected.sum().backward()
+    with torch.autocast(device, dtype=dtype):
+        actual.sum().backward()
+    assert fused.bias.grad.dtype == torch.float32
+    torch.testing.assert_close(fused.bias.grad, conv.bias.grad, rtol=5e-2, atol=5e-2)
+
+
+def test_autocast_leaves_float64_alone():
+    double = [torch.randn(2, 3, 8, 8).double(), torch.randn(4, 3, 3, 3).double()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv_relu_pool2d(*double).dtype == torch.float64
+
+
+# -------------------------------------------------------------------------------------------------
+# Inputs that the kernels do not take
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (torch.randn(2, 3, 8, 8).half(), torch.randn(4, 3, 3, 3).half()),
+        lambda: (torch.randn(2, 3, 8, 8, device="meta"), torch.randn(4, 3, 3, 3, device="meta")),
+        lambda: (torch.randn(0, 3, 8, 8), torch.randn(4, 3, 3, 3)),
+    ],
+    ids=["float16", "meta", "no images"],
+)
+def test_what_torch_takes_is_taken(make):
+    inputs = make()
+    expected, actual = native(*inputs), conv_relu_pool2d(*inputs)
+    assert (actual.device, actual.dtype) == (expected.device, expected.dtype)
+    assert actual.shape == expected.shape
+    if not expected.is_meta:
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 2, 3, 3)), {}),
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3).double()), {}),
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(5)), {}),
+        (lambda: (torch.randn(2, 3, 2, 2), torch.randn(4, 3, 3, 3)), {}),
+        (lambda: (torch.randn(2, 3, 3, 3), torch.randn(4, 3, 3, 3)), {}),  # nothing to pool
+        (lambda: (torch.randn(3, 8), torch.randn(4, 3, 3, 3)), {}),
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), dict(stride=0)),
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), dict(padding=-1)),
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), dict(dilation=0)),
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), dict(groups=2)),
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), dict(padding="some")),
+        (
+            lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)),
+            dict(padding="same", stride=2),
+        ),
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), dict(pool_kernel_size=0)),
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), dict(pool_padding=2)),
+    ],
+)
+def test_what_torch_rejects_is_rejected(make, options):
+    inputs = make()
+    with pytest.raises((RuntimeError, ValueError)) as native_error:
+        native(*inputs, **options)
+    with pytest.raises(native_error.type):
+        conv_relu_pool2d(*inputs, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(weight=torch.randn(4, 2, 3, 3)), ["(2, 3, 8, 8)", "(4, 2, 3, 3)"]),
+        (dict(weight=torch.randn(4, 3, 3, 3).double()), ["Float", "Double"]),
+        (dict(bias=torch.randn(5)), ["(5)", "(4"]),
+        (dict(stride=[0, 1]), ["stride", "0"]),
+        (dict(padding=[1, -2]), ["padding", "-2"]),
+        (dict(input=torch.randn(2, 3, 8)), ["(2, 3, 8)"]),
+        (dict(input=torch.randn(2, 3, 3, 8)), ["1 x 6", "2 x 2"]),
+        (dict(groups=3), ["groups", "3"]),
+    ],
+)
+def test_raw_op_says_what_is_wrong(change, words, device):
+    arguments = dict(
+        input=torch.randn(2, 3, 8, 8),
+        weight=torch.randn(4, 3, 3, 3),
+        bias=None,
+        stride=[1, 1],
+        padding=[0, 0],
+        dilation=[1, 1],
+        groups=1,
+    )
+    arguments.update(change)
+    for name in ("input", "weight", "bias"):
+        if arguments[name] is not None:
+            arguments[name] = arguments[name].to(device)
+    with pytest.raises(RuntimeError) as caught:
+        device.ops.conv_relu_pool_forward(*arguments.values())
+    for word in words:
+        assert word in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------
+# Instruction sets
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    run_on_isa(isa, __file__, "cpu and (float64 or strides or nan or bits)")
+
+
+# -------------------------------------------------------------------------------------------------
+# The module
+
+
+def test_module_is_a_convolution_whose_state_dict_loads_both_ways():
+    conv, fused = torch.nn.Conv2d(3, 8, 3, padding=1), fastnet.ConvReLUPool2d(3, 8, 3, padding=1)
+    assert isinstance(fused, torch.nn.Conv2d)
+    fused.load_state_dict(conv.state_dict())
+    conv.load_state_dict(fused.state_dict())
+    input = torch.randn(5, 3, 10, 10)
+    expected = F.max_pool2d(torch.relu(conv(input)), 2)
+    torch.testing.assert_close(fused(input), expected)
+    torch.testing.assert_close(copy.deepcopy(fused)(input), expected)
+    assert "pool_kernel_size=2" in repr(fused)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [1, (1, 2), "same"], ids=str)
+def test_padding_modes(mode, padding):
+    conv = torch.nn.Conv2d(3, 8, 3, padding=padding, padding_mode=mode)
+    fused = fastnet.ConvReLUPool2d(3, 8, 3, padding=padding, padding_mode=mode)
+    fused.load_state_dict(conv.state_dict())
+    input = torch.randn(2, 3, 8, 9)
+    torch.testing.assert_close(fused(input), F.max_pool2d(torch.relu(conv(input)), 2))
+
+
+def test_module_pools_as_told():
+    pool = dict(pool_kernel_size=3, pool_stride=2, pool_padding=1, ceil_mode=True)
+    fused = fastnet.ConvReLUPool2d(3, 8, 5, stride=2, bias=False, dtype=torch.float64, **pool)
+    input = torch.randn(2, 3, 20, 21, dtype=torch.float64)
+    expected = F.max_pool2d(torch.relu(F.conv2d(input, fused.weight, stride=2)), 3, 2, 1, 1, True)
+    torch.testing.assert_close(fused(input), expected)
+    for words in ("pool_stride=2", "pool_padding=1", "ceil_mode=True"):
+        assert words in repr(fused)
