@@ -167,6 +167,17 @@ Tensor library_convolution(Convolution* convolution, const Tensor& input, const 
   return Tensor(z);
 }
 
+// With the strides that torch.empty_like gives.
+inline Tensor laid_out_like(const Tensor& like, const Tensor& tensor) {
+  if (!tensor.defined()) return tensor;
+  Tensor result = allocate_like(like);
+  bool is_so = true;
+  for (int64_t d = 0; d < like.dim(); ++d) {
+    is_so &= like.size(d) == 1 || result.stride(d) == tensor.stride(d);
+  }
+  return is_so ? tensor : torch::stable::copy_(result, tensor);
+}
+
 template <class Backward>
 std::tuple<Tensor, Tensor, Tensor> library_convolution_backward(
     Backward* backward, const Tensor& grad_z, const Tensor& input, const Tensor& weight,
@@ -187,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> library_convolution_backward(
     const Tensor gradient = gradients[i] ? Tensor(gradients[i]) : Tensor();
     return wanted[i] ? gradient : Tensor();
   };
-  return {tensor(0), tensor(1), tensor(2)};
+  return {laid_out_like(input, tensor(0)), laid_out_like(weight, tensor(1)), tensor(2)};
 }
 
 }  // namespace fastnet

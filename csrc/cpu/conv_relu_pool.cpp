@@ -16,42 +16,47 @@ namespace {
 // Input channels from which Winograd's form is faster than the direct one.
 constexpr int64_t kWinogradChannels = 4;
 
+// Returns what stood in its way: filters or an input that the form asked for cannot take.
 template <class T>
-bool run(ConvForward<element_t<T>> call, const Tensor& input) {
+Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   using A = acc_t<T>;
   const int64_t filters = FASTNET_BEST_ISA(filter_count(call));
-  const Tensor arranged = allocate(
-      input, {filters * static_cast<int64_t>(sizeof(A) / sizeof(element_t<T>))});
+  const Tensor arranged =
+      allocate(input, {filters * static_cast<int64_t>(sizeof(A) / sizeof(element_t<T>))});
   call.filters = static_cast<A*>(arranged.mutable_data_ptr());
   const int64_t parts = FASTNET_BEST_ISA(filter_parts(call));
-  std::atomic<bool> fits = true;
+  std::atomic<Magnitude> met = Magnitude::small;
+  const auto meet = [&](Magnitude magnitude) {
+    Magnitude before = met;
+    while (before < magnitude && !met.compare_exchange_weak(before, magnitude)) {
+    }
+  };
   parallel(parts, 4 * filters / parts, [&](int64_t begin, int64_t end) {
-    if (!FASTNET_BEST_ISA(arrange_filters_kernel(call, begin, end))) fits = false;
+    meet(FASTNET_BEST_ISA(arrange_filters_kernel(call, begin, end)));
   });
-  if (!fits) return false;
+  if (met == Magnitude::infinite || (call.by_winograd && met != Magnitude::small)) return met;
 
   const int64_t tiles = call.N * call.P * call.Q, in_block = FASTNET_BEST_ISA(forward_tiles(call));
   const int64_t scratch = FASTNET_BEST_ISA(forward_scratch(call));
   const int64_t blocks = divide_up(tiles, in_block), threads = torch::stable::get_num_threads();
   const int64_t work = 4 * call.kernel * call.kernel * call.C * call.K * in_block;
+  const auto calculate = [&](int64_t begin, int64_t end, int64_t part_begin, int64_t part_end) {
+    A* const memory = thread_scratch<A>(scratch);
+    if (!FASTNET_BEST_ISA(
+            conv_forward_kernel(call, begin, end, part_begin, part_end, memory))) {
+      meet(Magnitude::finite);
+    }
+  };
   if (blocks >= 2 * threads || parts < threads) {
     parallel(blocks, work, [&](int64_t begin, int64_t end) {
-      if (!FASTNET_BEST_ISA(conv_forward_kernel(call, begin * in_block,
-                                                std::min(tiles, end * in_block), 0, parts,
-                                                thread_scratch<A>(scratch)))) {
-        fits = false;
-      }
+      calculate(begin * in_block, std::min(tiles, end * in_block), 0, parts);
     });
   } else {
     // Few images: threads share out the filters.
-    parallel(parts, blocks * work / parts, [&](int64_t begin, int64_t end) {
-      if (!FASTNET_BEST_ISA(
-              conv_forward_kernel(call, 0, tiles, begin, end, thread_scratch<A>(scratch)))) {
-        fits = false;
-      }
-    });
+    parallel(parts, blocks * work / parts,
+             [&](int64_t begin, int64_t end) { calculate(0, tiles, begin, end); });
   }
-  return fits;
+  return call.by_winograd ? met.load() : Magnitude::small;
 }
 
 std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
@@ -93,11 +98,12 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
                                          shape.C >= kWinogradChannels &&
                                          sizeof(acc_t<T>) == sizeof(float),
                                      nullptr};
-      if (!run<T>(call, input)) {
+      Magnitude met = run<T>(call, input);
+      if (call.by_winograd && met == Magnitude::finite) {
         call.by_winograd = false;
-        run<T>(call, input);
+        met = run<T>(call, input);
       }
-      return;
+      if (met == Magnitude::small) return;
     }
     Tensor z = library_convolution(aoti_torch_cpu_convolution, input, weight, shape);
     if (!shape.channels_last || !is_channels_last(z)) z = dense(z);

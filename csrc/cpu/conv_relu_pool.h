@@ -41,6 +41,13 @@ A* thread_scratch(int64_t count) {
   return reinterpret_cast<A*>(memory.data());
 }
 
+// How large the largest element of some tensor is.
+enum class Magnitude : int {
+  small,     // Winograd's sums of it cannot overflow
+  finite,    // only the direct form is safe
+  infinite,  // or NaN: zeros in the padding may not be multiplied by it
+};
+
 template <class T>
 struct ConvForward {
   int64_t N, C, H, W, K, kernel, P, Q;  // kernel is the height and the width of the filters

@@ -24,6 +24,17 @@ inline constexpr int kPoints = 16;
 // does not; NaN and infinity are above it, too.
 inline constexpr float kLargest = 1e15f;
 
+template <class A>
+FASTNET_INLINE Magnitude magnitude_of(A value) {
+  const A size = value < 0 ? -value : value;
+  return size < static_cast<A>(kLargest) ? Magnitude::small
+         : size - size == 0              ? Magnitude::finite
+                                         : Magnitude::infinite;
+}
+FASTNET_INLINE Magnitude larger(Magnitude a, Magnitude b) {
+  return a < b ? b : a;
+}
+
 inline constexpr int kProductFilters = 4, kProductVectors = 3;
 inline constexpr int kDirectFilters = kRegisters == 32 ? 6 : 3;
 
@@ -63,25 +74,27 @@ static int64_t part_begin(const ConvForward<T>& call, int64_t part) {
 }
 
 // filters[point][k / 4][c][k % 4] = (G g Gᵀ)[point], of filters that there are not 0.
-// Returns whether all of them are small enough.
 template <class T>
-static bool transform_filters(const ConvForward<T>& call, int64_t part) {
+static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
   using V = Vec4<float>;
   const int64_t C = call.C, plane = round_up(call.K, kProductFilters) * C;
   const int64_t first = part_begin(call, part), count = part_begin(call, part + 1) - first;
-  float largest = 0;
-  bool is_number = true;
+  Magnitude largest = Magnitude::small;
+  for (int64_t k = 0; call.bias && k < count; ++k) {
+    // An infinite bias makes the elements of a window equal, of which the first wins.
+    largest = larger(largest, magnitude_of(static_cast<float>(widen(call.bias[first + k]))));
+  }
+  if (largest == Magnitude::infinite) largest = Magnitude::finite;
   for (int64_t c = 0; c < C; ++c) {
-    V g[3][3] = {};
+    V g[3][3];
+    FASTNET_UNROLL for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] = V{};
     for (int64_t k = 0; k < count; ++k) {
       const T* from = call.weight + (first + k) * call.weight_at.n + c * call.weight_at.c;
       for (int r = 0; r < 3; ++r) {
         for (int s = 0; s < 3; ++s) {
           const float value = widen(from[r * call.weight_at.y + s * call.weight_at.x]);
           g[r][s][k] = value;
-          const float size = value < 0 ? -value : value;
-          largest = largest < size ? size : largest;
-          is_number &= value == value;
+          largest = larger(largest, magnitude_of(value));
         }
       }
     }
@@ -100,19 +113,19 @@ static bool transform_filters(const ConvForward<T>& call, int64_t part) {
       for (int s = 0; s < 4; ++s) store_4(to + (r * 4 + s) * plane, row[s]);
     }
   }
-  return is_number && largest < kLargest;
+  return largest;
 }
 
 // Parts [begin, end). The direct form's: filters[group][c][r][s][k in group].
-// Returns whether Winograd's form may be used on them.
+// Returns the magnitude of the filters and, where it matters, the bias.
 template <class T>
-bool arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int64_t end) {
-  bool is_small = true;
+Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int64_t end) {
+  Magnitude largest = Magnitude::small;
   const int64_t C = call.C, kernel = call.kernel;
   for (int64_t part = begin; part < end; ++part) {
     if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
       if (call.by_winograd) {
-        is_small &= transform_filters(call, part);
+        largest = larger(largest, transform_filters(call, part));
         continue;
       }
     }
@@ -123,12 +136,16 @@ bool arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int64_t e
         for (int64_t s = 0; s < kernel; ++s) {
           const T* from = call.weight + c * call.weight_at.c + r * call.weight_at.y +
                           s * call.weight_at.x;
-          for (int64_t k = k_begin; k < k_end; ++k) *to++ = widen(from[k * call.weight_at.n]);
+          for (int64_t k = k_begin; k < k_end; ++k) {
+            const acc_t<T> value = widen(from[k * call.weight_at.n]);
+            largest = larger(largest, magnitude_of(value));
+            *to++ = value;
+          }
         }
       }
     }
   }
-  return is_small;
+  return largest;
 }
 
 // ---------------------------------------------------------------------------------------------

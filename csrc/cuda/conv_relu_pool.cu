@@ -67,12 +67,15 @@ __global__ void __launch_bounds__(kWindowsX* kWindowsY)
   constexpr int kPatch = kKernel + 1;
   __shared__ A input[kChannels][kRows][kColumns];
   __shared__ A weights[kChannels][kFilters][kTaps];
+  __shared__ int met_infinity;  // or NaN, among the weights: not to be multiplied by the padding
   const int thread = threadIdx.x, window_x = thread % kWindowsX, window_y = thread / kWindowsX;
   const int64_t n = blockIdx.x / (tiles_x * tiles_y);
   const int64_t tile = blockIdx.x % (tiles_x * tiles_y);
   const int64_t p_first = tile / tiles_x * kWindowsY, q_first = tile % tiles_x * kWindowsX;
   const int64_t k_first = static_cast<int64_t>(blockIdx.y) * kFilters;
 
+  if (thread == 0) met_infinity = 0;
+  __syncthreads();  // before anybody may set it
   A sum[kFilters][4];
 #pragma unroll
   for (int k = 0; k < kFilters; ++k) {
@@ -95,14 +98,36 @@ __global__ void __launch_bounds__(kWindowsX* kWindowsY)
     }
     for (int i = thread; i < channels * kFilters * kTaps; i += kThreads) {
       const int tap = i % kTaps, k = i / kTaps % kFilters, c = i / (kTaps * kFilters);
-      weights[c][k][tap] =
-          k_first + k < call.K
-              ? widen(call.weight[(k_first + k) * call.weight_at.n + (c_first + c) * call.weight_at.c +
-                                  tap / kKernel * call.weight_at.y +
-                                  tap % kKernel * call.weight_at.x])
-              : A(0);
+      const A w = k_first + k < call.K
+                      ? widen(call.weight[(k_first + k) * call.weight_at.n +
+                                          (c_first + c) * call.weight_at.c +
+                                          tap / kKernel * call.weight_at.y +
+                                          tap % kKernel * call.weight_at.x])
+                      : A(0);
+      weights[c][k][tap] = w;
+      if (w - w != A(0)) atomicMax(&met_infinity, 1);
     }
     __syncthreads();  // what others have loaded
+    if (met_infinity) {
+      const int64_t y = 2 * (p_first + window_y) - call.pad_y;
+      const int64_t x = 2 * (q_first + window_x) - call.pad_x;
+      for (int i = 0; i < channels * kTaps * 4; ++i) {
+        const int position = i % 4, tap = i / 4 % kTaps, c = i / (4 * kTaps);
+        const int dy = tap / kKernel + position / 2, dx = tap % kKernel + position % 2;
+        if (y + dy < 0 || y + dy >= call.H || x + dx < 0 || x + dx >= call.W) continue;
+        const A value = input[c][2 * window_y + dy][2 * window_x + dx];
+#pragma unroll
+        for (int k = 0; k < kFilters; ++k) {
+          const A product = weights[c][k][tap] * value;
+          if (position == 0) sum[k][0] += product;  // registers have no address
+          if (position == 1) sum[k][1] += product;
+          if (position == 2) sum[k][2] += product;
+          if (position == 3) sum[k][3] += product;
+        }
+      }
+      __syncthreads();  // as below
+      continue;
+    }
     for (int c = 0; c < channels; ++c) {
       A patch[kPatch][kPatch];
 #pragma unroll
