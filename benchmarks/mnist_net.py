@@ -42,7 +42,7 @@ def _step(batch_size: int) -> Case:
         model = RECIPE.model(backend=backend)
         optimizer = RECIPE.optimizer(model.parameters())
         called = torch.compile(model, dynamic=False) if side == "compile" else model
-        batches = itertools.cycle(list(Batches(images, batch_size, RECIPE.mean, RECIPE.std)))
+        batches = itertools.cycle(list(Batches(images, batch_size, RECIPE.data.mean, RECIPE.data.std)))
         sides[side] = _one_step(called, optimizer, batches)
     # Errors grow from step to step as the weights part; verification takes three.
     return Case("mnist_net", f"batch {batch_size}", "step", sides, tolerance=1e-4)
@@ -78,7 +78,7 @@ def _epoch() -> Case:
     images = pictures(60_000)
     arrays, labels = images.images[:, 0].numpy(), images.labels.tolist()
     transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((RECIPE.mean,), (RECIPE.std,))]
+        [transforms.ToTensor(), transforms.Normalize((RECIPE.data.mean,), (RECIPE.data.std,))]
     )
 
     class Mnist(Dataset):
@@ -107,7 +107,7 @@ def _epoch() -> Case:
             model = RECIPE.model(backend=backend)
             optimizer = RECIPE.optimizer(model.parameters())
             order = torch.Generator().manual_seed(0)
-            for batch in Batches(images, 64, RECIPE.mean, RECIPE.std, order):
+            for batch in Batches(images, 64, RECIPE.data.mean, RECIPE.data.std, order):
                 train_step(RECIPE, model, optimizer, *batch)
             return []
 

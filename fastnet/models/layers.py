@@ -1,7 +1,8 @@
-"""One layer, two backends."""
+"""Layers, each on two backends, with the same parameters under the same names."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import nn
 
 import fastnet
@@ -10,14 +11,32 @@ BACKENDS = ("fastnet", "torch")
 
 
 def linear_relu(in_features: int, out_features: int, backend: str) -> nn.Module:
-    """A linear layer and its ReLU. Either backend has the same parameters under the same names."""
+    """A linear layer and its ReLU."""
     if backend == "fastnet":
         return fastnet.Linear(in_features, out_features, activation="relu")
     if backend == "torch":
         return _LinearThenReLU(in_features, out_features)
-    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    raise _unknown(backend)
+
+
+def conv_relu_pool(in_channels: int, out_channels: int, backend: str) -> nn.Module:
+    """A 3 x 3 convolution that keeps the size, its ReLU, and 2 x 2 max-pooling."""
+    if backend == "fastnet":
+        return fastnet.ConvReLUPool2d(in_channels, out_channels, 3, padding=1)
+    if backend == "torch":
+        return _ConvThenReLUThenPool(in_channels, out_channels, 3, padding=1)
+    raise _unknown(backend)
+
+
+def _unknown(backend: str) -> ValueError:
+    return ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
 
 
 class _LinearThenReLU(nn.Linear):
     def forward(self, input):
         return super().forward(input).relu()
+
+
+class _ConvThenReLUThenPool(nn.Conv2d):
+    def forward(self, input):
+        return F.max_pool2d(super().forward(input).relu(), 2)

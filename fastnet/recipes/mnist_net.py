@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastnet.data import MNIST_MEAN, MNIST_STD, load_mnist
+from fastnet.data import MNIST
 from fastnet.models import MnistNet
 from fastnet.recipes.training import Recipe
 
@@ -16,9 +16,7 @@ MNIST_NET = Recipe(
     # One kernel for all parameters, where the default makes a dozen calls for each.
     optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.001, fused=True),
     loss=F.nll_loss,
-    load=load_mnist,
-    mean=MNIST_MEAN,
-    std=MNIST_STD,
+    datasets=(MNIST,),
     epochs=10,
     batch_size=64,
     test_batch_size=1000,

@@ -6,14 +6,14 @@ import csv
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastnet.data import Batches, ImageSet
+from fastnet.data import Batches, Dataset, ImageSet
 from fastnet.errors import FastnetError
 from fastnet.recipes.files import load_checkpoint, make_folder, save_checkpoint, write_whole
 
@@ -27,12 +27,26 @@ class Recipe:
     model: Callable[..., nn.Module]  # takes backend=
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     loss: Callable[[Tensor, Tensor], Tensor]
-    load: Callable[..., tuple[ImageSet, ImageSet]]  # takes data_dir, download=
-    mean: float
-    std: float
+    datasets: tuple[Dataset, ...]  # the first one is used unless another is chosen
     epochs: int
     batch_size: int
     test_batch_size: int
+
+    @property
+    def data(self) -> Dataset:
+        return self.datasets[0]
+
+    def on(self, name: str) -> Recipe:
+        """The same on another of its data sets.
+
+        Raises:
+            FastnetError: where it has none of that name.
+        """
+        for dataset in self.datasets:
+            if dataset.name == name:
+                return replace(self, datasets=(dataset,))
+        names = ", ".join(dataset.name for dataset in self.datasets)
+        raise FastnetError(f"--dataset must be one of {names} for {self.name}, not {name!r}.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ def train(
         if len(history) >= settings.epochs:
             tqdm.write(f"nothing to do: --epochs is {settings.epochs}")
 
-    batches = Batches(train_set, settings.batch_size, recipe.mean, recipe.std, shuffle)
+    batches = Batches(train_set, settings.batch_size, recipe.data.mean, recipe.data.std, shuffle)
     for epoch in range(len(history) + 1, settings.epochs + 1):
         start = time.perf_counter()
         train_loss = _train_epoch(recipe, settings, model, optimizer, batches, epoch)
@@ -144,7 +158,7 @@ def evaluate(recipe: Recipe, model: nn.Module, images: ImageSet) -> tuple[float,
     """The mean loss and the share of right answers."""
     model.eval()
     loss, right = 0.0, 0
-    for pictures, targets in Batches(images, recipe.test_batch_size, recipe.mean, recipe.std):
+    for pictures, targets in Batches(images, recipe.test_batch_size, recipe.data.mean, recipe.data.std):
         output = model(pictures)
         loss += recipe.loss(output, targets).item() * len(targets)
         right += (output.argmax(1) == targets).sum().item()
@@ -155,7 +169,7 @@ def evaluate(recipe: Recipe, model: nn.Module, images: ImageSet) -> tuple[float,
 def predict(recipe: Recipe, model: nn.Module, images: ImageSet, count: int) -> Tensor:
     """The predicted classes of the first `count` pictures."""
     model.eval()
-    pictures, _ = next(iter(Batches(images, count, recipe.mean, recipe.std)))
+    pictures, _ = next(iter(Batches(images, count, recipe.data.mean, recipe.data.std)))
     return model(pictures).argmax(1)
 
 
@@ -166,7 +180,7 @@ def step_times(
 
     A turn is twenty steps long, as a training has its caches to itself too.
     """
-    batches = list(Batches(images, settings.batch_size, recipe.mean, recipe.std))
+    batches = list(Batches(images, settings.batch_size, recipe.data.mean, recipe.data.std))
     batches = [batch for batch in batches if len(batch[1]) == settings.batch_size] or batches
     times: dict[str, list[float]] = {backend: [] for backend in backends}
     sides = []
