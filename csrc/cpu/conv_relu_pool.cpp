@@ -14,7 +14,7 @@ namespace fastnet {
 namespace {
 
 // Input channels from which Winograd's form is faster than the direct one.
-constexpr int64_t kWinogradChannels = 4;
+constexpr int64_t kWinogradChannels = 2;
 
 // Returns what stood in its way: filters or an input that the form asked for cannot take.
 template <class T>

@@ -369,8 +369,9 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
 // ---------------------------------------------------------------------------------------------
 // Winograd's form
 
-// products[k][tile] = Σ_c filters[c][k] · patches[c][tile], for 4 filters and kVectors vectors
-template <int kVectors>
+// products[k][tile] = Σ_c filters[c][k] · patches[c][tile], for 4 filters and kVectors vectors.
+// kChannels is C where that is known to the compiler, else 0.
+template <int kVectors, int kChannels>
 FASTNET_INLINE void product_block(const float* filters, const float* patches, int64_t C,
                                   int64_t patch_row, int64_t tiles, float* products) {
   using V = Vec<float>;
@@ -379,7 +380,7 @@ FASTNET_INLINE void product_block(const float* filters, const float* patches, in
   FASTNET_UNROLL for (int k = 0; k < kProductFilters; ++k) {
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[k][v] = V{};
   }
-  for (int64_t c = 0; c < C; ++c) {
+  const auto add = [&](int64_t c) __attribute__((always_inline)) {
     V x[kVectors];
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
       x[v] = load(patches + c * patch_row + v * kStep);
@@ -388,6 +389,11 @@ FASTNET_INLINE void product_block(const float* filters, const float* patches, in
       const V w = splat(filters[c * kProductFilters + k]);
       FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[k][v] += w * x[v];
     }
+  };
+  if constexpr (kChannels > 0) {
+    FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) add(c);
+  } else {
+    for (int64_t c = 0; c < C; ++c) add(c);
   }
   FASTNET_UNROLL for (int k = 0; k < kProductFilters; ++k) {
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -396,19 +402,55 @@ FASTNET_INLINE void product_block(const float* filters, const float* patches, in
   }
 }
 
+template <int kVectors>
+FASTNET_INLINE void product_channels(const float* filters, const float* patches, int64_t C,
+                                     int64_t patch_row, int64_t tiles, float* products) {
+  // As many instructions go into a loop's beginning and end as into three of its turns.
+  switch (C) {
+    case 1:
+      return product_block<kVectors, 1>(filters, patches, C, patch_row, tiles, products);
+    case 2:
+      return product_block<kVectors, 2>(filters, patches, C, patch_row, tiles, products);
+    case 3:
+      return product_block<kVectors, 3>(filters, patches, C, patch_row, tiles, products);
+    case 4:
+      return product_block<kVectors, 4>(filters, patches, C, patch_row, tiles, products);
+    default:
+      return product_block<kVectors, 0>(filters, patches, C, patch_row, tiles, products);
+  }
+}
+
+static void product(const float* filters, const float* patches, int64_t C, int64_t patch_row,
+                    int64_t tiles, int64_t vectors, float* products) {
+  if (vectors == 3) {
+    product_channels<3>(filters, patches, C, patch_row, tiles, products);
+  } else if (vectors == 2) {
+    product_channels<2>(filters, patches, C, patch_row, tiles, products);
+  } else {
+    product_channels<1>(filters, patches, C, patch_row, tiles, products);
+  }
+}
+
 template <class A>
 using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
 
-// Eight codes, or as many as a vector has lanes.
+// The lowest byte of every lane. (As a conversion of vectors this takes an instruction a lane and
+// more.)
+template <class I, int... kLane>
+FASTNET_INLINE void store_bytes(uint8_t* to, Vec<I> codes, LaneList<kLane...>) {
+  const Vec<uint8_t> all = (Vec<uint8_t>)codes;
+  const auto bytes =
+      __builtin_shufflevector(all, all, (kLane * static_cast<int>(sizeof(I)))...);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
 template <class A>
 FASTNET_INLINE void store_codes(uint8_t* to, Vec<Index<A>> codes) {
-  using Bytes = typename VectorType<uint8_t, kVectorBytes / sizeof(A)>::type;
-  const Bytes bytes = __builtin_convertvector(codes, Bytes);
-  __builtin_memcpy(to, &bytes, sizeof bytes);
+  store_bytes<Index<A>>(to, codes, typename MakeLanes<kVectorBytes / sizeof(A)>::type{});
 }
 
 // Aᵀ M A, bias, ReLU and maximum for a vector of tiles of one filter.
-FASTNET_INLINE void pool_products(const float* products, int64_t plane, float bias, float* pooled,
+template <class To>
+FASTNET_INLINE void pool_products(const float* products, int64_t plane, float bias, To* pooled,
                                   uint8_t* codes) {
   using V = Vec<float>;
   using I = Vec<int32_t>;
@@ -428,42 +470,61 @@ FASTNET_INLINE void pool_products(const float* products, int64_t plane, float bi
   V most = y[0];
   I code = {};
   for (int i = 1; i < 4; ++i) {
-    const I wins = y[i] > most;
-    most = wins ? y[i] : most;
+    const I wins = most < y[i];
+    most = maximum<float>(most, y[i]);
     code = wins ? I{} + i : code;
   }
   most += bias;
   const I dead = most <= V{};
-  store(pooled, dead ? V{} : most);
+  store(pooled, maximum<float>(V{}, most));
   store_codes<float>(codes, dead ? I{} + kDead : code);
 }
 
+// Where in the output, for the first filter, the results of a vector of tiles stand side by side;
+// -1 where they do not, and go through the scratch memory.
 template <class T>
-static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t vectors,
-                           int64_t k_begin, int64_t k_end, float* scratch) {
-  const int64_t C = call.C, tiles = plan.tiles, plane = plan.products_plane;
+FASTNET_INLINE int64_t output_of_vector(const ConvForward<T>& call, int64_t tile, int64_t last) {
+  const int64_t image = call.P * call.Q, window = tile % image;
+  const bool is_whole = window + kLanes<T> <= image && tile + kLanes<T> <= last;
+  return call.output_at.x == 1 && is_whole ? tile / image * call.output_at.n + window : -1;
+}
+
+// Filters [k_begin, k_end) of tiles [first, last).
+template <class T>
+static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
+                           int64_t last, int64_t k_begin, int64_t k_end, float* scratch) {
+  // The patches of a few channels stay in the first-level cache while all filters go past them, and
+  // with them the products of a few filters. Of more channels, those of one point do so.
+  constexpr int64_t kFewChannels = 8;
+  const int64_t C = call.C, tiles = plan.tiles;
+  const int64_t vectors = (last - first + kLanes<float> - 1) / kLanes<float>;
+  const int64_t k_step = C <= kFewChannels ? kProductFilters : k_end - k_begin;
+  const int64_t plane = C <= kFewChannels ? kProductFilters * tiles : plan.products_plane;
   float* const products = scratch + plan.products_at;
-  for (int point = 0; point < kPoints; ++point) {
-    const float* patches = scratch + plan.patches_at + point * plan.plane;
-    const float* filters = call.filters + point * plan.filters * C;
-    for (int64_t k = k_begin; k < k_end; k += kProductFilters) {
-      float* to = products + point * plane + k * tiles;
-      if (vectors == 3) {
-        product_block<3>(filters + k * C, patches, C, plan.patch_row, tiles, to);
-      } else if (vectors == 2) {
-        product_block<2>(filters + k * C, patches, C, plan.patch_row, tiles, to);
-      } else {
-        product_block<1>(filters + k * C, patches, C, plan.patch_row, tiles, to);
-      }
-    }
-  }
   float* const pooled = scratch + plan.pooled_at;
   uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
-  for (int64_t k = k_begin; k < k_end; ++k) {
-    const float bias = call.bias ? widen(call.bias[k]) : 0.0f;
+  for (int64_t k_first = k_begin; k_first < k_end; k_first += k_step) {
+    const int64_t k_last = least(k_end, k_first + k_step);
+    for (int point = 0; point < kPoints; ++point) {
+      const float* patches = scratch + plan.patches_at + point * plan.plane;
+      const float* filters = call.filters + point * plan.filters * C;
+      for (int64_t k = k_first; k < k_last; k += kProductFilters) {
+        product(filters + k * C, patches, C, plan.patch_row, tiles, vectors,
+                products + point * plane + (k - k_first) * tiles);
+      }
+    }
     for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t at = k * tiles + v * kLanes<float>;
-      pool_products(products + at, plane, bias, pooled + at, codes + at);
+      const int64_t at = v * kLanes<float>, to = output_of_vector(call, first + at, last);
+      for (int64_t k = k_first; k < k_last; ++k) {
+        const float bias = call.bias ? widen(call.bias[k]) : 0.0f;
+        const float* from = products + (k - k_first) * tiles + at;
+        if (to >= 0) {
+          const int64_t to_k = to + k * call.output_at.c;
+          pool_products(from, plane, bias, call.output + to_k, call.codes + to_k);
+        } else {
+          pool_products(from, plane, bias, pooled + k * tiles + at, codes + k * tiles + at);
+        }
+      }
     }
   }
 }
@@ -472,8 +533,8 @@ static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& pla
 // The direct form
 
 // ReLU and maximum of the four outputs of a window, in the order 2·dy + dx.
-template <class A>
-FASTNET_INLINE void pool_window(const Vec<A>* y, A* pooled, uint8_t* codes) {
+template <class A, class To>
+FASTNET_INLINE void pool_window(const Vec<A>* y, To* pooled, uint8_t* codes) {
   using V = Vec<A>;
   using I = Vec<Index<A>>;
   V most = y[0];
@@ -488,16 +549,16 @@ FASTNET_INLINE void pool_window(const Vec<A>* y, A* pooled, uint8_t* codes) {
   store_codes<A>(codes, dead ? I{} + kDead : code);
 }
 
-// One vector of tiles for kFilters filters.
-template <class A, int kKernel, int kFilters>
-FASTNET_INLINE void direct_tile(const A* patches, int64_t patch_row, int64_t plane,
-                                const A* filters, const A* bias, int64_t C, int64_t tiles,
-                                A* pooled, uint8_t* codes) {
+// One vector of tiles for kFilters filters. A filter's results go `next` elements after those of
+// the one before.
+template <class A, class To, int kKernel, int kFilters>
+static void direct_tile(const A* patches, int64_t patch_row, int64_t plane, const A* filters,
+                        const A* bias, int64_t C, To* pooled, uint8_t* codes, int64_t next) {
   using V = Vec<A>;
   constexpr int kPatch = kKernel + 1;
   V sum[kFilters][4];
-  for (int k = 0; k < kFilters; ++k) {
-    for (int i = 0; i < 4; ++i) sum[k][i] = splat(bias[k]);
+  FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+    FASTNET_UNROLL for (int i = 0; i < 4; ++i) sum[k][i] = splat(bias[k]);
   }
   for (int64_t c = 0; c < C; ++c) {
     const A* x = patches + c * patch_row;
@@ -508,47 +569,54 @@ FASTNET_INLINE void direct_tile(const A* patches, int64_t patch_row, int64_t pla
       for (int s = 0; s < kKernel; ++s) {
         // In this order all there is fits into 16 registers.
         V w[kFilters];
-        for (int k = 0; k < kFilters; ++k) w[k] = splat(filters[k]);
-        for (int i = 0; i < 4; ++i) {
+        FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) w[k] = splat(filters[k]);
+        FASTNET_UNROLL for (int i = 0; i < 4; ++i) {
           const V value = load((i < 2 ? upper : lower) + (s + i % 2) * plane);
-          for (int k = 0; k < kFilters; ++k) sum[k][i] += w[k] * value;
+          FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) sum[k][i] += w[k] * value;
         }
         filters += kFilters;
       }
     }
   }
-  for (int k = 0; k < kFilters; ++k) pool_window<A>(sum[k], pooled + k * tiles, codes + k * tiles);
-}
-
-template <class A, int kKernel, int kFilters, class... Arguments>
-static void direct_group(int64_t filters, Arguments... arguments) {
-  if (filters == kFilters) {
-    direct_tile<A, kKernel, kFilters>(arguments...);
-  } else if constexpr (kFilters > 1) {
-    direct_group<A, kKernel, kFilters - 1>(filters, arguments...);
+  FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+    pool_window<A>(sum[k], pooled + k * next, codes + k * next);
   }
 }
 
+template <class A, class To, int kKernel, int kFilters = kDirectFilters, class... Arguments>
+static void direct_group(int64_t filters, Arguments... arguments) {
+  if (filters == kFilters) {
+    direct_tile<A, To, kKernel, kFilters>(arguments...);
+  } else if constexpr (kFilters > 1) {
+    direct_group<A, To, kKernel, kFilters - 1>(filters, arguments...);
+  }
+}
+
+// Filters in parts [part_first, part_last) of tiles [first, last).
 template <class T, int kKernel>
-static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t vectors,
-                         int64_t part_first, int64_t part_last, acc_t<T>* scratch) {
+static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
+                         int64_t last, int64_t part_first, int64_t part_last, acc_t<T>* scratch) {
   using A = acc_t<T>;
   const int64_t C = call.C, tiles = plan.tiles;
   A* const pooled = scratch + plan.pooled_at;
   uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
-  for (int64_t v = 0; v < vectors; ++v) {
-    const A* patches = scratch + plan.patches_at + v * kLanes<T>;
+  for (int64_t tile = first; tile < last; tile += kLanes<T>) {
+    const int64_t v = tile - first, to = output_of_vector(call, tile, last);
+    const A* const patches = scratch + plan.patches_at + v;
     for (int64_t part = part_first; part < part_last; ++part) {
       const int64_t k = part_begin(call, part), k_stop = part_begin(call, part + 1);
       A bias[kDirectFilters] = {};
-      if (call.bias) {
-        for (int64_t i = k; i < k_stop; ++i) bias[i - k] = widen(call.bias[i]);
+      for (int64_t i = k; call.bias && i < k_stop; ++i) bias[i - k] = widen(call.bias[i]);
+      const A* const filters = call.filters + k * C * kKernel * kKernel;
+      if (to >= 0) {
+        const int64_t to_k = to + k * call.output_at.c;
+        direct_group<A, T, kKernel>(k_stop - k, patches, plan.patch_row, plan.plane, filters, bias,
+                                    C, call.output + to_k, call.codes + to_k, call.output_at.c);
+      } else {
+        const int64_t at = k * tiles + v;
+        direct_group<A, A, kKernel>(k_stop - k, patches, plan.patch_row, plan.plane, filters, bias,
+                                    C, pooled + at, codes + at, tiles);
       }
-      const int64_t at = k * tiles + v * kLanes<T>;
-      direct_group<A, kKernel, kDirectFilters>(
-          k_stop - k, patches, plan.patch_row, plan.plane,
-          static_cast<const A*>(call.filters + k * C * kKernel * kKernel),
-          static_cast<const A*>(bias), C, tiles, pooled + at, codes + at);
     }
   }
 }
@@ -582,7 +650,8 @@ FASTNET_INLINE void copy_codes(const uint8_t* from, uint8_t* to, int64_t count) 
   }
 }
 
-// A block's results into the output: filters [k_begin, k_end) of tiles [first, last).
+// What of a block's results stands in the scratch memory, into the output: filters [k_begin, k_end)
+// of tiles [first, last).
 template <class T>
 static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
                         int64_t last, int64_t k_begin, int64_t k_end, const acc_t<T>* pooled,
@@ -590,7 +659,15 @@ static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, 
   const int64_t image = call.P * call.Q, tiles = plan.tiles;
   for (int64_t tile = first; tile < last;) {
     const int64_t n = tile / image, window = tile % image;
-    const int64_t count = least(last - tile, image - window);
+    int64_t count = least(last - tile, image - window);
+    if (call.output_at.x == 1) {
+      const int64_t in_vector = kLanes<T> - (tile - first) % kLanes<T>;
+      if (in_vector == kLanes<T> && output_of_vector(call, tile, last) >= 0) {
+        tile += kLanes<T>;
+        continue;
+      }
+      count = least(count, in_vector);
+    }
     const int64_t from = k_begin * tiles + (tile - first);
     const int64_t to = n * call.output_at.n + k_begin * call.output_at.c + window * call.output_at.x;
     if (call.output_at.x == 1) {  // the windows of a channel stand side by side
@@ -626,17 +703,16 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
   for (int64_t i = plan.strip_at; i < plan.patches_at; ++i) scratch[i] = 0;
   for (int64_t first = begin; first < end; first += plan.tiles) {
     const int64_t last = least(end, first + plan.tiles);
-    const int64_t vectors = (last - first + kLanes<T> - 1) / kLanes<T>;
     if (call.kernel == 5) {
       gather_patches<T, 5>(call, plan, first, last, &strip_id, scratch);
-      direct_block<T, 5>(call, plan, vectors, part_first, part_last, scratch);
+      direct_block<T, 5>(call, plan, first, last, part_first, part_last, scratch);
     } else {
       const bool is_small = gather_patches<T, 3>(call, plan, first, last, &strip_id, scratch);
       if (!call.by_winograd) {
-        direct_block<T, 3>(call, plan, vectors, part_first, part_last, scratch);
+        direct_block<T, 3>(call, plan, first, last, part_first, part_last, scratch);
       } else if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
         if (!is_small) return false;
-        winograd_block(call, plan, vectors, k_begin, k_end, scratch);
+        winograd_block(call, plan, first, last, k_begin, k_end, scratch);
       }
     }
     write_block(call, plan, first, last, k_begin, k_end, scratch + plan.pooled_at,
@@ -682,9 +758,7 @@ void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* output, uint8
       codes[to + offset] = most <= 0 ? kDead : code;
     };
     const auto vector = [&](const Vec<A>* y, int64_t offset) {
-      A pooled[kStep];
-      pool_window<A>(y, pooled, codes + to + offset);
-      store(output + to + offset, load(static_cast<const A*>(pooled)));
+      pool_window<A>(y, output + to + offset, codes + to + offset);
     };
     if (channels_last) {
       for (int64_t q = 0; q < Q; ++q) {
