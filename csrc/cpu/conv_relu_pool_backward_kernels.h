@@ -265,6 +265,36 @@ void collect_weight_kernel(const ConvBackward<T>& call, const acc_t<T>* sums,
 }
 
 // ---------------------------------------------------------------------------------------------
+// Lists
+
+// Appends the live ones of `count` windows, whose patches stand `next` apart. Without a branch:
+// what a dead window writes, the next one writes over.
+template <class T>
+FASTNET_INLINE Entry<acc_t<T>>* list_row(const T* gradients, int64_t gradient_stride,
+                                         const uint8_t* codes, int64_t code_stride, int64_t count,
+                                         int32_t at, int32_t next, const int32_t* offset,
+                                         Entry<acc_t<T>>* end) {
+  for (int64_t i = 0; i < count; ++i, at += next) {
+    const uint8_t code = codes[i * code_stride];
+    end->at = at + offset[code];
+    end->gradient = widen(gradients[i * gradient_stride]);
+    end += code != kDead;
+  }
+  return end;
+}
+
+template <class A>
+FASTNET_INLINE A sum_of_gradients(const Entry<A>* entries, int64_t count) {
+  A sums[4] = {0, 0, 0, 0};  // one would wait for itself
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    for (int j = 0; j < 4; ++j) sums[j] += entries[i + j].gradient;
+  }
+  for (; i < count; ++i) sums[0] += entries[i].gradient;
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// ---------------------------------------------------------------------------------------------
 // grad_weight and grad_bias of filters [k_begin, k_end) from images [n_begin, n_end), added to sums
 // and bias_sums. Returns false where the input is not finite: an infinity times the gradient of a
 // dead window would be NaN, which this leaves out.
@@ -303,8 +333,7 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
       }
     }
     for (int64_t k = k_begin; k < k_end; ++k) {
-      int64_t count = 0;
-      A bias_sum = 0;
+      Entry<A>* end = entries;
       for (int64_t strip = first; strip < last; ++strip) {
         const int64_t n = strip / strips_per_image;
         const int64_t p_first = strip % strips_per_image * plan.strip_rows;
@@ -315,17 +344,18 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
                        p * call.grad_output_at.y;
           const uint8_t* codes =
               call.codes + n * call.codes_at.n + k * call.codes_at.c + p * call.codes_at.y;
-          int64_t at = (strip - first) * plan.strip_size + 2 * (p - p_first) * plan.row;
-          for (int64_t q = 0; q < call.Q; ++q, at += 2 * plan.channels) {
-            const uint8_t code = codes[q * call.codes_at.x];
-            const A gradient = widen(g[q * call.grad_output_at.x]);
-            entries[count] = {static_cast<int32_t>(at) + offset[code], gradient};
-            count += code != kDead;
-            bias_sum += code != kDead ? gradient : A(0);
+          const int64_t at = (strip - first) * plan.strip_size + 2 * (p - p_first) * plan.row;
+          const int32_t next = static_cast<int32_t>(2 * plan.channels);
+          if (call.grad_output_at.x == 1 && call.codes_at.x == 1) {
+            end = list_row(g, 1, codes, 1, call.Q, static_cast<int32_t>(at), next, offset, end);
+          } else {
+            end = list_row(g, call.grad_output_at.x, codes, call.codes_at.x, call.Q,
+                           static_cast<int32_t>(at), next, offset, end);
           }
         }
       }
-      bias_sums[k] += bias_sum;
+      const int64_t count = end - entries;
+      bias_sums[k] += sum_of_gradients(entries, count);
       if (!call.needs_weight) continue;
       for (int64_t block = 0; block < plan.blocks; ++block) {
         add(entries, count, input + block * plan.strips * plan.strip_size, plan.row,
