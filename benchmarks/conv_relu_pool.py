@@ -153,8 +153,9 @@ def _step() -> Case:
         model = SimpleCNN(3, 32, backend=FASTNET if side == FASTNET else "torch")
         called, x = model, pictures
         if "channels_last" in side:
-            model, x = model.to(memory_format=torch.channels_last), x.contiguous(
-                memory_format=torch.channels_last
+            model, x = (
+                model.to(memory_format=torch.channels_last),
+                x.contiguous(memory_format=torch.channels_last),
             )
         if side.startswith("compile"):
             called = torch.compile(model, dynamic=False)

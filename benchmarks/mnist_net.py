@@ -42,7 +42,9 @@ def _step(batch_size: int) -> Case:
         model = RECIPE.model(backend=backend)
         optimizer = RECIPE.optimizer(model.parameters())
         called = torch.compile(model, dynamic=False) if side == "compile" else model
-        batches = itertools.cycle(list(Batches(images, batch_size, RECIPE.data.mean, RECIPE.data.std)))
+        batches = itertools.cycle(
+            list(Batches(images, batch_size, RECIPE.data.mean, RECIPE.data.std))
+        )
         sides[side] = _one_step(called, optimizer, batches)
     # Errors grow from step to step as the weights part; verification takes three.
     return Case("mnist_net", f"batch {batch_size}", "step", sides, tolerance=1e-4)

@@ -35,6 +35,7 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
     meet(FASTNET_BEST_ISA(arrange_filters_kernel(call, begin, end)));
   });
   if (met == Magnitude::infinite || (call.by_winograd && met != Magnitude::small)) return met;
+  call.filters_are_small = met == Magnitude::small;
 
   const int64_t tiles = call.N * call.P * call.Q, in_block = FASTNET_BEST_ISA(forward_tiles(call));
   const int64_t scratch = FASTNET_BEST_ISA(forward_scratch(call));
@@ -42,8 +43,7 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   const int64_t work = 4 * call.kernel * call.kernel * call.C * call.K * in_block;
   const auto calculate = [&](int64_t begin, int64_t end, int64_t part_begin, int64_t part_end) {
     A* const memory = thread_scratch<A>(scratch);
-    if (!FASTNET_BEST_ISA(
-            conv_forward_kernel(call, begin, end, part_begin, part_end, memory))) {
+    if (!FASTNET_BEST_ISA(conv_forward_kernel(call, begin, end, part_begin, part_end, memory))) {
       meet(Magnitude::finite);
     }
   };
@@ -94,10 +94,10 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
                                      mutable_data<T>(output),
                                      static_cast<uint8_t*>(codes.mutable_data_ptr()),
                                      strides_of(output),
-                                     /*by_winograd=*/shape.R == 3 &&
-                                         shape.C >= kWinogradChannels &&
+                                     /*by_winograd=*/shape.R == 3 && shape.C >= kWinogradChannels &&
                                          sizeof(acc_t<T>) == sizeof(float),
-                                     nullptr};
+                                     nullptr,
+                                     false};
       Magnitude met = run<T>(call, input);
       if (call.by_winograd && met == Magnitude::finite) {
         call.by_winograd = false;

@@ -25,8 +25,8 @@ inline Strides4 strides_of(const Tensor& tensor) {
 }
 
 // A stretch of memory of the calling thread's, kept for its next call: what a fresh one costs, in
-// pages that the system has to clear, is felt at these sizes. Begins on a cache line; its content is
-// arbitrary.
+// pages that the system has to clear, is felt at these sizes. Begins on a cache line; its content
+// is arbitrary.
 template <class A>
 A* thread_scratch(int64_t count) {
   struct alignas(64) Line {
@@ -61,7 +61,8 @@ struct ConvForward {
   uint8_t* codes;
   Strides4 output_at;  // of the codes, too
   bool by_winograd;
-  acc_t<T>* filters;  // the weights, rearranged by a kernel of its own
+  acc_t<T>* filters;       // the weights, rearranged by a kernel of its own
+  bool filters_are_small;  // and the bias
 };
 
 template <class T>

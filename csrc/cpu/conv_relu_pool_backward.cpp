@@ -73,10 +73,9 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
       }
       if (call.grad_input) {
         const int64_t block_begin = by_image ? 0 : share * blocks / shares;
-        const int64_t block_end =
-            by_image ? blocks : (share + 1) * blocks / shares;
-        FASTNET_BEST_ISA(conv_backward_input_kernel(call, n_begin, n_end, block_begin, block_end,
-                                                    memory));
+        const int64_t block_end = by_image ? blocks : (share + 1) * blocks / shares;
+        FASTNET_BEST_ISA(
+            conv_backward_input_kernel(call, n_begin, n_end, block_begin, block_end, memory));
       }
     }
   };
@@ -157,14 +156,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
         const int64_t rows = shape.N * shape.z_height();
         parallel(rows, 2 * grad_z.numel() / rows, [&](int64_t begin, int64_t end) {
           FASTNET_BEST_ISA(expand_kernel(data<T>(grad_output), strides_of(grad_output), code,
-                                         strides_of(codes), z, strides_of(grad_z), shape.K,
-                                         shape.P, shape.Q, shape.z_height(), shape.z_width(),
-                                         begin, end));
+                                         strides_of(codes), z, strides_of(grad_z), shape.K, shape.P,
+                                         shape.Q, shape.z_height(), shape.z_width(), begin, end));
         });
       });
     }
-    return library_convolution_backward(aoti_torch_cpu_convolution_backward, grad_z, input,
-                                        weight, shape, needs_input, needs_weight, needs_bias);
+    return library_convolution_backward(aoti_torch_cpu_convolution_backward, grad_z, input, weight,
+                                        shape, needs_input, needs_weight, needs_bias);
   }
   return {gradients.input, gradients.weight, gradients.bias};
 }

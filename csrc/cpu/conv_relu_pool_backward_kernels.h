@@ -26,13 +26,13 @@ template <class T>
 struct BackwardPlan {
   using A = acc_t<T>;
   int64_t channels, blocks, vectors;
-  int64_t height, width;  // of the part of the padded input that windows touch
-  int64_t row;            // from one row of the padded input to the next
-  int64_t patch_row;      // the same in a patch of grad_weight and the filters
-  int64_t patch;          // elements of such a patch
+  int64_t height, width;           // of the part of the padded input that windows touch
+  int64_t row;                     // from one row of the padded input to the next
+  int64_t patch_row;               // the same in a patch of grad_weight and the filters
+  int64_t patch;                   // elements of such a patch
   int64_t strip_rows, strip_size;  // rows of windows in a strip, and its elements, of a block
   int64_t strips;                  // in a list
-  int64_t windows;                 // in a list of grad_input's
+  int64_t filters, windows;        // whose lists grad_input makes at a time
   int64_t input_at, entries_at, image_at, end;
 
   explicit BackwardPlan(const ConvBackward<T>& call) {
@@ -51,10 +51,14 @@ struct BackwardPlan {
     strip_rows = strip_rows < 1 ? 1 : strip_rows < call.P ? strip_rows : call.P;
     strip_size = (2 * strip_rows + call.kernel - 1) * row;
     strips = strip_rows == call.P && strip_size <= most ? most / strip_size : 1;
-    windows = (4096 + call.K - 1) / call.K;
+    // So many filters of a block stay in the first-level cache while windows go past them.
+    constexpr int64_t kFilterBytes = 20 * 1024;
+    const int64_t fit = kFilterBytes / (patch * kSize) + 1, parts = (call.K + fit - 1) / fit;
+    filters = (call.K + parts - 1) / parts;
+    windows = (4096 + filters - 1) / filters;
     if (windows > kMaxWindows) windows = kMaxWindows;
     if (windows > call.P * call.Q) windows = call.P * call.Q;
-    const int64_t listed = strips * strip_rows * call.Q + 1, by_window = windows * 5 * call.K;
+    const int64_t listed = strips * strip_rows * call.Q + 1, by_window = windows * 5 * filters;
     const int64_t entry = sizeof(Entry<A>) / kSize;
     constexpr int64_t kLine = 64 / kSize;
     const auto next_line = [&](int64_t at) { return (at + kSlack + kLine - 1) / kLine * kLine; };
@@ -112,14 +116,14 @@ FASTNET_INLINE void accumulate_rows(const Entry<A>* entries, int64_t count, cons
   }
   const auto add = [&](const Entry<A>& entry, V(&sum)[kRows][kVectors])
                        __attribute__((always_inline)) {
-    const V gradient = splat(entry.gradient);
-    const A* patch = from + entry.at;
-    FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
-      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
-        sum[r][v] += gradient * load(patch + r * row + v * kStep);
-      }
-    }
-  };
+                         const V gradient = splat(entry.gradient);
+                         const A* patch = from + entry.at;
+                         FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+                           FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+                             sum[r][v] += gradient * load(patch + r * row + v * kStep);
+                           }
+                         }
+                       };
   int64_t i = 0;
   for (; i + kAtOnce <= count; i += kAtOnce) {
     FASTNET_UNROLL for (int e = 0; e < kAtOnce; ++e) add(entries[i + e], sum[e]);
@@ -179,8 +183,8 @@ static void fill_blocks(const ConvBackward<T>& call, const BackwardPlan<T>& plan
     for (int64_t y = 0; y < rows; ++y) {
       const int64_t from_y = row + y - call.pad_y;
       if (from_y < 0 || from_y >= call.H) continue;
-      const T* from = call.input + n * call.input_at.n + c_first * call.input_at.c +
-                      from_y * call.input_at.y;
+      const T* from =
+          call.input + n * call.input_at.n + c_first * call.input_at.c + from_y * call.input_at.y;
       acc_t<T>* const line = strip + y * plan.row + call.pad_x * plan.channels;
       if (call.input_at.c == 1 && channels == kLanes<T>) {
         for (int64_t x = 0; x < columns; ++x) {
@@ -191,8 +195,7 @@ static void fill_blocks(const ConvBackward<T>& call, const BackwardPlan<T>& plan
       } else {
         for (int64_t x = 0; x < columns; ++x) {
           for (int64_t c = 0; c < channels; ++c) {
-            line[x * plan.channels + c] =
-                widen(from[c * call.input_at.c + x * call.input_at.x]);
+            line[x * plan.channels + c] = widen(from[c * call.input_at.c + x * call.input_at.x]);
           }
         }
       }
@@ -305,8 +308,8 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
                                  acc_t<T>* bias_sums, acc_t<T>* scratch) {
   using A = acc_t<T>;
   const BackwardPlan<T> plan(call);
-  const Accumulate<A> add = call.kernel == 3 ? accumulate_for<A, 3>(plan.vectors)
-                                             : accumulate_for<A, 5>(plan.vectors);
+  const Accumulate<A> add =
+      call.kernel == 3 ? accumulate_for<A, 3>(plan.vectors) : accumulate_for<A, 5>(plan.vectors);
   A* const input = scratch + plan.input_at;
   Entry<A>* const entries = reinterpret_cast<Entry<A>*>(scratch + plan.entries_at);
   const int64_t lanes = call.kernel * plan.channels - (plan.vectors - 1) * kLanes<T>;
@@ -374,8 +377,8 @@ void conv_backward_input_kernel(const ConvBackward<T>& call, int64_t n_begin, in
                                 int64_t block_begin, int64_t block_end, acc_t<T>* scratch) {
   using A = acc_t<T>;
   const BackwardPlan<T> plan(call);
-  const Accumulate<A> add = call.kernel == 3 ? accumulate_for<A, 3>(plan.vectors)
-                                             : accumulate_for<A, 5>(plan.vectors);
+  const Accumulate<A> add =
+      call.kernel == 3 ? accumulate_for<A, 3>(plan.vectors) : accumulate_for<A, 5>(plan.vectors);
   Entry<A>* const entries = reinterpret_cast<Entry<A>*>(scratch + plan.entries_at);
   A* const image = scratch + plan.image_at;
   const int64_t image_size = plan.height * plan.row, all = call.P * call.Q;
@@ -385,38 +388,42 @@ void conv_backward_input_kernel(const ConvBackward<T>& call, int64_t n_begin, in
                      static_cast<size_t>((block_end - block_begin) * image_size) * sizeof(A));
     const T* const g = call.grad_output + n * call.grad_output_at.n;
     const uint8_t* const codes = call.codes + n * call.codes_at.n;
-    for (int64_t first = 0; first < all; first += plan.windows) {
-      const int64_t last = first + plan.windows < all ? first + plan.windows : all;
-      // Five lists a window, one for every code; that of the dead is never read.
-      constexpr int kCodes = 5;
-      int32_t counts[kMaxWindows][kCodes];
-      for (int64_t window = first; window < last; ++window) {
-        const int64_t p = window / call.Q, q = window % call.Q;
-        Entry<A>* const lists = entries + (window - first) * kCodes * call.K;
-        Entry<A>* ends[kCodes];
-        for (int code = 0; code < kCodes; ++code) ends[code] = lists + code * call.K;
-        const T* g_window = g + p * call.grad_output_at.y + q * call.grad_output_at.x;
-        const uint8_t* codes_window = codes + p * call.codes_at.y + q * call.codes_at.x;
-        int32_t at = 0;
-        for (int64_t k = 0; k < call.K; ++k, at += static_cast<int32_t>(plan.patch)) {
-          *ends[codes_window[k * call.codes_at.c]]++ = {at,
-                                                        widen(g_window[k * call.grad_output_at.c])};
-        }
-        for (int code = 0; code < kCodes; ++code) {
-          counts[window - first][code] = static_cast<int32_t>(ends[code] - lists - code * call.K);
-        }
-      }
-      for (int64_t block = block_begin; block < block_end; ++block) {
-        const A* const filters = call.filters + block * call.K * plan.patch;
+    for (int64_t k_first = 0; k_first < call.K; k_first += plan.filters) {
+      const int64_t K = call.K - k_first < plan.filters ? call.K - k_first : plan.filters;
+      for (int64_t first = 0; first < all; first += plan.windows) {
+        const int64_t last = first + plan.windows < all ? first + plan.windows : all;
+        // Five lists a window, one for every code; that of the dead is never read.
+        constexpr int kCodes = 5;
+        int32_t counts[kMaxWindows][kCodes];
         for (int64_t window = first; window < last; ++window) {
           const int64_t p = window / call.Q, q = window % call.Q;
-          for (int code = 0; code < 4; ++code) {
-            const int64_t y = 2 * p + code / 2, x = 2 * q + code % 2;
-            const int32_t count = counts[window - first][code];
-            if (count == 0) continue;
-            add(entries + ((window - first) * kCodes + code) * call.K, count, filters,
-                plan.patch_row, image + block * image_size + y * plan.row + x * plan.channels,
-                plan.row, lanes);
+          Entry<A>* const lists = entries + (window - first) * kCodes * K;
+          Entry<A>* ends[kCodes];
+          for (int code = 0; code < kCodes; ++code) ends[code] = lists + code * K;
+          const T* g_window = g + k_first * call.grad_output_at.c + p * call.grad_output_at.y +
+                              q * call.grad_output_at.x;
+          const uint8_t* codes_window =
+              codes + k_first * call.codes_at.c + p * call.codes_at.y + q * call.codes_at.x;
+          int32_t at = 0;
+          for (int64_t k = 0; k < K; ++k, at += static_cast<int32_t>(plan.patch)) {
+            Entry<A>* const to = ends[codes_window[k * call.codes_at.c]]++;
+            *to = {at, widen(g_window[k * call.grad_output_at.c])};
+          }
+          for (int code = 0; code < kCodes; ++code) {
+            counts[window - first][code] = static_cast<int32_t>(ends[code] - lists - code * K);
+          }
+        }
+        for (int64_t block = block_begin; block < block_end; ++block) {
+          const A* const filters = call.filters + (block * call.K + k_first) * plan.patch;
+          for (int64_t window = first; window < last; ++window) {
+            const int64_t p = window / call.Q, q = window % call.Q;
+            for (int code = 0; code < 4; ++code) {
+              const int32_t count = counts[window - first][code];
+              if (count == 0) continue;
+              const int64_t y = 2 * p + code / 2, x = 2 * q + code % 2;
+              add(entries + ((window - first) * kCodes + code) * K, count, filters, plan.patch_row,
+                  image + block * image_size + y * plan.row + x * plan.channels, plan.row, lanes);
+            }
           }
         }
       }
@@ -431,8 +438,7 @@ void conv_backward_input_kernel(const ConvBackward<T>& call, int64_t n_begin, in
                 y * call.grad_input_at.y;
         const int64_t touched = from_y < plan.height ? plan.width - call.pad_x : 0;
         const int64_t columns = touched < 0 ? 0 : touched < call.W ? touched : call.W;
-        const A* from =
-            image + block * image_size + from_y * plan.row + call.pad_x * plan.channels;
+        const A* from = image + block * image_size + from_y * plan.row + call.pad_x * plan.channels;
         const int64_t x_stride = call.grad_input_at.x, c_stride = call.grad_input_at.c;
         if (x_stride == 1) {
           transpose(from, plan.channels, to, c_stride, columns, channels);

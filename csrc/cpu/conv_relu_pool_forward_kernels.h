@@ -80,11 +80,6 @@ static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
   const int64_t C = call.C, plane = round_up(call.K, kProductFilters) * C;
   const int64_t first = part_begin(call, part), count = part_begin(call, part + 1) - first;
   Magnitude largest = Magnitude::small;
-  for (int64_t k = 0; call.bias && k < count; ++k) {
-    // An infinite bias makes the elements of a window equal, of which the first wins.
-    largest = larger(largest, magnitude_of(static_cast<float>(widen(call.bias[first + k]))));
-  }
-  if (largest == Magnitude::infinite) largest = Magnitude::finite;
   for (int64_t c = 0; c < C; ++c) {
     V g[3][3];
     FASTNET_UNROLL for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] = V{};
@@ -122,6 +117,11 @@ template <class T>
 Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int64_t end) {
   Magnitude largest = Magnitude::small;
   const int64_t C = call.C, kernel = call.kernel;
+  for (int64_t k = part_begin(call, begin); call.bias && k < part_begin(call, end); ++k) {
+    // Whatever it is, the direct form can add it. (An infinite one makes the elements of a window
+    // equal, of which the first wins.)
+    if (magnitude_of(widen(call.bias[k])) != Magnitude::small) largest = Magnitude::finite;
+  }
   for (int64_t part = begin; part < end; ++part) {
     if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
       if (call.by_winograd) {
@@ -134,8 +134,8 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
     for (int64_t c = 0; c < C; ++c) {
       for (int64_t r = 0; r < kernel; ++r) {
         for (int64_t s = 0; s < kernel; ++s) {
-          const T* from = call.weight + c * call.weight_at.c + r * call.weight_at.y +
-                          s * call.weight_at.x;
+          const T* from =
+              call.weight + c * call.weight_at.c + r * call.weight_at.y + s * call.weight_at.x;
           for (int64_t k = k_begin; k < k_end; ++k) {
             const acc_t<T> value = widen(from[k * call.weight_at.n]);
             largest = larger(largest, magnitude_of(value));
@@ -155,19 +155,19 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
 template <class T>
 struct ForwardPlan {
   using A = acc_t<T>;
-  int64_t patch;       // height and width of a patch
-  int64_t half;        // the even columns of a row of a strip, or the odd ones
-  int64_t strip_rows;  // of tiles, in a strip
-  int64_t strip_plane; // from one channel of a strip to the next
-  int64_t tiles;       // in a block
-  int64_t patch_row;   // from one channel of the patches to the next
-  int64_t plane;       // from one point of the patches to the next
-  int64_t filters;     // K, rounded up
+  int64_t patch;           // height and width of a patch
+  int64_t half;            // the even columns of a row of a strip, or the odd ones
+  int64_t strip_rows;      // of tiles, in a strip
+  int64_t strip_plane;     // from one channel of a strip to the next
+  int64_t tiles;           // in a block
+  int64_t patch_row;       // from one channel of the patches to the next
+  int64_t plane;           // from one point of the patches to the next
+  int64_t filters;         // K, rounded up
   int64_t products_plane;  // from one point of the products to the next
   int64_t strip_at, patches_at, products_at, pooled_at, codes_at, end;
 
-  // A distance at which many stores in a row do not all fall into the same few sets of the cache, as
-  // they do a page apart: an odd number of lines.
+  // A distance at which many stores in a row do not all fall into the same few sets of the cache,
+  // as they do a page apart: an odd number of lines.
   static int64_t off_pages(int64_t elements) {
     constexpr int64_t kLine = 64 / sizeof(A);
     return ((elements + kLine - 1) / kLine | 1) * kLine;
@@ -194,8 +194,7 @@ struct ForwardPlan {
     products_plane = off_pages(filters * tiles);
     strip_plane = off_pages((2 * strip_rows + call.kernel - 1) * 2 * half);
     strip_at = 0;
-    patches_at =
-        round_up(strip_at + C * strip_plane + kSlack, kLine);
+    patches_at = round_up(strip_at + C * strip_plane + kSlack, kLine);
     products_at = patches_at + points * plane;
     pooled_at = products_at + (call.by_winograd ? kPoints * products_plane : 0);
     codes_at = pooled_at + filters * tiles;
@@ -240,7 +239,7 @@ FASTNET_INLINE void split_columns(const T* from, int64_t stride, acc_t<T>* even,
 }
 
 // Copies rows [row, row + rows) of image n, counted in the padded image, into a strip whose columns
-// to the left and right of the image are 0 already. Returns whether Winograd's form can take them.
+// to the left and right of the image are 0 already. Returns whether all are known to be small.
 template <class T>
 static bool fill_strip(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t n,
                        int64_t row, int64_t rows, acc_t<T>* strip) {
@@ -256,7 +255,8 @@ static bool fill_strip(const ConvForward<T>& call, const ForwardPlan<T>& plan, i
   const int64_t stride = call.input_at.x;
   const auto fill_row = [&](int64_t y, int64_t c) {
     const int64_t from_y = row + y - call.pad_y, to = c * plane + y * 2 * half;
-    const T* from = call.input + n * call.input_at.n + c * call.input_at.c + from_y * call.input_at.y;
+    const T* from =
+        call.input + n * call.input_at.n + c * call.input_at.c + from_y * call.input_at.y;
     if (from_y < 0 || from_y >= call.H) {
       for (int64_t k = c; k < (channels_last ? call.C : c + 1); ++k) {
         for (int64_t x = 0; x < 2 * half; ++x) strip[k * plane + y * 2 * half + x] = 0;
@@ -272,23 +272,22 @@ static bool fill_strip(const ConvForward<T>& call, const ForwardPlan<T>& plan, i
     for (int64_t y = 0; y < rows; ++y) fill_row(y, c);
   }
   if constexpr (sizeof(A) == sizeof(float)) {
-    if (call.by_winograd) {
-      constexpr int kStep = kLanes<float>;
-      Vec<int32_t> largest[2] = {};
-      const int64_t count = call.C * plane;  // whole lines
-      for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(float))) {
-        for (int j = 0; j < 64 / static_cast<int>(sizeof(float)) / kStep; ++j) {
-          raise_magnitude(largest + j % 2, load(strip + i + j * kStep));
-        }
-      }
-      int32_t limit;
-      __builtin_memcpy(&limit, &kLargest, sizeof limit);
-      for (int lane = 0; lane < kStep; ++lane) {
-        if (largest[0][lane] > limit || largest[1][lane] > limit) return false;
+    constexpr int kStep = kLanes<float>;
+    Vec<int32_t> largest[2] = {};
+    const int64_t count = call.C * plane;  // whole lines
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(float))) {
+      for (int j = 0; j < 64 / static_cast<int>(sizeof(float)) / kStep; ++j) {
+        raise_magnitude(largest + j % 2, load(strip + i + j * kStep));
       }
     }
+    int32_t limit;
+    __builtin_memcpy(&limit, &kLargest, sizeof limit);
+    for (int lane = 0; lane < kStep; ++lane) {
+      if (largest[0][lane] > limit || largest[1][lane] > limit) return false;
+    }
+    return true;
   }
-  return true;
+  return false;
 }
 
 // Column j of a patch in one row, for neighbouring tiles.
@@ -297,8 +296,8 @@ FASTNET_INLINE Vec<A> load_column(const A* row, int64_t half, int j) {
   return load(row + j % 2 * half + j / 2);
 }
 
-// V = Bᵀ d B, stored at `to`, `plane` from one point to the next. A row of V at a time, from the two
-// rows of the patch that it needs: the whole would not fit into registers.
+// V = Bᵀ d B, stored at `to`, `plane` from one point to the next. A row of V at a time, from the
+// two rows of the patch that it needs: the whole would not fit into registers.
 FASTNET_INLINE void transform_patch(const float* strip, int64_t half, float* to, int64_t plane) {
   using V = Vec<float>;
   const auto row = [&](int i, V x0, V x1, V x2, V x3) {
@@ -314,10 +313,17 @@ FASTNET_INLINE void transform_patch(const float* strip, int64_t half, float* to,
   row(3, d(1, 0) - d(3, 0), d(1, 1) - d(3, 1), d(1, 2) - d(3, 2), d(1, 3) - d(3, 3));
 }
 
-// The patches of tiles [first, last) of a block, one row of tiles at a time.
+// What the strip in the scratch memory is.
+struct Strip {
+  int64_t id = -1;
+  bool is_small = true;
+};
+
+// The patches of tiles [first, last) of a block, one row of tiles at a time. Returns whether all of
+// them are small.
 template <class T, int kKernel>
 static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
-                           int64_t last, int64_t* strip_id, acc_t<T>* scratch) {
+                           int64_t last, Strip* at_hand, acc_t<T>* scratch) {
   using A = acc_t<T>;
   constexpr int kPatch = kKernel + 1;
   A* const strip = scratch + plan.strip_at;
@@ -330,10 +336,10 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
     const int64_t p_rows = least(plan.strip_rows, call.P - p_first);
     const int64_t rows = 2 * p_rows + kKernel - 1;
     const int64_t id = n * strips + p / plan.strip_rows;
-    if (id != *strip_id) {
-      is_small &= fill_strip(call, plan, n, 2 * p_first, rows, strip);
-      *strip_id = id;
+    if (id != at_hand->id) {
+      *at_hand = {id, fill_strip(call, plan, n, 2 * p_first, rows, strip)};
     }
+    is_small &= at_hand->is_small;
     const int64_t stop = least(last, (n * call.P + p_first + p_rows) * call.Q);
     for (int64_t c = 0; c < call.C; ++c) {
       int64_t row = p - p_first, column = q;
@@ -402,32 +408,42 @@ FASTNET_INLINE void product_block(const float* filters, const float* patches, in
   }
 }
 
-template <int kVectors>
-FASTNET_INLINE void product_channels(const float* filters, const float* patches, int64_t C,
-                                     int64_t patch_row, int64_t tiles, float* products) {
-  // As many instructions go into a loop's beginning and end as into three of its turns.
-  switch (C) {
-    case 1:
-      return product_block<kVectors, 1>(filters, patches, C, patch_row, tiles, products);
-    case 2:
-      return product_block<kVectors, 2>(filters, patches, C, patch_row, tiles, products);
-    case 3:
-      return product_block<kVectors, 3>(filters, patches, C, patch_row, tiles, products);
-    case 4:
-      return product_block<kVectors, 4>(filters, patches, C, patch_row, tiles, products);
-    default:
-      return product_block<kVectors, 0>(filters, patches, C, patch_row, tiles, products);
+// Where the operands and the results of a block of products stand.
+struct ProductPlan {
+  const float *filters, *patches;
+  float* products;
+  int64_t filters_plane, patches_plane, products_plane;  // from one point to the next
+  int64_t C, patch_row, tiles;
+};
+
+// All points of `count` filters.
+template <int kVectors, int kChannels>
+static void products_of_points(const ProductPlan& at, int64_t count) {
+  for (int point = 0; point < kPoints; ++point) {
+    const float* const filters = at.filters + point * at.filters_plane;
+    const float* const patches = at.patches + point * at.patches_plane;
+    float* const products = at.products + point * at.products_plane;
+    for (int64_t k = 0; k < count; k += kProductFilters) {
+      product_block<kVectors, kChannels>(filters + k * at.C, patches, at.C, at.patch_row, at.tiles,
+                                         products + k * at.tiles);
+    }
   }
 }
 
-static void product(const float* filters, const float* patches, int64_t C, int64_t patch_row,
-                    int64_t tiles, int64_t vectors, float* products) {
-  if (vectors == 3) {
-    product_channels<3>(filters, patches, C, patch_row, tiles, products);
-  } else if (vectors == 2) {
-    product_channels<2>(filters, patches, C, patch_row, tiles, products);
-  } else {
-    product_channels<1>(filters, patches, C, patch_row, tiles, products);
+template <int kVectors>
+static void products_of_vectors(const ProductPlan& at, int64_t count) {
+  // Of a few channels, a loop's beginning and end would take longer than its turns.
+  switch (at.C) {
+    case 1:
+      return products_of_points<kVectors, 1>(at, count);
+    case 2:
+      return products_of_points<kVectors, 2>(at, count);
+    case 3:
+      return products_of_points<kVectors, 3>(at, count);
+    case 4:
+      return products_of_points<kVectors, 4>(at, count);
+    default:
+      return products_of_points<kVectors, 0>(at, count);
   }
 }
 
@@ -439,8 +455,7 @@ using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
 template <class I, int... kLane>
 FASTNET_INLINE void store_bytes(uint8_t* to, Vec<I> codes, LaneList<kLane...>) {
   const Vec<uint8_t> all = (Vec<uint8_t>)codes;
-  const auto bytes =
-      __builtin_shufflevector(all, all, (kLane * static_cast<int>(sizeof(I)))...);
+  const auto bytes = __builtin_shufflevector(all, all, (kLane * static_cast<int>(sizeof(I)))...);
   __builtin_memcpy(to, &bytes, sizeof bytes);
 }
 template <class A>
@@ -448,31 +463,40 @@ FASTNET_INLINE void store_codes(uint8_t* to, Vec<Index<A>> codes) {
   store_bytes<Index<A>>(to, codes, typename MakeLanes<kVectorBytes / sizeof(A)>::type{});
 }
 
-// Aᵀ M A, bias, ReLU and maximum for a vector of tiles of one filter.
+// Aᵀ M A, bias, ReLU and maximum for a vector of tiles of one filter. A function of its own:
+// inlined into the loops around it, the sixteen addresses would be kept from turn to turn, and
+// spilled.
 template <class To>
-FASTNET_INLINE void pool_products(const float* products, int64_t plane, float bias, To* pooled,
-                                  uint8_t* codes) {
+__attribute__((noinline)) static void pool_products(const float* products, int64_t plane,
+                                                    float bias, To* pooled, uint8_t* codes) {
   using V = Vec<float>;
   using I = Vec<int32_t>;
-  V half[2][4];
-  for (int j = 0; j < 4; ++j) {
-    const V m0 = load(products + j * plane), m1 = load(products + (4 + j) * plane);
-    const V m2 = load(products + (8 + j) * plane), m3 = load(products + (12 + j) * plane);
-    half[0][j] = m0 + (m1 + m2);
-    half[1][j] = (m1 - m2) - m3;
-  }
   V y[4];
-  for (int i = 0; i < 2; ++i) {
-    y[2 * i] = half[i][0] + (half[i][1] + half[i][2]);
-    y[2 * i + 1] = (half[i][1] - half[i][2]) - half[i][3];
+  FASTNET_UNROLL for (int j = 0; j < 4; ++j) {
+    const float* const m = products + j * plane;
+    const V m1 = load(m + 4 * plane), m2 = load(m + 8 * plane);
+    const V upper = load(m) + (m1 + m2), lower = (m1 - m2) - load(m + 12 * plane);
+    if (j == 0) {
+      y[0] = upper;
+      y[2] = lower;
+    } else if (j == 1) {
+      y[0] += upper;
+      y[1] = upper;
+      y[2] += lower;
+      y[3] = lower;
+    } else {
+      if (j == 2) y[0] += upper;
+      y[1] -= upper;
+      if (j == 2) y[2] += lower;
+      y[3] -= lower;
+    }
   }
-  // Finite, so that > tells everything. The bias moves all four alike.
+  // The bias moves all four alike.
   V most = y[0];
   I code = {};
-  for (int i = 1; i < 4; ++i) {
-    const I wins = most < y[i];
+  FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
+    code = most < y[i] ? I{} + i : code;
     most = maximum<float>(most, y[i]);
-    code = wins ? I{} + i : code;
   }
   most += bias;
   const I dead = most <= V{};
@@ -505,14 +529,19 @@ static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& pla
   uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
   for (int64_t k_first = k_begin; k_first < k_end; k_first += k_step) {
     const int64_t k_last = least(k_end, k_first + k_step);
-    for (int point = 0; point < kPoints; ++point) {
-      const float* patches = scratch + plan.patches_at + point * plan.plane;
-      const float* filters = call.filters + point * plan.filters * C;
-      for (int64_t k = k_first; k < k_last; k += kProductFilters) {
-        product(filters + k * C, patches, C, plan.patch_row, tiles, vectors,
-                products + point * plane + (k - k_first) * tiles);
-      }
-    }
+    const ProductPlan at{call.filters + k_first * C,
+                         scratch + plan.patches_at,
+                         products,
+                         plan.filters * C,
+                         plan.plane,
+                         plane,
+                         C,
+                         plan.patch_row,
+                         tiles};
+    const auto multiply = vectors == 3   ? products_of_vectors<3>
+                          : vectors == 2 ? products_of_vectors<2>
+                                         : products_of_vectors<1>;
+    multiply(at, k_last - k_first);
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t at = v * kLanes<float>, to = output_of_vector(call, first + at, last);
       for (int64_t k = k_first; k < k_last; ++k) {
@@ -532,26 +561,32 @@ static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& pla
 // ---------------------------------------------------------------------------------------------
 // The direct form
 
-// ReLU and maximum of the four outputs of a window, in the order 2·dy + dx.
-template <class A, class To>
+// ReLU and maximum of the four outputs of a window, in the order 2·dy + dx. Where no NaN can be
+// among them, fewer comparisons do.
+template <bool kMayBeNaN, class A, class To>
 FASTNET_INLINE void pool_window(const Vec<A>* y, To* pooled, uint8_t* codes) {
   using V = Vec<A>;
   using I = Vec<Index<A>>;
   V most = y[0];
   I code = {};
-  for (int i = 1; i < 4; ++i) {
-    const I wins = (y[i] > most) | (y[i] != y[i]);
-    most = wins ? y[i] : most;
-    code = wins ? I{} + i : code;
+  FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
+    if constexpr (kMayBeNaN) {
+      const I wins = (most < y[i]) | (y[i] != y[i]);
+      most = wins ? y[i] : most;
+      code = wins ? I{} + i : code;
+    } else {
+      code = most < y[i] ? I{} + i : code;
+      most = maximum<A>(most, y[i]);
+    }
   }
   const I dead = most <= V{};
-  store(pooled, dead ? V{} : most);
+  store(pooled, kMayBeNaN ? (dead ? V{} : most) : maximum<A>(V{}, most));
   store_codes<A>(codes, dead ? I{} + kDead : code);
 }
 
 // One vector of tiles for kFilters filters. A filter's results go `next` elements after those of
 // the one before.
-template <class A, class To, int kKernel, int kFilters>
+template <bool kMayBeNaN, class A, class To, int kKernel, int kFilters>
 static void direct_tile(const A* patches, int64_t patch_row, int64_t plane, const A* filters,
                         const A* bias, int64_t C, To* pooled, uint8_t* codes, int64_t next) {
   using V = Vec<A>;
@@ -579,23 +614,28 @@ static void direct_tile(const A* patches, int64_t patch_row, int64_t plane, cons
     }
   }
   FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
-    pool_window<A>(sum[k], pooled + k * next, codes + k * next);
+    pool_window<kMayBeNaN, A>(sum[k], pooled + k * next, codes + k * next);
   }
 }
 
 template <class A, class To, int kKernel, int kFilters = kDirectFilters, class... Arguments>
-static void direct_group(int64_t filters, Arguments... arguments) {
-  if (filters == kFilters) {
-    direct_tile<A, To, kKernel, kFilters>(arguments...);
-  } else if constexpr (kFilters > 1) {
-    direct_group<A, To, kKernel, kFilters - 1>(filters, arguments...);
+static void direct_group(int64_t filters, bool may_be_nan, Arguments... arguments) {
+  if (filters != kFilters) {
+    if constexpr (kFilters > 1) {
+      direct_group<A, To, kKernel, kFilters - 1>(filters, may_be_nan, arguments...);
+    }
+  } else if (may_be_nan) {
+    direct_tile<true, A, To, kKernel, kFilters>(arguments...);
+  } else {
+    direct_tile<false, A, To, kKernel, kFilters>(arguments...);
   }
 }
 
 // Filters in parts [part_first, part_last) of tiles [first, last).
 template <class T, int kKernel>
 static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
-                         int64_t last, int64_t part_first, int64_t part_last, acc_t<T>* scratch) {
+                         int64_t last, int64_t part_first, int64_t part_last, bool may_be_nan,
+                         acc_t<T>* scratch) {
   using A = acc_t<T>;
   const int64_t C = call.C, tiles = plan.tiles;
   A* const pooled = scratch + plan.pooled_at;
@@ -610,12 +650,13 @@ static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
       const A* const filters = call.filters + k * C * kKernel * kKernel;
       if (to >= 0) {
         const int64_t to_k = to + k * call.output_at.c;
-        direct_group<A, T, kKernel>(k_stop - k, patches, plan.patch_row, plan.plane, filters, bias,
-                                    C, call.output + to_k, call.codes + to_k, call.output_at.c);
+        direct_group<A, T, kKernel>(k_stop - k, may_be_nan, patches, plan.patch_row, plan.plane,
+                                    filters, bias, C, call.output + to_k, call.codes + to_k,
+                                    call.output_at.c);
       } else {
         const int64_t at = k * tiles + v;
-        direct_group<A, A, kKernel>(k_stop - k, patches, plan.patch_row, plan.plane, filters, bias,
-                                    C, pooled + at, codes + at, tiles);
+        direct_group<A, A, kKernel>(k_stop - k, may_be_nan, patches, plan.patch_row, plan.plane,
+                                    filters, bias, C, pooled + at, codes + at, tiles);
       }
     }
   }
@@ -669,7 +710,8 @@ static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, 
       count = least(count, in_vector);
     }
     const int64_t from = k_begin * tiles + (tile - first);
-    const int64_t to = n * call.output_at.n + k_begin * call.output_at.c + window * call.output_at.x;
+    const int64_t to =
+        n * call.output_at.n + k_begin * call.output_at.c + window * call.output_at.x;
     if (call.output_at.x == 1) {  // the windows of a channel stand side by side
       for (int64_t k = 0; k < k_end - k_begin; ++k) {
         copy_few<T>(pooled + from + k * tiles, call.output + to + k * call.output_at.c, count);
@@ -699,21 +741,22 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
                          int64_t part_last, acc_t<T>* scratch) {
   const ForwardPlan<T> plan(call);
   const int64_t k_begin = part_begin(call, part_first), k_end = part_begin(call, part_last);
-  int64_t strip_id = -1;
+  Strip strip;
   for (int64_t i = plan.strip_at; i < plan.patches_at; ++i) scratch[i] = 0;
   for (int64_t first = begin; first < end; first += plan.tiles) {
     const int64_t last = least(end, first + plan.tiles);
-    if (call.kernel == 5) {
-      gather_patches<T, 5>(call, plan, first, last, &strip_id, scratch);
-      direct_block<T, 5>(call, plan, first, last, part_first, part_last, scratch);
-    } else {
-      const bool is_small = gather_patches<T, 3>(call, plan, first, last, &strip_id, scratch);
-      if (!call.by_winograd) {
-        direct_block<T, 3>(call, plan, first, last, part_first, part_last, scratch);
-      } else if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
+    const bool is_small = call.kernel == 3
+                              ? gather_patches<T, 3>(call, plan, first, last, &strip, scratch)
+                              : gather_patches<T, 5>(call, plan, first, last, &strip, scratch);
+    if (call.by_winograd) {
+      if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
         if (!is_small) return false;
         winograd_block(call, plan, first, last, k_begin, k_end, scratch);
       }
+    } else {
+      const bool may_be_nan = !is_small || !call.filters_are_small;
+      const auto block = call.kernel == 3 ? direct_block<T, 3> : direct_block<T, 5>;
+      block(call, plan, first, last, part_first, part_last, may_be_nan, scratch);
     }
     write_block(call, plan, first, last, k_begin, k_end, scratch + plan.pooled_at,
                 reinterpret_cast<const uint8_t*>(scratch + plan.codes_at));
@@ -758,7 +801,7 @@ void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* output, uint8
       codes[to + offset] = most <= 0 ? kDead : code;
     };
     const auto vector = [&](const Vec<A>* y, int64_t offset) {
-      pool_window<A>(y, output + to + offset, codes + to + offset);
+      pool_window<true, A>(y, output + to + offset, codes + to + offset);
     };
     if (channels_last) {
       for (int64_t q = 0; q < Q; ++q) {
@@ -766,10 +809,9 @@ void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* output, uint8
         int64_t i = 0;
         for (; i + kStep <= K; i += kStep) {
           const Vec<A> shift = bias ? load(bias + i) : Vec<A>{};
-          const Vec<A> y[4] = {load(upper + from + i) + shift,
-                               load(upper + from + i + z_at.x) + shift,
-                               load(lower + from + i) + shift,
-                               load(lower + from + i + z_at.x) + shift};
+          const Vec<A> y[4] = {
+              load(upper + from + i) + shift, load(upper + from + i + z_at.x) + shift,
+              load(lower + from + i) + shift, load(lower + from + i + z_at.x) + shift};
           vector(y, offset + i);
         }
         for (; i < K; ++i) one(from + i, bias ? widen(bias[i]) : A(0), offset + i);

@@ -84,26 +84,24 @@ __global__ void __launch_bounds__(kWindowsX* kWindowsY)
     for (int i = 0; i < 4; ++i) sum[k][i] = start;
   }
   for (int64_t c_first = 0; c_first < call.C; c_first += kChannels) {
-    const int channels = static_cast<int>(call.C - c_first < kChannels ? call.C - c_first
-                                                                       : kChannels);
+    const int channels =
+        static_cast<int>(call.C - c_first < kChannels ? call.C - c_first : kChannels);
     for (int i = thread; i < channels * kRows * kColumns; i += kThreads) {
       const int x = i % kColumns, y = i / kColumns % kRows, c = i / (kColumns * kRows);
       const int64_t from_y = 2 * p_first + y - call.pad_y, from_x = 2 * q_first + x - call.pad_x;
       const bool is_inside = from_y >= 0 && from_y < call.H && from_x >= 0 && from_x < call.W;
-      input[c][y][x] = is_inside ? widen(call.input[n * call.input_at.n +
-                                                    (c_first + c) * call.input_at.c +
-                                                    from_y * call.input_at.y +
-                                                    from_x * call.input_at.x])
-                                 : A(0);
+      input[c][y][x] =
+          is_inside ? widen(call.input[n * call.input_at.n + (c_first + c) * call.input_at.c +
+                                       from_y * call.input_at.y + from_x * call.input_at.x])
+                    : A(0);
     }
     for (int i = thread; i < channels * kFilters * kTaps; i += kThreads) {
       const int tap = i % kTaps, k = i / kTaps % kFilters, c = i / (kTaps * kFilters);
-      const A w = k_first + k < call.K
-                      ? widen(call.weight[(k_first + k) * call.weight_at.n +
-                                          (c_first + c) * call.weight_at.c +
-                                          tap / kKernel * call.weight_at.y +
-                                          tap % kKernel * call.weight_at.x])
-                      : A(0);
+      const A w = k_first + k < call.K ? widen(call.weight[(k_first + k) * call.weight_at.n +
+                                                           (c_first + c) * call.weight_at.c +
+                                                           tap / kKernel * call.weight_at.y +
+                                                           tap % kKernel * call.weight_at.x])
+                                       : A(0);
       weights[c][k][tap] = w;
       if (w - w != A(0)) atomicMax(&met_infinity, 1);
     }
@@ -186,8 +184,7 @@ __global__ void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* ou
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= count) return;
   const Position at = position_of(index, K, P, Q, channels_last);
-  const T* const from =
-      z + at.n * z_at.n + at.k * z_at.c + 2 * at.y * z_at.y + 2 * at.x * z_at.x;
+  const T* const from = z + at.n * z_at.n + at.k * z_at.c + 2 * at.y * z_at.y + 2 * at.x * z_at.x;
   const A shift = bias ? widen(bias[at.k]) : A(0);
   A y[4];
 #pragma unroll
@@ -255,16 +252,23 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
   if (prefers_own_kernel(shape)) {
     dispatch_float_and_half("conv_relu_pool", input.scalar_type(), [&](auto type) {
       using T = decltype(type);
-      const ConvReluPoolCall<device_t<T>> call{
-          shape.N,          shape.C,
-          shape.H,          shape.W,
-          shape.K,          shape.P,
-          shape.Q,          shape.padding[0],
-          shape.padding[1], data<T>(input),
-          strides_of(input), data<T>(weight),
-          strides_of(weight), b ? data<T>(*b) : nullptr,
-          mutable_data<T>(output), code,
-          strides_of(output)};
+      const ConvReluPoolCall<device_t<T>> call{shape.N,
+                                               shape.C,
+                                               shape.H,
+                                               shape.W,
+                                               shape.K,
+                                               shape.P,
+                                               shape.Q,
+                                               shape.padding[0],
+                                               shape.padding[1],
+                                               data<T>(input),
+                                               strides_of(input),
+                                               data<T>(weight),
+                                               strides_of(weight),
+                                               b ? data<T>(*b) : nullptr,
+                                               mutable_data<T>(output),
+                                               code,
+                                               strides_of(output)};
       if (shape.R == 3) {
         launch_own<device_t<T>, 3>(call, on_device.stream());
       } else {
@@ -301,8 +305,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
       launch(expand_kernel<device_t<T>>, dim3(blocks_for(count, kThreads)), dim3(kThreads), 0,
              on_device.stream(), data<T>(grad_output), strides_of(grad_output),
              static_cast<const uint8_t*>(codes.const_data_ptr()), strides_of(codes),
-             mutable_data<T>(grad_z), shape.K, shape.P, shape.Q, shape.z_height(),
-             shape.z_width(), shape.channels_last, count);
+             mutable_data<T>(grad_z), shape.K, shape.P, shape.Q, shape.z_height(), shape.z_width(),
+             shape.channels_last, count);
     });
   }
   return library_convolution_backward(device_convolution_backward, grad_z, input, weight, shape,

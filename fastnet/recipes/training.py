@@ -158,7 +158,9 @@ def evaluate(recipe: Recipe, model: nn.Module, images: ImageSet) -> tuple[float,
     """The mean loss and the share of right answers."""
     model.eval()
     loss, right = 0.0, 0
-    for pictures, targets in Batches(images, recipe.test_batch_size, recipe.data.mean, recipe.data.std):
+    for pictures, targets in Batches(
+        images, recipe.test_batch_size, recipe.data.mean, recipe.data.std
+    ):
         output = model(pictures)
         loss += recipe.loss(output, targets).item() * len(targets)
         right += (output.argmax(1) == targets).sum().item()
