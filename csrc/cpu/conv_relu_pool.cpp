@@ -37,9 +37,11 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   if (met == Magnitude::infinite || (call.by_winograd && met != Magnitude::small)) return met;
   call.filters_are_small = met == Magnitude::small;
 
-  const int64_t tiles = call.N * call.P * call.Q, in_block = FASTNET_BEST_ISA(forward_tiles(call));
+  const int64_t tiles = call.N * call.P * call.Q, threads = torch::stable::get_num_threads();
+  call.most_tiles = divide_up(tiles, 8 * threads);
+  const int64_t in_block = FASTNET_BEST_ISA(forward_tiles(call));
   const int64_t scratch = FASTNET_BEST_ISA(forward_scratch(call));
-  const int64_t blocks = divide_up(tiles, in_block), threads = torch::stable::get_num_threads();
+  const int64_t blocks = divide_up(tiles, in_block);
   const int64_t work = 4 * call.kernel * call.kernel * call.C * call.K * in_block;
   const auto calculate = [&](int64_t begin, int64_t end, int64_t part_begin, int64_t part_end) {
     A* const memory = thread_scratch<A>(scratch);
@@ -94,6 +96,7 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
                                      mutable_data<T>(output),
                                      static_cast<uint8_t*>(codes.mutable_data_ptr()),
                                      strides_of(output),
+                                     /*most_tiles=*/0,
                                      /*by_winograd=*/shape.R == 3 && shape.C >= kWinogradChannels &&
                                          sizeof(acc_t<T>) == sizeof(float),
                                      nullptr,

@@ -60,6 +60,7 @@ struct ConvForward {
   T* output;
   uint8_t* codes;
   Strides4 output_at;  // of the codes, too
+  int64_t most_tiles;  // in a block: that all threads have some
   bool by_winograd;
   acc_t<T>* filters;       // the weights, rearranged by a kernel of its own
   bool filters_are_small;  // and the bias

@@ -36,6 +36,11 @@ FASTNET_INLINE Magnitude larger(Magnitude a, Magnitude b) {
 }
 
 inline constexpr int kProductFilters = 4, kProductVectors = 3;
+// Vectors of tiles in a block, at most.
+inline constexpr int kMaxVectors = 32;
+// Input channels up to which the patches of a block stay in the first-level cache, with the products
+// of a few filters, while all filters go past them. Of more channels, those of one point do so.
+inline constexpr int64_t kFewChannels = 8;
 inline constexpr int kDirectFilters = kRegisters == 32 ? 6 : 3;
 
 FASTNET_INLINE int64_t round_up(int64_t value, int64_t to) {
@@ -181,11 +186,19 @@ struct ForwardPlan {
     const int64_t row_bytes = 4 * C * half * static_cast<int64_t>(sizeof(A));
     strip_rows = least(call.P, kStripBytes / row_bytes);
     if (strip_rows < 1) strip_rows = 1;
+    // The more tiles, the longer the stretches in which the output is written; but their patches, and
+    // products, are to stay in the cache.
     const int64_t points = patch * patch;
-    // The direct form goes through the patches of one vector of tiles for every group of filters.
-    const bool is_wide =
-        call.by_winograd || points * C * kProductVectors * kVectorBytes <= kPatchBytes;
-    tiles = (is_wide ? kProductVectors : 1) * kLanes<T>;
+    const int64_t tile_bytes =
+        points * (C + (call.by_winograd ? kProductFilters : 0)) * static_cast<int64_t>(sizeof(A));
+    int64_t vectors = kPatchBytes / (tile_bytes * kLanes<T>);
+    vectors = least(vectors, (call.most_tiles + kLanes<T> - 1) / kLanes<T>);
+    if (call.by_winograd) {
+      vectors = vectors / kProductVectors * kProductVectors;
+      if (vectors < kProductVectors || C > kFewChannels) vectors = kProductVectors;
+    }
+    vectors = vectors < 1 ? 1 : least(vectors, kMaxVectors);
+    tiles = vectors * kLanes<T>;
     // Patches are written a vector at a time, past the end of a row of tiles, and read so.
     constexpr int64_t kSlack = 4 * kLanes<T>, kLine = 64 / sizeof(A);
     patch_row = tiles + kLanes<T>;
@@ -513,13 +526,21 @@ FASTNET_INLINE int64_t output_of_vector(const ConvForward<T>& call, int64_t tile
   return call.output_at.x == 1 && is_whole ? tile / image * call.output_at.n + window : -1;
 }
 
+struct OutputsOfVectors {
+  int64_t at[kMaxVectors];
+  template <class T>
+  OutputsOfVectors(const ConvForward<T>& call, int64_t first, int64_t last) {
+    int v = 0;
+    for (int64_t tile = first; tile < last; tile += kLanes<T>) {
+      at[v++] = output_of_vector(call, tile, last);
+    }
+  }
+};
+
 // Filters [k_begin, k_end) of tiles [first, last).
 template <class T>
 static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
                            int64_t last, int64_t k_begin, int64_t k_end, float* scratch) {
-  // The patches of a few channels stay in the first-level cache while all filters go past them, and
-  // with them the products of a few filters. Of more channels, those of one point do so.
-  constexpr int64_t kFewChannels = 8;
   const int64_t C = call.C, tiles = plan.tiles;
   const int64_t vectors = (last - first + kLanes<float> - 1) / kLanes<float>;
   const int64_t k_step = C <= kFewChannels ? kProductFilters : k_end - k_begin;
@@ -527,29 +548,32 @@ static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& pla
   float* const products = scratch + plan.products_at;
   float* const pooled = scratch + plan.pooled_at;
   uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
+  const OutputsOfVectors outputs(call, first, last);
   for (int64_t k_first = k_begin; k_first < k_end; k_first += k_step) {
     const int64_t k_last = least(k_end, k_first + k_step);
-    const ProductPlan at{call.filters + k_first * C,
-                         scratch + plan.patches_at,
-                         products,
-                         plan.filters * C,
-                         plan.plane,
-                         plane,
-                         C,
-                         plan.patch_row,
-                         tiles};
-    const auto multiply = vectors == 3   ? products_of_vectors<3>
-                          : vectors == 2 ? products_of_vectors<2>
-                                         : products_of_vectors<1>;
-    multiply(at, k_last - k_first);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t at = v * kLanes<float>, to = output_of_vector(call, first + at, last);
-      for (int64_t k = k_first; k < k_last; ++k) {
-        const float bias = call.bias ? widen(call.bias[k]) : 0.0f;
+    for (int64_t v = 0; v < vectors; v += kProductVectors) {
+      const ProductPlan at{call.filters + k_first * C,
+                           scratch + plan.patches_at + v * kLanes<float>,
+                           products + v * kLanes<float>,
+                           plan.filters * C,
+                           plan.plane,
+                           plane,
+                           C,
+                           plan.patch_row,
+                           tiles};
+      const auto multiply = vectors - v >= 3   ? products_of_vectors<3>
+                            : vectors - v == 2 ? products_of_vectors<2>
+                                               : products_of_vectors<1>;
+      multiply(at, k_last - k_first);
+    }
+    for (int64_t k = k_first; k < k_last; ++k) {
+      const float bias = call.bias ? widen(call.bias[k]) : 0.0f;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t at = v * kLanes<float>;
         const float* from = products + (k - k_first) * tiles + at;
-        if (to >= 0) {
-          const int64_t to_k = to + k * call.output_at.c;
-          pool_products(from, plane, bias, call.output + to_k, call.codes + to_k);
+        if (outputs.at[v] >= 0) {
+          const int64_t to = outputs.at[v] + k * call.output_at.c;
+          pool_products(from, plane, bias, call.output + to, call.codes + to);
         } else {
           pool_products(from, plane, bias, pooled + k * tiles + at, codes + k * tiles + at);
         }
@@ -640,29 +664,27 @@ static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
   const int64_t C = call.C, tiles = plan.tiles;
   A* const pooled = scratch + plan.pooled_at;
   uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
-  for (int64_t tile = first; tile < last; tile += kLanes<T>) {
-    const int64_t v = tile - first, to = output_of_vector(call, tile, last);
-    const A* const patches = scratch + plan.patches_at + v;
-    for (int64_t part = part_first; part < part_last; ++part) {
-      const int64_t k = part_begin(call, part), k_stop = part_begin(call, part + 1);
-      A bias[kDirectFilters] = {};
-      for (int64_t i = k; call.bias && i < k_stop; ++i) bias[i - k] = widen(call.bias[i]);
-      const A* const filters = call.filters + k * C * kKernel * kKernel;
-      if (to >= 0) {
-        const int64_t to_k = to + k * call.output_at.c;
+  const OutputsOfVectors outputs(call, first, last);
+  for (int64_t part = part_first; part < part_last; ++part) {
+    const int64_t k = part_begin(call, part), k_stop = part_begin(call, part + 1);
+    A bias[kDirectFilters] = {};
+    for (int64_t i = k; call.bias && i < k_stop; ++i) bias[i - k] = widen(call.bias[i]);
+    const A* const filters = call.filters + k * C * kKernel * kKernel;
+    for (int64_t v = 0; v * kLanes<T> < last - first; ++v) {
+      const A* const patches = scratch + plan.patches_at + v * kLanes<T>;
+      if (outputs.at[v] >= 0) {
+        const int64_t to = outputs.at[v] + k * call.output_at.c;
         direct_group<A, T, kKernel>(k_stop - k, may_be_nan, patches, plan.patch_row, plan.plane,
-                                    filters, bias, C, call.output + to_k, call.codes + to_k,
+                                    filters, bias, C, call.output + to, call.codes + to,
                                     call.output_at.c);
       } else {
-        const int64_t at = k * tiles + v;
+        const int64_t at = k * tiles + v * kLanes<T>;
         direct_group<A, A, kKernel>(k_stop - k, may_be_nan, patches, plan.patch_row, plan.plane,
                                     filters, bias, C, pooled + at, codes + at, tiles);
       }
     }
   }
 }
-
-// ---------------------------------------------------------------------------------------------
 
 // Copies a few elements: the last vector reaches back over some already copied.
 template <class T>
