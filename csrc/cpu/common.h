@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <type_traits>
 
@@ -39,6 +40,25 @@ void parallel(int64_t items, int64_t work_per_item, const Body& body) {
 
 inline int64_t divide_up(int64_t value, int64_t by) {
   return (value + by - 1) / by;
+}
+
+// The same for items whose results do not depend on how they are divided: a thread that has done
+// its part takes another, so that one which is held up, by other programs or for being a slower
+// core, does not hold up the rest.
+template <class Body>
+void parallel_in_turns(int64_t items, int64_t work_per_item, const Body& body) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || items * work_per_item <= kWorkPerThread) {
+    if (items > 0) body(0, items);
+    return;
+  }
+  const int64_t turn = std::max<int64_t>(1, items / (8 * threads));
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(turn)) < items;) {
+      body(begin, std::min(items, begin + turn));
+    }
+  });
 }
 
 }  // namespace fastnet

@@ -50,7 +50,7 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
     }
   };
   if (blocks >= 2 * threads || parts < threads) {
-    parallel(blocks, work, [&](int64_t begin, int64_t end) {
+    parallel_in_turns(blocks, work, [&](int64_t begin, int64_t end) {
       calculate(begin * in_block, std::min(tiles, end * in_block), 0, parts);
     });
   } else {
