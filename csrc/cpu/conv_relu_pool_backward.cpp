@@ -43,14 +43,18 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
   const int64_t work = call.N * call.K * call.P * call.Q * call.C * call.kernel * call.kernel *
                        (call.needs_weight + (call.grad_input != nullptr));
   const int64_t threads = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
-  // Threads share out the images; where these are few, the filters of grad_weight and the channels
-  // of grad_input.
+  // Threads share out the images, in as many shares on any few threads, so that the sums are the
+  // same; where images are few, the filters of grad_weight and the channels of grad_input.
+  constexpr int64_t kShares = 8, kMostSums = 1 << 20;
   const bool by_image = call.N >= 2 * threads || threads == 1;
-  const int64_t sums = by_image ? std::min(call.N, threads) : 1;
   const int64_t weight_elements = call.needs_weight ? elements : 0;
+  const int64_t wanted =
+      kShares * weight_elements <= kMostSums ? std::max(kShares, threads) : threads;
+  const int64_t shares =
+      by_image ? std::min(call.N, wanted) : std::min(threads, std::max(call.K, blocks));
+  const int64_t sums = by_image ? shares : 1;
   const std::unique_ptr<A[]> weight_sums(new A[std::max<int64_t>(1, sums * weight_elements)]);
   const std::unique_ptr<A[]> bias_sums(new A[sums * call.K]);
-  const int64_t shares = std::min(threads, by_image ? call.N : std::max(call.K, blocks));
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share) {
       A* const memory = thread_scratch<A>(scratch);
@@ -79,11 +83,7 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
       }
     }
   };
-  if (shares == 1) {
-    body(0, 1);
-  } else {
-    torch::stable::parallel_for(0, shares, 1, body);
-  }
+  parallel_in_turns(shares, work / shares, body);
   if (!fits) return false;
 
   auto* grad_weight = call.needs_weight ? mutable_data<T>(gradients.weight) : nullptr;

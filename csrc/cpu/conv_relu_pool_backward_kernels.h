@@ -235,32 +235,34 @@ int64_t channel_blocks(const ConvBackward<T>& call) {
   return BackwardPlan<T>(call).blocks;
 }
 
-// grad_weight and grad_bias of filters [begin, end) out of the sums of several shares.
+// grad_weight and grad_bias of filters [begin, end) out of the sums of several shares, which are
+// added up in the first one's.
 template <class T>
-void collect_weight_kernel(const ConvBackward<T>& call, const acc_t<T>* sums,
-                           const acc_t<T>* bias_sums, int64_t shares, T* grad_weight,
-                           Strides4 grad_weight_at, T* grad_bias, int64_t begin, int64_t end) {
+void collect_weight_kernel(const ConvBackward<T>& call, acc_t<T>* sums, acc_t<T>* bias_sums,
+                           int64_t shares, T* grad_weight, Strides4 grad_weight_at, T* grad_bias,
+                           int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const BackwardPlan<T> plan(call);
-  const int64_t size = call.K * plan.blocks * plan.patch;
+  const int64_t per_filter = plan.blocks * plan.patch, size = call.K * per_filter;
   for (int64_t k = begin; k < end; ++k) {
-    if (grad_bias) {
-      A sum = 0;
-      for (int64_t share = 0; share < shares; ++share) sum += bias_sums[share * call.K + k];
-      narrow(sum, grad_bias + k);
+    for (int64_t share = 1; share < shares; ++share) {
+      bias_sums[k] += bias_sums[share * call.K + k];
+      if (!grad_weight) continue;
+      A* const to = sums + k * per_filter;
+      const A* const from = to + share * size;
+      for (int64_t i = 0; i < per_filter; i += kLanes<T>)
+        store(to + i, load(to + i) + load(from + i));
     }
+    if (grad_bias) narrow(bias_sums[k], grad_bias + k);
     if (!grad_weight) continue;
     for (int64_t c = 0; c < call.C; ++c) {
       const int64_t block = c / plan.channels;
       const A* from = sums + (k * plan.blocks + block) * plan.patch + c % plan.channels;
       for (int64_t r = 0; r < call.kernel; ++r) {
         for (int64_t s = 0; s < call.kernel; ++s) {
-          A sum = 0;
-          for (int64_t share = 0; share < shares; ++share) {
-            sum += from[share * size + r * plan.patch_row + s * plan.channels];
-          }
-          narrow(sum, grad_weight + k * grad_weight_at.n + c * grad_weight_at.c +
-                          r * grad_weight_at.y + s * grad_weight_at.x);
+          narrow(from[r * plan.patch_row + s * plan.channels],
+                 grad_weight + k * grad_weight_at.n + c * grad_weight_at.c + r * grad_weight_at.y +
+                     s * grad_weight_at.x);
         }
       }
     }

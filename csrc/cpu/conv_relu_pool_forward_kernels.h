@@ -38,8 +38,9 @@ FASTNET_INLINE Magnitude larger(Magnitude a, Magnitude b) {
 inline constexpr int kProductFilters = 4, kProductVectors = 3;
 // Vectors of tiles in a block, at most.
 inline constexpr int kMaxVectors = 32;
-// Input channels up to which the patches of a block stay in the first-level cache, with the products
-// of a few filters, while all filters go past them. Of more channels, those of one point do so.
+// Input channels up to which the patches of a block stay in the first-level cache, with the
+// products of a few filters, while all filters go past them. Of more channels, those of one point
+// do so.
 inline constexpr int64_t kFewChannels = 8;
 inline constexpr int kDirectFilters = kRegisters == 32 ? 6 : 3;
 
@@ -186,8 +187,8 @@ struct ForwardPlan {
     const int64_t row_bytes = 4 * C * half * static_cast<int64_t>(sizeof(A));
     strip_rows = least(call.P, kStripBytes / row_bytes);
     if (strip_rows < 1) strip_rows = 1;
-    // The more tiles, the longer the stretches in which the output is written; but their patches, and
-    // products, are to stay in the cache.
+    // The more tiles, the longer the stretches in which the output is written; but their patches,
+    // and products, are to stay in the cache.
     const int64_t points = patch * patch;
     const int64_t tile_bytes =
         points * (C + (call.by_winograd ? kProductFilters : 0)) * static_cast<int64_t>(sizeof(A));
