@@ -170,6 +170,6 @@ def _one_step(model, called, pictures, target):
         model.zero_grad(set_to_none=True)
         loss = F.cross_entropy(called(pictures), target)
         loss.backward()
-        return [loss.detach()]
+        return [loss.detach(), model.fc1.weight.grad, model.conv3.bias.grad]
 
     return once

@@ -98,6 +98,8 @@ inline ConvReluPoolShape check_conv_relu_pool(const Tensor& input, const Tensor&
   check(shape.C > 0 && shape.K > 0 && shape.R > 0 && shape.S > 0,
         "conv_relu_pool: no channels or an empty kernel: input ", ShapeOf{input}, ", weight ",
         ShapeOf{weight});
+  check(shape.H > 0 && shape.W > 0, "conv_relu_pool: images without pixels: input ",
+        ShapeOf{input});
   for (int d = 0; d < 2; ++d) {
     check(input.size(2 + d) + 2 * padding[d] > dilation[d] * (weight.size(2 + d) - 1),
           "conv_relu_pool: the kernel ", ShapeOf{weight}, " with dilation ", dilation[d],

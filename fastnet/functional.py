@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import re
 
 import torch
@@ -116,8 +117,8 @@ def conv_relu_pool2d(
     all convolutions under windows of 2 x 2 side by side, on the CPU with kernels of our own for
     filters of 3 x 3 and 5 x 5 that are neither strided nor dilated nor grouped; other windows and
     dtypes go to the three functions. Filters of 3 x 3 in float32 and bfloat16 are multiplied in
-    Winograd's form, whose rounding differs from the direct one's: float32 by some 2e-7 of the
-    largest value.
+    Winograd's form, unless an element exceeds 10,000; it rounds otherwise than the direct one, by
+    some 1e-7 of the largest element in reach of the filter.
 
     Args:
         input: `(N, in_channels, H, W)` or `(in_channels, H, W)`; any strides. float32, float64 or
@@ -169,9 +170,12 @@ def conv_relu_pool2d(
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, ...]:
-    if isinstance(value, int):
+    if type(value) is int:
         return (value, value)
-    pair = tuple(value)
+    try:
+        pair = tuple(map(operator.index, value))
+    except TypeError:
+        return (operator.index(value),) * 2  # of numpy's integers, or a tensor of one
     return pair * 2 if len(pair) == 1 else pair
 
 
@@ -208,6 +212,7 @@ def _is_convolution(
         or min(*stride, *dilation, groups) < 1
         or min(padding) < 0
         or 0 in weight.shape
+        or 0 in input.shape[-2:]
         or weight.size(0) % groups
         or input.size(-3) != weight.size(1) * groups
     ):

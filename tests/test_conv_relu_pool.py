@@ -317,6 +317,72 @@ def test_nan_and_infinity_pass_as_in_torch(shape, where, device):
             assert_near(actual, wanted.double(), torch.float32)
 
 
+def test_a_huge_element_that_the_filters_pass_over(device):
+    """In Winograd's form it would enter every output of its window, and have to cancel."""
+    for size in (1e3, 1e5, 1e7, 1e9):
+        input = torch.rand(1, 8, 4, 4, device=device)
+        input[0, 0, 2, 2] = -size
+        weight = torch.zeros(2, 8, 3, 3, device=device)
+        weight[1, 1, 1, 1] = weight[1, 0, 0, 0] = weight[0, 0, 0, 0] = 1
+        output, expected = conv_relu_pool2d(input, weight), native(input.double(), weight.double())
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+def test_infinity_in_a_row_that_no_window_touches(channels, device):
+    """Torch's weight gradient multiplies it by the zeros there."""
+    for y, x in ((4, 4), (4, 0), (1, 4)):
+        input = torch.ones(2, channels, 5, 5, device=device)
+        input[1, 0, y, x] = float("inf")
+        weight = torch.ones(3, channels, 3, 3, device=device, requires_grad=True)
+        grads = [
+            torch.autograd.grad(f(input, weight).sum(), weight)[0]
+            for f in (conv_relu_pool2d, native)
+        ]
+        torch.testing.assert_close(*grads, equal_nan=True)
+
+
+def test_codes_that_are_none_are_taken_for_dead():
+    input, weight, _, _ = sample((2, 8, 8, 8, 4, 3, 1), torch.float32)
+    convolution = ([1, 1], [1, 1], [1, 1], 1)
+    output, codes = torch.ops.fastnet.conv_relu_pool_forward(input, weight, None, *convolution)
+    grads = torch.ops.fastnet.conv_relu_pool_backward(
+        torch.ones_like(output), codes.fill_(200), input, weight, *convolution, True, True, True
+    )
+    assert not any(grad.any() for grad in grads)
+
+
+def test_scratch_memory_has_a_limit():
+    """Beyond it the library takes over; what a thread keeps stays below 10 MB."""
+    setup = """
+from fastnet.functional import conv_relu_pool2d
+def step(x, w, p):
+    conv_relu_pool2d(x, w, padding=p).sum().backward()
+step(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 3, 3, requires_grad=True), 1)
+x = torch.randn(1, 16, 512, 512)
+w = torch.randn(4, 16, 3, 3, requires_grad=True)
+"""
+    outputs = 2 * 4 * 256 * 256 * 4 + 4 * 256 * 256
+    assert peak_memory(setup, "step(x, w, 1)") < outputs + 25e6
+    for shape, padding in (((1, 64, 1, 1), 300), ((1, 300, 90, 90), 1)):
+        input = torch.randn(shape, requires_grad=True)
+        weight = torch.randn(4, shape[1], 3, 3, requires_grad=True)
+        grads = [
+            torch.autograd.grad(f(input, weight, padding=padding).sum(), (input, weight))
+            for f in (conv_relu_pool2d, native)
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+
+
+def test_integers_of_other_kinds(device):
+    numpy = pytest.importorskip("numpy")
+    input, weight, bias, _ = sample((2, 3, 8, 8, 4, 3, 1), torch.float32, device)
+    expected = native(input, weight, bias, padding=1)
+    for one, two in ((numpy.int64(1), numpy.int64(2)), (torch.tensor(1), torch.tensor(2))):
+        actual = conv_relu_pool2d(input, weight, bias, padding=one, pool_kernel_size=two)
+        torch.testing.assert_close(actual, expected)
+
+
 def test_a_background_of_one_value_has_its_gradient_at_the_first(device):
     """As images of digits do: whole windows of equal sums, whatever form they were made in."""
     input = torch.full((2, 8, 12, 12), -0.4242, device=device)
@@ -585,6 +651,7 @@ def test_what_torch_takes_is_taken(make):
         (lambda: (torch.randn(2, 3, 2, 2), torch.randn(4, 3, 3, 3)), {}),
         (lambda: (torch.randn(2, 3, 3, 3), torch.randn(4, 3, 3, 3)), {}),  # nothing to pool
         (lambda: (torch.randn(3, 8), torch.randn(4, 3, 3, 3)), {}),
+        (lambda: (torch.randn(2, 3, 0, 8), torch.randn(4, 3, 3, 3)), {"padding": 2}),
         (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), {"stride": 0}),
         (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), {"padding": -1}),
         (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), {"dilation": 0}),

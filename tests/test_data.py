@@ -77,6 +77,17 @@ def test_fashion_mnist_is_found_where_it_may_lie(mnist_folder, tmp_path_factory,
         load_mnist(root)
 
 
+def test_digits_are_not_taken_for_clothes(mnist_folder, tmp_path_factory, monkeypatch):
+    """Whose files have the same names."""
+    here = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("fastnet.data.mnist.DEBIAN_FASHION_MNIST", here / "nowhere")
+    mnist_folder.rename(here / "data")
+    assert len(load_mnist()[0]) == 30
+    with pytest.raises(FastnetError, match="no Fashion-MNIST"):
+        load_fashion_mnist()
+
+
 @pytest.mark.parametrize("dataset", [MNIST, FASHION_MNIST], ids=lambda d: d.name)
 def test_pixels_have_the_mean_and_deviation_that_are_subtracted(dataset):
     try:

@@ -16,10 +16,15 @@ namespace {
 // Input channels from which Winograd's form is faster than the direct one.
 constexpr int64_t kWinogradChannels = 2;
 
-// Returns what stood in its way: filters or an input that the form asked for cannot take.
+// Returns what stood in its way: filters or an input that the form asked for cannot take, or as
+// `infinite` too large an image.
 template <class T>
 Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   using A = acc_t<T>;
+  const int64_t tiles = call.N * call.P * call.Q, threads = torch::stable::get_num_threads();
+  call.most_tiles = divide_up(tiles, 8 * threads);
+  const int64_t scratch = FASTNET_BEST_ISA(forward_scratch(call));
+  if (scratch > most_scratch<A>()) return Magnitude::infinite;
   const int64_t filters = FASTNET_BEST_ISA(filter_count(call));
   const Tensor arranged =
       allocate(input, {filters * static_cast<int64_t>(sizeof(A) / sizeof(element_t<T>))});
@@ -37,10 +42,7 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   if (met == Magnitude::infinite || (call.by_winograd && met != Magnitude::small)) return met;
   call.filters_are_small = met == Magnitude::small;
 
-  const int64_t tiles = call.N * call.P * call.Q, threads = torch::stable::get_num_threads();
-  call.most_tiles = divide_up(tiles, 8 * threads);
   const int64_t in_block = FASTNET_BEST_ISA(forward_tiles(call));
-  const int64_t scratch = FASTNET_BEST_ISA(forward_scratch(call));
   const int64_t blocks = divide_up(tiles, in_block);
   const int64_t work = 4 * call.kernel * call.kernel * call.C * call.K * in_block;
   const auto calculate = [&](int64_t begin, int64_t end, int64_t part_begin, int64_t part_end) {

@@ -43,10 +43,16 @@ A* thread_scratch(int64_t count) {
 
 // How large the largest element of some tensor is.
 enum class Magnitude : int {
-  small,     // Winograd's sums of it cannot overflow
-  finite,    // only the direct form is safe
+  small,     // Winograd's form is as good as any
+  finite,    // only the direct form is
   infinite,  // or NaN: zeros in the padding may not be multiplied by it
 };
+
+// What a thread may keep, in elements; where more were needed the library takes over.
+template <class A>
+constexpr int64_t most_scratch() {
+  return (8 << 20) / sizeof(A);
+}
 
 template <class T>
 struct ConvForward {

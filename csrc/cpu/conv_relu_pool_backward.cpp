@@ -18,14 +18,16 @@ struct Gradients {
   Tensor input, weight, bias;  // undefined where not wanted
 };
 
-// Returns false where an operand is not finite: what these kernels leave out would then be NaN.
+// Returns false where an image is too large to keep at hand, or where an operand is not finite:
+// what these kernels leave out would then be NaN.
 template <class T>
 bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradients) {
   using A = acc_t<T>;
   std::atomic<bool> fits = true;
+  const int64_t scratch = FASTNET_BEST_ISA(backward_scratch(call));
+  if (scratch > most_scratch<A>()) return false;
   const int64_t elements = FASTNET_BEST_ISA(patch_elements(call));
   const int64_t blocks = FASTNET_BEST_ISA(channel_blocks(call));
-  const int64_t scratch = FASTNET_BEST_ISA(backward_scratch(call));
   std::unique_ptr<A[]> filters;
   if (call.grad_input) {
     filters.reset(new A[elements]);
@@ -45,9 +47,10 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
   const int64_t threads = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
   // Threads share out the images, in as many shares on any few threads, so that the sums are the
   // same; where images are few, the filters of grad_weight and the channels of grad_input.
-  constexpr int64_t kShares = 8, kMostSums = 1 << 20;
-  const bool by_image = call.N >= 2 * threads || threads == 1;
+  constexpr int64_t kShares = 8, kMostSums = 1 << 20, kTooManySums = 1 << 24;
   const int64_t weight_elements = call.needs_weight ? elements : 0;
+  const bool by_image =
+      threads == 1 || (call.N >= threads && threads * weight_elements <= kTooManySums);
   const int64_t wanted =
       kShares * weight_elements <= kMostSums ? std::max(kShares, threads) : threads;
   const int64_t shares =
@@ -66,7 +69,7 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
       A* const weight_sum = weight_sums.get() + sum * weight_elements;
       A* const bias_sum = bias_sums.get() + sum * call.K;
       std::fill(bias_sum + k_begin, bias_sum + k_end, A(0));
-      if (call.needs_weight || call.needs_bias) {
+      if ((call.needs_weight || call.needs_bias) && k_begin < k_end) {
         const int64_t per_filter = weight_elements / call.K;
         std::fill(weight_sum + k_begin * per_filter, weight_sum + k_end * per_filter, A(0));
         if (!FASTNET_BEST_ISA(conv_backward_weight_kernel(call, n_begin, n_end, k_begin, k_end,
@@ -75,9 +78,9 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
           return;
         }
       }
-      if (call.grad_input) {
-        const int64_t block_begin = by_image ? 0 : share * blocks / shares;
-        const int64_t block_end = by_image ? blocks : (share + 1) * blocks / shares;
+      const int64_t block_begin = by_image ? 0 : share * blocks / shares;
+      const int64_t block_end = by_image ? blocks : (share + 1) * blocks / shares;
+      if (call.grad_input && block_begin < block_end) {
         FASTNET_BEST_ISA(
             conv_backward_input_kernel(call, n_begin, n_end, block_begin, block_end, memory));
       }
@@ -98,13 +101,6 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
   return true;
 }
 
-// The kernels keep a whole image's gradient at hand, a block of channels at a time.
-constexpr int64_t kImageLimit = 96 * 96;
-
-bool prefers_own_backward(const ConvReluPoolShape& shape, ScalarType dtype, bool needs_input) {
-  return has_own_kernels(shape, dtype) && (!needs_input || shape.H * shape.W <= kImageLimit);
-}
-
 std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
     const Tensor& grad_output, const Tensor& codes, const Tensor& input, const Tensor& weight,
     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -115,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
   check_conv_relu_pool_backward(shape, grad_output, codes, input);
   Gradients gradients;
   bool done = false;
-  if (prefers_own_backward(shape, input.scalar_type(), needs_input) && shape.N > 0) {
+  if (has_own_kernels(shape, input.scalar_type()) && shape.N > 0) {
     if (needs_input) gradients.input = torch::stable::empty_like(input);
     if (needs_weight) gradients.weight = torch::stable::empty_like(weight);
     if (needs_bias) gradients.bias = allocate(weight, {shape.K});

@@ -65,7 +65,7 @@ struct BackwardPlan {
     input_at = 0;
     entries_at = next_line(blocks * strips * strip_size);
     image_at = next_line(entries_at + entry * (listed > by_window ? listed : by_window));
-    end = image_at + blocks * height * row + kSlack;
+    end = image_at + (call.grad_input ? blocks * height * row + kSlack : 0);
   }
 };
 
@@ -203,6 +203,23 @@ static void fill_blocks(const ConvBackward<T>& call, const BackwardPlan<T>& plan
   }
 }
 
+// Whether what no window touches, to the right and below, is finite.
+template <class T>
+static bool is_rest_finite(const ConvBackward<T>& call, const BackwardPlan<T>& plan, int64_t n) {
+  const int64_t touched_y = plan.height - call.pad_y, touched_x = plan.width - call.pad_x;
+  bool is_finite = true;
+  for (int64_t y = 0; y < call.H; ++y) {
+    for (int64_t x = y < touched_y && touched_x > 0 ? touched_x : 0; x < call.W; ++x) {
+      for (int64_t c = 0; c < call.C; ++c) {
+        const acc_t<T> value = widen(call.input[n * call.input_at.n + c * call.input_at.c +
+                                                y * call.input_at.y + x * call.input_at.x]);
+        is_finite &= value - value == 0;
+      }
+    }
+  }
+  return is_finite;
+}
+
 // filters[block][k][r][s][channel] of blocks [begin, end). Returns whether all are finite.
 template <class T>
 bool arrange_backward_filters_kernel(const ConvBackward<T>& call, const T* weight,
@@ -272,6 +289,11 @@ void collect_weight_kernel(const ConvBackward<T>& call, acc_t<T>* sums, acc_t<T>
 // ---------------------------------------------------------------------------------------------
 // Lists
 
+// What is no code counts as dead: it must not become an address.
+FASTNET_INLINE uint8_t code_at(const uint8_t* codes) {
+  return *codes < kDead ? *codes : kDead;
+}
+
 // Appends the live ones of `count` windows, whose patches stand `next` apart. Without a branch:
 // what a dead window writes, the next one writes over.
 template <class T>
@@ -280,7 +302,7 @@ FASTNET_INLINE Entry<acc_t<T>>* list_row(const T* gradients, int64_t gradient_st
                                          int32_t at, int32_t next, const int32_t* offset,
                                          Entry<acc_t<T>>* end) {
   for (int64_t i = 0; i < count; ++i, at += next) {
-    const uint8_t code = codes[i * code_stride];
+    const uint8_t code = code_at(codes + i * code_stride);
     end->at = at + offset[code];
     end->gradient = widen(gradients[i * gradient_stride]);
     end += code != kDead;
@@ -326,6 +348,7 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
     if (call.needs_weight) {
       for (int64_t strip = first; strip < last; ++strip) {
         const int64_t p = strip % strips_per_image * plan.strip_rows;
+        if (p == 0 && !is_rest_finite(call, plan, strip / strips_per_image)) return false;
         const int64_t p_rows = call.P - p < plan.strip_rows ? call.P - p : plan.strip_rows;
         const int64_t rows = 2 * p_rows + call.kernel - 1;
         A* const to = input + (strip - first) * plan.strip_size;
@@ -408,7 +431,7 @@ void conv_backward_input_kernel(const ConvBackward<T>& call, int64_t n_begin, in
               codes + k_first * call.codes_at.c + p * call.codes_at.y + q * call.codes_at.x;
           int32_t at = 0;
           for (int64_t k = 0; k < K; ++k, at += static_cast<int32_t>(plan.patch)) {
-            Entry<A>* const to = ends[codes_window[k * call.codes_at.c]]++;
+            Entry<A>* const to = ends[code_at(codes_window + k * call.codes_at.c)]++;
             *to = {at, widen(g_window[k * call.grad_output_at.c])};
           }
           for (int code = 0; code < kCodes; ++code) {

@@ -20,20 +20,30 @@
 // Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015.
 inline constexpr int kPoints = 16;
 
-// Above this the sums that Winograd's transforms make could overflow where the convolution itself
-// does not; NaN and infinity are above it, too.
-inline constexpr float kLargest = 1e15f;
+// Winograd's form adds up what later cancels: an element of this size leaves an error of 6e-4, also
+// in outputs whose filters pass it over. Of what is larger, or not finite, the direct form is
+// taken.
+inline constexpr float kLargest = 1e4f;
 
-template <class A>
-FASTNET_INLINE Magnitude magnitude_of(A value) {
-  const A size = value < 0 ? -value : value;
-  return size < static_cast<A>(kLargest) ? Magnitude::small
-         : size - size == 0              ? Magnitude::finite
-                                         : Magnitude::infinite;
-}
 FASTNET_INLINE Magnitude larger(Magnitude a, Magnitude b) {
   return a < b ? b : a;
 }
+
+// The largest of some magnitudes. A NaN counts as infinite.
+template <class A>
+struct LargestOf {
+  A largest = 0;
+  bool is_number = true;
+  void add(A value) {
+    const A size = value < 0 ? -value : value;
+    largest = largest < size ? size : largest;
+    is_number &= value == value;
+  }
+  Magnitude magnitude() const {
+    if (!is_number || largest - largest != 0) return Magnitude::infinite;
+    return largest < static_cast<A>(kLargest) ? Magnitude::small : Magnitude::finite;
+  }
+};
 
 inline constexpr int kProductFilters = 4, kProductVectors = 3;
 // Vectors of tiles in a block, at most.
@@ -85,7 +95,8 @@ static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
   using V = Vec4<float>;
   const int64_t C = call.C, plane = round_up(call.K, kProductFilters) * C;
   const int64_t first = part_begin(call, part), count = part_begin(call, part + 1) - first;
-  Magnitude largest = Magnitude::small;
+  V largest = {};
+  Vec4<int32_t> is_number = V{} == V{};
   for (int64_t c = 0; c < C; ++c) {
     V g[3][3];
     FASTNET_UNROLL for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] = V{};
@@ -93,11 +104,14 @@ static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
       const T* from = call.weight + (first + k) * call.weight_at.n + c * call.weight_at.c;
       for (int r = 0; r < 3; ++r) {
         for (int s = 0; s < 3; ++s) {
-          const float value = widen(from[r * call.weight_at.y + s * call.weight_at.x]);
-          g[r][s][k] = value;
-          largest = larger(largest, magnitude_of(value));
+          g[r][s][k] = widen(from[r * call.weight_at.y + s * call.weight_at.x]);
         }
       }
+    }
+    FASTNET_UNROLL for (int tap = 0; tap < 9; ++tap) {
+      const V value = g[tap / 3][tap % 3], size = value < V{} ? -value : value;
+      largest = largest < size ? size : largest;
+      is_number &= value == value;
     }
     V half[4][3];
     for (int s = 0; s < 3; ++s) {
@@ -114,29 +128,36 @@ static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
       for (int s = 0; s < 4; ++s) store_4(to + (r * 4 + s) * plane, row[s]);
     }
   }
-  return largest;
+  LargestOf<float> all;
+  for (int k = 0; k < 4; ++k) {
+    all.add(largest[k]);
+    all.is_number &= is_number[k] != 0;
+  }
+  return all.magnitude();
 }
 
 // Parts [begin, end). The direct form's: filters[group][c][r][s][k in group].
 // Returns the magnitude of the filters and, where it matters, the bias.
 template <class T>
 Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int64_t end) {
-  Magnitude largest = Magnitude::small;
   const int64_t C = call.C, kernel = call.kernel;
+  LargestOf<acc_t<T>> bias;
   for (int64_t k = part_begin(call, begin); call.bias && k < part_begin(call, end); ++k) {
-    // Whatever it is, the direct form can add it. (An infinite one makes the elements of a window
-    // equal, of which the first wins.)
-    if (magnitude_of(widen(call.bias[k])) != Magnitude::small) largest = Magnitude::finite;
+    bias.add(widen(call.bias[k]));
   }
+  // Whatever it is, the direct form can add it. (An infinite one makes the elements of a window
+  // equal, of which the first wins.)
+  Magnitude met = bias.magnitude() == Magnitude::small ? Magnitude::small : Magnitude::finite;
   for (int64_t part = begin; part < end; ++part) {
     if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
       if (call.by_winograd) {
-        largest = larger(largest, transform_filters(call, part));
+        met = larger(met, transform_filters(call, part));
         continue;
       }
     }
     const int64_t k_begin = part_begin(call, part), k_end = part_begin(call, part + 1);
     acc_t<T>* to = call.filters + k_begin * C * kernel * kernel;
+    LargestOf<acc_t<T>> filters;
     for (int64_t c = 0; c < C; ++c) {
       for (int64_t r = 0; r < kernel; ++r) {
         for (int64_t s = 0; s < kernel; ++s) {
@@ -144,14 +165,15 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
               call.weight + c * call.weight_at.c + r * call.weight_at.y + s * call.weight_at.x;
           for (int64_t k = k_begin; k < k_end; ++k) {
             const acc_t<T> value = widen(from[k * call.weight_at.n]);
-            largest = larger(largest, magnitude_of(value));
+            filters.add(value);
             *to++ = value;
           }
         }
       }
     }
+    met = larger(met, filters.magnitude());
   }
-  return largest;
+  return met;
 }
 
 // ---------------------------------------------------------------------------------------------

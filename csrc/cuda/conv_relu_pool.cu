@@ -221,8 +221,10 @@ inline constexpr int kThreads = 256;
 constexpr int64_t kFewChannels = 16;
 
 bool prefers_own_kernel(const ConvReluPoolShape& shape) {
+  const int64_t blocks =
+      shape.N * ((shape.P + kWindowsY - 1) / kWindowsY) * ((shape.Q + kWindowsX - 1) / kWindowsX);
   return shape.is_plain() && shape.R == shape.S && (shape.R == 3 || shape.R == 5) &&
-         shape.C <= kFewChannels;
+         shape.C <= kFewChannels && blocks < int64_t{1} << 31;
 }
 
 template <class T, int kKernel>

