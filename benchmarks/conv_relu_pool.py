@@ -170,6 +170,8 @@ def _one_step(model, called, pictures, target):
         model.zero_grad(set_to_none=True)
         loss = F.cross_entropy(called(pictures), target)
         loss.backward()
-        return [loss.detach(), model.fc1.weight.grad, model.conv3.bias.grad]
+        # Not the gradients: where two elements of a window are equal but for rounding, another one
+        # wins on each side, and eager torch's two memory formats differ by a tenth.
+        return [loss.detach()]
 
     return once
