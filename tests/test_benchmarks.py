@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cross_entropy, gpu_report, harness, linear_relu
+from benchmarks import conv_relu_pool, cross_entropy, gpu_report, harness, linear_relu
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,6 +69,15 @@ def test_operators_of_cross_entropy():
             harness.verify(timed)
             modes.append(timed.mode)
         assert modes == ["forward", "forward+backward", "operators"]
+
+
+def test_sides_of_conv_relu_pool_agree():
+    for shape in ((2, 3, 8, 4, 3, 1, True), (2, 1, 9, 4, 5, 2, False)):
+        modes = []
+        for timed in conv_relu_pool._cases(shape, "cpu", torch.float32):
+            harness.verify(timed)
+            modes.append(timed.mode)
+        assert modes == ["forward", "forward+backward"]
 
 
 def test_report_without_a_gpu_is_one_sentence():
