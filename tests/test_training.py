@@ -288,7 +288,7 @@ def test_train_command(tmp_path):
         (["train", "mnist-net", "--resume"], "no checkpoint"),
         (["train", "mnist-net", "--out", "/proc/nowhere"], "no folder to write to"),
     ],
-    ids=["name", "backend", "data", "resume", "out"],
+    ids=["name", "backend", "dataset", "data", "resume", "out"],
 )
 def test_bad_input_is_one_sentence(tmp_path, arguments, words):
     done = command(*arguments, cwd=tmp_path)
