@@ -82,26 +82,28 @@ def test_other_data_sets_are_named():
         CNN.on("cifar")
 
 
-# A convolution's sums in another order come to another winner here and there.
-@pytest.mark.parametrize(
-    ("recipe", "steps", "apart"), [(RECIPE, 100, 1e-4), (CNN, 40, 5e-3)], ids=["mnist-net", "cnn"]
-)
-def test_same_loss_curve_as_native_torch(recipe, steps, apart, digits):
+@pytest.mark.parametrize(("recipe", "steps"), [(RECIPE, 100), (CNN, 40)], ids=["mnist-net", "cnn"])
+def test_same_loss_curve_as_native_torch(recipe, steps, digits):
+    # In channels_last: of elements of a window that are equal but for rounding, others win in
+    # torch's plain format, and its own two curves part.
+    layout = torch.channels_last if recipe is CNN else torch.contiguous_format
+
     def losses(backend):
         torch.manual_seed(1)
-        model = recipe.model(backend=backend)
+        model = recipe.model(backend=backend).to(memory_format=layout)
         optimizer = recipe.optimizer(model.parameters())
         order = torch.Generator().manual_seed(1)
         batches = Batches(digits[0], 64, recipe.data.mean, recipe.data.std, order)
         curve = []
         while len(curve) < steps:
-            for batch in itertools.islice(batches, steps - len(curve)):
-                curve.append(train_step(recipe, model, optimizer, *batch).item())
+            for pictures, labels in itertools.islice(batches, steps - len(curve)):
+                pictures = pictures.to(memory_format=layout)
+                curve.append(train_step(recipe, model, optimizer, pictures, labels).item())
         return torch.tensor(curve)
 
     fused, native = losses("fastnet"), losses("torch")
     assert fused[-1] < fused[0] / 2
-    assert (fused - native).abs().max() <= apart
+    assert (fused - native).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(recipe, few, tmp_
     train(recipe, settings(epochs=2), *few, tmp_path / "parts")
     torch.rand(7)  # whatever the process has drawn in between
     parts = train(recipe, settings(epochs=4, resume=True), *few, tmp_path / "parts")
-    contents = [load_checkpoint(r.checkpoint, RECIPE.name) for r in (whole, parts)]
+    contents = [load_checkpoint(r.checkpoint, recipe.name) for r in (whole, parts)]
     for content in contents:
         for row in content["history"]:
             del row["seconds"]
