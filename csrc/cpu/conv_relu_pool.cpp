@@ -15,6 +15,9 @@ namespace {
 
 // Input channels from which Winograd's form is faster than the direct one.
 constexpr int64_t kWinogradChannels = 2;
+// Windows up to which rearranging the filters, let alone transforming them, takes longer than it
+// saves: the direct form takes them as they are.
+constexpr int64_t kFewTiles = 64;
 
 // Returns what stood in its way: filters or an input that the form asked for cannot take, or as
 // `infinite` too large an image.
@@ -26,9 +29,14 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   const int64_t scratch = FASTNET_BEST_ISA(forward_scratch(call));
   if (scratch > most_scratch<A>()) return Magnitude::infinite;
   const int64_t filters = FASTNET_BEST_ISA(filter_count(call));
-  const Tensor arranged =
-      allocate(input, {filters * static_cast<int64_t>(sizeof(A) / sizeof(element_t<T>))});
-  call.filters = static_cast<A*>(arranged.mutable_data_ptr());
+  Tensor arranged;
+  if (call.is_arranged) {
+    arranged = allocate(input, {filters * static_cast<int64_t>(sizeof(A) / sizeof(element_t<T>))});
+    call.arranged_filters = static_cast<A*>(arranged.mutable_data_ptr());
+    call.filters = call.arranged_filters;
+  } else {
+    call.filters = reinterpret_cast<const A*>(call.weight);
+  }
   const int64_t parts = FASTNET_BEST_ISA(filter_parts(call));
   std::atomic<Magnitude> met = Magnitude::small;
   const auto meet = [&](Magnitude magnitude) {
@@ -36,7 +44,8 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
     while (before < magnitude && !met.compare_exchange_weak(before, magnitude)) {
     }
   };
-  parallel(parts, 4 * filters / parts, [&](int64_t begin, int64_t end) {
+  const int64_t arrange_work = call.is_arranged ? 4 * filters : filters / 8;
+  parallel(parts, arrange_work / parts, [&](int64_t begin, int64_t end) {
     meet(FASTNET_BEST_ISA(arrange_filters_kernel(call, begin, end)));
   });
   if (met == Magnitude::infinite || (call.by_winograd && met != Magnitude::small)) return met;
@@ -80,6 +89,8 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
     using T = decltype(type);
     const auto* bias_data = b ? data<T>(*b) : nullptr;
     if (has_own_kernels(shape, input.scalar_type())) {
+      const bool is_arranged = sizeof(acc_t<T>) != sizeof(element_t<T>) ||
+                               !weight.is_contiguous() || shape.N * shape.P * shape.Q > kFewTiles;
       ConvForward<element_t<T>> call{shape.N,
                                      shape.C,
                                      shape.H,
@@ -99,9 +110,12 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
                                      static_cast<uint8_t*>(codes.mutable_data_ptr()),
                                      strides_of(output),
                                      /*most_tiles=*/0,
-                                     /*by_winograd=*/shape.R == 3 && shape.C >= kWinogradChannels &&
+                                     /*by_winograd=*/is_arranged && shape.R == 3 &&
+                                         shape.C >= kWinogradChannels &&
                                          sizeof(acc_t<T>) == sizeof(float),
                                      nullptr,
+                                     nullptr,
+                                     is_arranged,
                                      false};
       Magnitude met = run<T>(call, input);
       if (call.by_winograd && met == Magnitude::finite) {

@@ -68,7 +68,9 @@ struct ConvForward {
   Strides4 output_at;  // of the codes, too
   int64_t most_tiles;  // in a block: that all threads have some
   bool by_winograd;
-  acc_t<T>* filters;       // the weights, rearranged by a kernel of its own
+  const acc_t<T>* filters;     // the weights, rearranged by a kernel of its own, or as they are
+  acc_t<T>* arranged_filters;  // the same, to be written; null where they are taken as they are
+  bool is_arranged;
   bool filters_are_small;  // and the bias
 };
 

@@ -39,6 +39,22 @@ struct LargestOf {
     largest = largest < size ? size : largest;
     is_number &= value == value;
   }
+  void add_all(const A* values, int64_t count) {
+    constexpr int kStep = kVectorBytes / sizeof(A);
+    Vec<A> most = {};
+    auto are_numbers = Vec<A>{} == Vec<A>{};
+    int64_t i = 0;
+    for (; i + kStep <= count; i += kStep) {
+      const Vec<A> value = load(values + i), size = value < Vec<A>{} ? -value : value;
+      most = maximum<A>(most, size);
+      are_numbers &= value == value;
+    }
+    for (int lane = 0; lane < kStep; ++lane) {
+      add(most[lane]);
+      is_number &= are_numbers[lane] != 0;
+    }
+    for (; i < count; ++i) add(values[i]);
+  }
   Magnitude magnitude() const {
     if (!is_number || largest - largest != 0) return Magnitude::infinite;
     return largest < static_cast<A>(kLargest) ? Magnitude::small : Magnitude::finite;
@@ -121,7 +137,7 @@ static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
       half[2][s] = outer - inner;
       half[3][s] = g[2][s];
     }
-    float* to = static_cast<float*>(call.filters) + first * C + c * kProductFilters;
+    float* to = call.arranged_filters + first * C + c * kProductFilters;
     for (int r = 0; r < 4; ++r) {
       const V outer = (half[r][0] + half[r][2]) * 0.5f, inner = half[r][1] * 0.5f;
       const V row[4] = {half[r][0], outer + inner, outer - inner, half[r][2]};
@@ -156,8 +172,14 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
       }
     }
     const int64_t k_begin = part_begin(call, part), k_end = part_begin(call, part + 1);
-    acc_t<T>* to = call.filters + k_begin * C * kernel * kernel;
     LargestOf<acc_t<T>> filters;
+    if (!call.is_arranged) {
+      const int64_t size = C * kernel * kernel;
+      filters.add_all(call.filters + k_begin * size, (k_end - k_begin) * size);
+      met = larger(met, filters.magnitude());
+      continue;
+    }
+    acc_t<T>* to = call.arranged_filters + k_begin * C * kernel * kernel;
     for (int64_t c = 0; c < C; ++c) {
       for (int64_t r = 0; r < kernel; ++r) {
         for (int64_t s = 0; s < kernel; ++s) {
@@ -635,7 +657,8 @@ FASTNET_INLINE void pool_window(const Vec<A>* y, To* pooled, uint8_t* codes) {
 // the one before.
 template <bool kMayBeNaN, class A, class To, int kKernel, int kFilters>
 static void direct_tile(const A* patches, int64_t patch_row, int64_t plane, const A* filters,
-                        const A* bias, int64_t C, To* pooled, uint8_t* codes, int64_t next) {
+                        int64_t next_filter, int64_t next_tap, const A* bias, int64_t C, To* pooled,
+                        uint8_t* codes, int64_t next) {
   using V = Vec<A>;
   constexpr int kPatch = kKernel + 1;
   V sum[kFilters][4];
@@ -651,12 +674,12 @@ static void direct_tile(const A* patches, int64_t patch_row, int64_t plane, cons
       for (int s = 0; s < kKernel; ++s) {
         // In this order all there is fits into 16 registers.
         V w[kFilters];
-        FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) w[k] = splat(filters[k]);
+        FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) w[k] = splat(filters[k * next_filter]);
         FASTNET_UNROLL for (int i = 0; i < 4; ++i) {
           const V value = load((i < 2 ? upper : lower) + (s + i % 2) * plane);
           FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) sum[k][i] += w[k] * value;
         }
-        filters += kFilters;
+        filters += next_tap;
       }
     }
   }
@@ -692,18 +715,21 @@ static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
     const int64_t k = part_begin(call, part), k_stop = part_begin(call, part + 1);
     A bias[kDirectFilters] = {};
     for (int64_t i = k; call.bias && i < k_stop; ++i) bias[i - k] = widen(call.bias[i]);
-    const A* const filters = call.filters + k * C * kKernel * kKernel;
+    const int64_t size = C * kKernel * kKernel, count = k_stop - k;
+    const A* const filters = call.filters + k * size;
+    const int64_t next_filter = call.is_arranged ? 1 : size;
+    const int64_t next_tap = call.is_arranged ? count : 1;
     for (int64_t v = 0; v * kLanes<T> < last - first; ++v) {
       const A* const patches = scratch + plan.patches_at + v * kLanes<T>;
       if (outputs.at[v] >= 0) {
         const int64_t to = outputs.at[v] + k * call.output_at.c;
-        direct_group<A, T, kKernel>(k_stop - k, may_be_nan, patches, plan.patch_row, plan.plane,
-                                    filters, bias, C, call.output + to, call.codes + to,
-                                    call.output_at.c);
+        direct_group<A, T, kKernel>(count, may_be_nan, patches, plan.patch_row, plan.plane, filters,
+                                    next_filter, next_tap, bias, C, call.output + to,
+                                    call.codes + to, call.output_at.c);
       } else {
         const int64_t at = k * tiles + v * kLanes<T>;
-        direct_group<A, A, kKernel>(k_stop - k, may_be_nan, patches, plan.patch_row, plan.plane,
-                                    filters, bias, C, pooled + at, codes + at, tiles);
+        direct_group<A, A, kKernel>(count, may_be_nan, patches, plan.patch_row, plan.plane, filters,
+                                    next_filter, next_tap, bias, C, pooled + at, codes + at, tiles);
       }
     }
   }
