@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kWinogradChannels = 2;
 // Windows up to which rearranging the filters, let alone transforming them, takes longer than it
 // saves: the direct form takes them as they are.
-constexpr int64_t kFewTiles = 64;
+constexpr int64_t kFewTiles = 32;
 
 // Returns what stood in its way: filters or an input that the form asked for cannot take, or as
 // `infinite` too large an image.
