@@ -34,9 +34,10 @@ struct ConvReluPoolShape {
 
   int64_t z_height() const { return size(H, R, 0); }  // of the convolution's output
   int64_t z_width() const { return size(W, S, 1); }
-  // Whether this is a plain convolution, which the kernels of our own take.
+  // Whether this is a plain convolution of 3 x 3 or 5 x 5, which kernels of our own take.
   bool is_plain() const {
-    return stride == std::array<int64_t, 2>{1, 1} && dilation == stride && groups == 1;
+    return stride == std::array<int64_t, 2>{1, 1} && dilation == stride && groups == 1 && R == S &&
+           (R == 3 || R == 5);
   }
 
  private:
@@ -44,6 +45,14 @@ struct ConvReluPoolShape {
     return (length + 2 * padding[d] - dilation[d] * (kernel - 1) - 1) / stride[d] + 1;
   }
 };
+
+struct Strides4 {
+  int64_t n, c, y, x;
+};
+
+inline Strides4 strides_of(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
 
 // Whether torch takes the strides of a four-dimensional tensor for channels_last ones: ascending in
 // the order C, W, H, N, and no plain contiguous tensor's.

@@ -217,13 +217,8 @@ def _is_convolution(
         or input.size(-3) != weight.size(1) * groups
     ):
         return False
-    for d in range(2):
-        size = convolved_size(
-            input.size(d - 2), weight.size(d + 2), stride[d], padding[d], dilation[d]
-        )
-        if size < 2 or (ceil_mode and size % 2):
-            return False
-    return True
+    size = convolved_size(input, weight, stride, padding, dilation)
+    return all(s >= 2 and not (ceil_mode and s % 2) for s in size)
 
 
 def cross_entropy(

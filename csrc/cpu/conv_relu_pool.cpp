@@ -91,18 +91,7 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
     if (has_own_kernels(shape, input.scalar_type())) {
       const bool is_arranged = sizeof(acc_t<T>) != sizeof(element_t<T>) ||
                                !weight.is_contiguous() || shape.N * shape.P * shape.Q > kFewTiles;
-      ConvForward<element_t<T>> call{shape.N,
-                                     shape.C,
-                                     shape.H,
-                                     shape.W,
-                                     shape.K,
-                                     shape.R,
-                                     shape.P,
-                                     shape.Q,
-                                     shape.padding[0],
-                                     shape.padding[1],
-                                     data<T>(input),
-                                     strides_of(input),
+      ConvForward<element_t<T>> call{conv_call<T>(shape, input),
                                      data<T>(weight),
                                      strides_of(weight),
                                      bias_data,

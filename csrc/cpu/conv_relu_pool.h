@@ -12,16 +12,7 @@ namespace fastnet {
 // Whether the kernels of our own take it. Where the processor multiplies bfloat16 itself, oneDNN
 // uses that, and these kernels do not.
 inline bool has_own_kernels(const ConvReluPoolShape& shape, ScalarType dtype) {
-  return shape.is_plain() && shape.R == shape.S && (shape.R == 3 || shape.R == 5) &&
-         !(dtype == ScalarType::BFloat16 && cpu_has_bfloat16());
-}
-
-struct Strides4 {
-  int64_t n, c, y, x;
-};
-
-inline Strides4 strides_of(const Tensor& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+  return shape.is_plain() && !(dtype == ScalarType::BFloat16 && cpu_has_bfloat16());
 }
 
 // A stretch of memory of the calling thread's, kept for its next call: what a fresh one costs, in
@@ -54,12 +45,23 @@ constexpr int64_t most_scratch() {
   return (8 << 20) / sizeof(A);
 }
 
+// What both directions are called with.
 template <class T>
-struct ConvForward {
+struct ConvCall {
   int64_t N, C, H, W, K, kernel, P, Q;  // kernel is the height and the width of the filters
   int64_t pad_y, pad_x;
   const T* input;
   Strides4 input_at;
+};
+
+template <class T>
+ConvCall<element_t<T>> conv_call(const ConvReluPoolShape& shape, const Tensor& input) {
+  return {shape.N, shape.C, shape.H,          shape.W,          shape.K,        shape.R,
+          shape.P, shape.Q, shape.padding[0], shape.padding[1], data<T>(input), strides_of(input)};
+}
+
+template <class T>
+struct ConvForward : ConvCall<T> {
   const T* weight;
   Strides4 weight_at;  // of k, c, r, s
   const T* bias;       // or null
@@ -75,11 +77,7 @@ struct ConvForward {
 };
 
 template <class T>
-struct ConvBackward {
-  int64_t N, C, H, W, K, kernel, P, Q;
-  int64_t pad_y, pad_x;
-  const T* input;
-  Strides4 input_at;
+struct ConvBackward : ConvCall<T> {
   const T* grad_output;
   Strides4 grad_output_at;
   const uint8_t* codes;

@@ -6,7 +6,6 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <atomic>
-#include <cstring>
 
 #define FASTNET_KERNELS "conv_relu_pool_backward_kernels.h"
 #include "foreach_isa.h"
@@ -118,18 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
     dispatch_float("conv_relu_pool_backward", input.scalar_type(), [&](auto type) {
       using T = decltype(type);
       const ConvBackward<element_t<T>> call{
-          shape.N,
-          shape.C,
-          shape.H,
-          shape.W,
-          shape.K,
-          shape.R,
-          shape.P,
-          shape.Q,
-          shape.padding[0],
-          shape.padding[1],
-          data<T>(input),
-          strides_of(input),
+          conv_call<T>(shape, input),
           data<T>(grad_output),
           strides_of(grad_output),
           static_cast<const uint8_t*>(codes.const_data_ptr()),

@@ -492,8 +492,6 @@ template <int kVectors>
 static void products_of_vectors(const ProductPlan& at, int64_t count) {
   // Of a few channels, a loop's beginning and end would take longer than its turns.
   switch (at.C) {
-    case 1:
-      return products_of_points<kVectors, 1>(at, count);
     case 2:
       return products_of_points<kVectors, 2>(at, count);
     case 3:
@@ -521,6 +519,42 @@ FASTNET_INLINE void store_codes(uint8_t* to, Vec<Index<A>> codes) {
   store_bytes<Index<A>>(to, codes, typename MakeLanes<kVectorBytes / sizeof(A)>::type{});
 }
 
+// The maximum of the four elements of a window, in the order 2·dy + dx, and which one it is. Where
+// no NaN can be among them, fewer comparisons do.
+template <bool kMayBeNaN, class A>
+FASTNET_INLINE Vec<A> window_maximum(const Vec<A>* y, Vec<Index<A>>* code) {
+  using I = Vec<Index<A>>;
+  Vec<A> most = y[0];
+  *code = I{};
+  FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
+    if constexpr (kMayBeNaN) {
+      const I wins = (most < y[i]) | (y[i] != y[i]);
+      most = wins ? y[i] : most;
+      *code = wins ? I{} + i : *code;
+    } else {
+      *code = most < y[i] ? I{} + i : *code;
+      most = maximum<A>(most, y[i]);
+    }
+  }
+  return most;
+}
+
+// Its ReLU, and the code where that passes nothing.
+template <bool kMayBeNaN, class A, class To>
+FASTNET_INLINE void store_window(Vec<A> most, Vec<Index<A>> code, To* pooled, uint8_t* codes) {
+  using I = Vec<Index<A>>;
+  const I dead = most <= Vec<A>{};
+  store(pooled, kMayBeNaN ? (dead ? Vec<A>{} : most) : maximum<A>(Vec<A>{}, most));
+  store_codes<A>(codes, dead ? I{} + kDead : code);
+}
+
+template <bool kMayBeNaN, class A, class To>
+FASTNET_INLINE void pool_window(const Vec<A>* y, To* pooled, uint8_t* codes) {
+  Vec<Index<A>> code;
+  const Vec<A> most = window_maximum<kMayBeNaN, A>(y, &code);
+  store_window<kMayBeNaN, A>(most, code, pooled, codes);
+}
+
 // Aᵀ M A, bias, ReLU and maximum for a vector of tiles of one filter. A function of its own:
 // inlined into the loops around it, the sixteen addresses would be kept from turn to turn, and
 // spilled.
@@ -528,7 +562,6 @@ template <class To>
 __attribute__((noinline)) static void pool_products(const float* products, int64_t plane,
                                                     float bias, To* pooled, uint8_t* codes) {
   using V = Vec<float>;
-  using I = Vec<int32_t>;
   V y[4];
   FASTNET_UNROLL for (int j = 0; j < 4; ++j) {
     const float* const m = products + j * plane;
@@ -550,16 +583,9 @@ __attribute__((noinline)) static void pool_products(const float* products, int64
     }
   }
   // The bias moves all four alike.
-  V most = y[0];
-  I code = {};
-  FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
-    code = most < y[i] ? I{} + i : code;
-    most = maximum<float>(most, y[i]);
-  }
-  most += bias;
-  const I dead = most <= V{};
-  store(pooled, maximum<float>(V{}, most));
-  store_codes<float>(codes, dead ? I{} + kDead : code);
+  Vec<int32_t> code;
+  const V most = window_maximum<false, float>(y, &code) + bias;
+  store_window<false, float>(most, code, pooled, codes);
 }
 
 // Where in the output, for the first filter, the results of a vector of tiles stand side by side;
@@ -629,29 +655,6 @@ static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& pla
 
 // ---------------------------------------------------------------------------------------------
 // The direct form
-
-// ReLU and maximum of the four outputs of a window, in the order 2·dy + dx. Where no NaN can be
-// among them, fewer comparisons do.
-template <bool kMayBeNaN, class A, class To>
-FASTNET_INLINE void pool_window(const Vec<A>* y, To* pooled, uint8_t* codes) {
-  using V = Vec<A>;
-  using I = Vec<Index<A>>;
-  V most = y[0];
-  I code = {};
-  FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
-    if constexpr (kMayBeNaN) {
-      const I wins = (most < y[i]) | (y[i] != y[i]);
-      most = wins ? y[i] : most;
-      code = wins ? I{} + i : code;
-    } else {
-      code = most < y[i] ? I{} + i : code;
-      most = maximum<A>(most, y[i]);
-    }
-  }
-  const I dead = most <= V{};
-  store(pooled, kMayBeNaN ? (dead ? V{} : most) : maximum<A>(V{}, most));
-  store_codes<A>(codes, dead ? I{} + kDead : code);
-}
 
 // One vector of tiles for kFilters filters. A filter's results go `next` elements after those of
 // the one before.
@@ -735,33 +738,6 @@ static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
   }
 }
 
-// Copies a few elements: the last vector reaches back over some already copied.
-template <class T>
-FASTNET_INLINE void copy_few(const acc_t<T>* from, T* to, int64_t count) {
-  constexpr int kStep = kLanes<T>;
-  if (count >= kStep) {
-    for (int64_t i = 0; i < count; i += kStep) {
-      const int64_t at = least(i, count - kStep);
-      store(to + at, load(from + at));
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
-  }
-}
-
-FASTNET_INLINE void copy_codes(const uint8_t* from, uint8_t* to, int64_t count) {
-  if (count >= 8) {
-    for (int64_t i = 0; i < count; i += 8) {
-      const int64_t at = least(i, count - 8);
-      uint64_t eight;
-      __builtin_memcpy(&eight, from + at, sizeof eight);
-      __builtin_memcpy(to + at, &eight, sizeof eight);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-  }
-}
-
 // What of a block's results stands in the scratch memory, into the output: filters [k_begin, k_end)
 // of tiles [first, last).
 template <class T>
@@ -783,10 +759,12 @@ static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, 
     const int64_t from = k_begin * tiles + (tile - first);
     const int64_t to =
         n * call.output_at.n + k_begin * call.output_at.c + window * call.output_at.x;
-    if (call.output_at.x == 1) {  // the windows of a channel stand side by side
+    if (call.output_at.x == 1) {  // the windows of a channel stand side by side; part of a vector
       for (int64_t k = 0; k < k_end - k_begin; ++k) {
-        copy_few<T>(pooled + from + k * tiles, call.output + to + k * call.output_at.c, count);
-        copy_codes(codes + from + k * tiles, call.codes + to + k * call.output_at.c, count);
+        for (int64_t i = 0; i < count; ++i) {
+          narrow(pooled[from + k * tiles + i], call.output + to + k * call.output_at.c + i);
+          call.codes[to + k * call.output_at.c + i] = codes[from + k * tiles + i];
+        }
       }
     } else {  // channels_last
       transpose(pooled + from, tiles, call.output + to, call.output_at.x, k_end - k_begin, count);

@@ -5,8 +5,7 @@
 #define FASTNET_INLINE static inline __attribute__((always_inline))
 
 // Before a loop over an array that is to live in registers. Unrolled late, or set to zero as a
-// whole
-// (= {}), such an array passes through memory, which cost a quarter of a product's time.
+// whole (= {}), such an array passes through memory, which cost a quarter of a product's time.
 #define FASTNET_UNROLL _Pragma("GCC unroll 32")
 
 template <class Element, int kBytes = kVectorBytes>

@@ -12,14 +12,6 @@
 namespace fastnet {
 namespace {
 
-struct Strides4 {
-  int64_t n, c, y, x;
-};
-
-Strides4 strides_of(const Tensor& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-
 // One call, as the kernels see it.
 template <class T>
 struct ConvReluPoolCall {
@@ -223,8 +215,7 @@ constexpr int64_t kFewChannels = 16;
 bool prefers_own_kernel(const ConvReluPoolShape& shape) {
   const int64_t blocks =
       shape.N * ((shape.P + kWindowsY - 1) / kWindowsY) * ((shape.Q + kWindowsX - 1) / kWindowsX);
-  return shape.is_plain() && shape.R == shape.S && (shape.R == 3 || shape.R == 5) &&
-         shape.C <= kFewChannels && blocks < int64_t{1} << 31;
+  return shape.is_plain() && shape.C <= kFewChannels && blocks < int64_t{1} << 31;
 }
 
 template <class T, int kKernel>

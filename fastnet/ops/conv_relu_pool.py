@@ -14,9 +14,18 @@ _forward = torch.ops.fastnet.conv_relu_pool_forward.default
 _backward = torch.ops.fastnet.conv_relu_pool_backward.default
 
 
-def convolved_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """The length of a convolution's output along one dimension."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def convolved_size(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Height and width of a convolution's output."""
+    return [
+        (size + 2 * padding[d] - dilation[d] * (kernel - 1) - 1) // stride[d] + 1
+        for d, (size, kernel) in enumerate(zip(input.shape[-2:], weight.shape[2:], strict=True))
+    ]
 
 
 @torch.library.register_fake("fastnet::conv_relu_pool_forward")
@@ -35,11 +44,7 @@ def fake_forward(
             f"conv_relu_pool: input {tuple(input.shape)} does not fit weight {tuple(weight.shape)}"
         ),
     )
-    size = [
-        convolved_size(input.shape[2 + d], weight.shape[2 + d], stride[d], padding[d], dilation[d])
-        // 2
-        for d in range(2)
-    ]
+    size = [s // 2 for s in convolved_size(input, weight, stride, padding, dilation)]
     like_input = torch._prims_common.suggest_memory_format(input)
     like_weight = torch._prims_common.suggest_memory_format(weight)
     is_last = torch.channels_last in (like_input, like_weight)
@@ -103,14 +108,10 @@ class ConvReLUPool(torch.autograd.Function):
             # Somebody wants to differentiate the gradient, or to map over it: native operators,
             # which torch knows how to.
             stride, padding, dilation, groups = ctx.convolution
-            z_size = [
-                convolved_size(
-                    input.shape[2 + d], weight.shape[2 + d], stride[d], padding[d], dilation[d]
-                )
-                for d in range(2)
-            ]
             grads = torch.ops.aten.convolution_backward(
-                expand(grad_output, codes, z_size),
+                expand(
+                    grad_output, codes, convolved_size(input, weight, stride, padding, dilation)
+                ),
                 input,
                 weight,
                 weight.shape[:1],
