@@ -3,6 +3,7 @@
 from fastnet import functional
 from fastnet._library import build_info
 from fastnet._version import __version__
+from fastnet.acceleration import accelerate, accelerate_report
 from fastnet.modules import ConvReLUPool2d, CrossEntropyLoss, Linear
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "CrossEntropyLoss",
     "Linear",
     "__version__",
+    "accelerate",
+    "accelerate_report",
     "build_info",
     "functional",
 ]

@@ -106,22 +106,13 @@ class ConvReLUPool2d(nn.Conv2d):
         self.ceil_mode = ceil_mode
 
     def forward(self, input: Tensor) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        return functional.conv_relu_pool2d(
+        return conv_relu_pool(
+            self,
             input,
-            self.weight,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            pool_kernel_size=self.pool_kernel_size,
-            pool_stride=self.pool_stride,
-            pool_padding=self.pool_padding,
-            ceil_mode=self.ceil_mode,
+            self.pool_kernel_size,
+            self.pool_stride,
+            self.pool_padding,
+            self.ceil_mode,
         )
 
     def extra_repr(self) -> str:
@@ -133,6 +124,34 @@ class ConvReLUPool2d(nn.Conv2d):
         if self.ceil_mode:
             pool += ", ceil_mode=True"
         return f"{super().extra_repr()}, {pool}"
+
+
+def conv_relu_pool(
+    conv: nn.Conv2d,
+    input: Tensor,
+    pool_kernel_size: int | tuple[int, int],
+    pool_stride: int | tuple[int, int] | None,
+    pool_padding: int | tuple[int, int],
+    ceil_mode: bool,
+) -> Tensor:
+    """`functional.conv_relu_pool2d` with a convolution's own parameters and options."""
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = 0
+    return functional.conv_relu_pool2d(
+        input,
+        conv.weight,
+        conv.bias,
+        conv.stride,
+        padding,
+        conv.dilation,
+        conv.groups,
+        pool_kernel_size=pool_kernel_size,
+        pool_stride=pool_stride,
+        pool_padding=pool_padding,
+        ceil_mode=ceil_mode,
+    )
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

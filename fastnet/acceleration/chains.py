@@ -1,0 +1,172 @@
+"""Runs modules one after the other, with a fused kernel wherever some of them make one.
+
+A chain is looked at anew in every call, and what it finds there decides: a layer that has been
+given hooks or a parametrization since, or been replaced, runs as it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastnet import functional, modules
+
+# A step is a module; or RELU, for a ReLU called as a function; or, for max-pooling called as one,
+# (kernel_size, stride, padding, dilation, ceil_mode).
+RELU = "relu"
+Pool = tuple
+Step = nn.Module | str | Pool
+
+
+class Fused(NamedTuple):
+    """What `fuse` found: how many steps are one call, and which windows are pooled in it.
+
+    No steps (`count` 0) where the layer is not fused, for `reason`.
+    """
+
+    count: int
+    pool: Pool | None = None
+    reason: str = ""
+
+
+def run(steps: Iterable[Step], input: Tensor) -> Tensor:
+    """Does one step after the other."""
+    steps = flatten(steps)
+    at = 0
+    while at < len(steps):
+        step = steps[at]
+        if isinstance(step, (nn.Linear, nn.Conv2d)):
+            fused = fuse(steps, at)
+            if fused.count:
+                if fused.pool is None:
+                    input = functional.linear_relu(input, step.weight, step.bias)
+                else:
+                    kernel_size, stride, padding, _, ceil_mode = fused.pool
+                    input = modules.conv_relu_pool(
+                        step, input, kernel_size, stride, padding, ceil_mode
+                    )
+                at += fused.count
+                continue
+        if step is RELU or step == RELU:
+            input = torch.relu(input)
+        elif isinstance(step, tuple):
+            kernel_size, stride, padding, dilation, ceil_mode = step
+            input = F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+        else:
+            input = step(input)
+        at += 1
+    return input
+
+
+def sequential_forward(self: nn.Sequential, input: Tensor) -> Tensor:
+    """`nn.Sequential.forward` as a chain."""
+    return run(self._modules.values(), input)
+
+
+def is_sequential(module: object) -> bool:
+    """Whether it only runs its children one after the other."""
+    if not isinstance(module, nn.Sequential) or "forward" in module.__dict__:
+        return False
+    return type(module).forward in (nn.Sequential.forward, sequential_forward)
+
+
+def flatten(steps: Iterable[Step]) -> list[Step]:
+    """The steps, in the place of each `nn.Sequential` its own."""
+    flat: list[Step] = []
+    for step in steps:
+        if is_sequential(step) and not has_hooks(step):
+            flat += flatten(step._modules.values())
+        else:
+            flat.append(step)
+    return flat
+
+
+def layers(steps: Sequence[Step]) -> list[int]:
+    """Where layers stand that might be fused."""
+    return [at for at, step in enumerate(steps) if isinstance(step, (nn.Linear, nn.Conv2d))]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling it does more than its class's `forward`."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def fuse(steps: Sequence[Step], at: int, end: str = "nothing follows it") -> Fused:
+    """Whether the layer `steps[at]` and what follows it are one fused call.
+
+    `end` says what comes after the last step.
+    """
+    layer = steps[at]
+    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    if type(layer) is not kind:
+        return Fused(0, reason=f"it is a {type(layer).__name__}, not a plain {kind.__name__}")
+    if has_hooks(layer):
+        return Fused(0, reason="it has hooks")
+
+    def follows(after: int) -> str:
+        return f"{name_of(steps[after])} follows it" if after < len(steps) else end
+
+    relu = _is_relu(steps, at + 1)
+    if kind is nn.Linear:
+        return Fused(2) if relu else Fused(0, reason=follows(at + 1))
+    pool = _pool(steps, at + 2 if relu else at + 1)
+    if pool is None:
+        if relu:
+            return Fused(0, reason=f"ReLU follows it, then no max-pooling ({follows(at + 2)})")
+        return Fused(0, reason=follows(at + 1))
+    if not relu and not _is_relu(steps, at + 2):
+        return Fused(0, reason=f"max-pooling follows it, then no ReLU ({follows(at + 2)})")
+    kernel_size, stride, padding, dilation, _ = pool
+    if stride is None:
+        stride = kernel_size
+    if not (_all(kernel_size, 2) and _all(stride, 2) and _all(padding, 0) and _all(dilation, 1)):
+        return Fused(
+            0,
+            reason=f"max-pooling by {kernel_size}, stride {stride}, padding {padding}, dilation "
+            f"{dilation}: the kernels pool windows of 2 x 2 side by side",
+        )
+    return Fused(3, pool)
+
+
+def _is_relu(steps: Sequence[Step], at: int) -> bool:
+    if at >= len(steps):
+        return False
+    step = steps[at]
+    if isinstance(step, nn.Module):
+        return type(step) is nn.ReLU and not has_hooks(step)
+    return step == RELU
+
+
+def _pool(steps: Sequence[Step], at: int) -> Pool | None:
+    """The windows, if this step pools without more."""
+    if at >= len(steps):
+        return None
+    step = steps[at]
+    if isinstance(step, tuple):
+        return step
+    if type(step) is not nn.MaxPool2d or has_hooks(step) or step.return_indices:
+        return None
+    return (step.kernel_size, step.stride, step.padding, step.dilation, step.ceil_mode)
+
+
+def _all(value: int | Sequence[int], wanted: int) -> bool:
+    return value == wanted or value in ((wanted, wanted), [wanted, wanted], (wanted,), [wanted])
+
+
+def name_of(step: Step) -> str:
+    """For people."""
+    if isinstance(step, nn.Module):
+        return type(step).__name__
+    return "ReLU" if step == RELU else "MaxPool2d"

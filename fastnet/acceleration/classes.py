@@ -1,0 +1,129 @@
+"""Classes of accelerated modules: the class as written, with another `forward`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import linecache
+import types
+import warnings
+from typing import NamedTuple
+
+from torch import nn
+
+from fastnet.acceleration.chains import sequential_forward
+from fastnet.acceleration.tracing import Code, required_arguments
+
+AS_WRITTEN = "_fastnet_as_written"
+
+
+class Forward(NamedTuple):
+    """A traced `forward`: its code in training and in evaluation, and the attributes it read."""
+
+    training: Code
+    evaluation: Code
+    reads: frozenset[str]
+
+
+class Accelerated:
+    """What every accelerated module is besides. Its class has the written one's name."""
+
+    _fastnet_written: type[nn.Module]
+    _fastnet_forward: Forward | None  # None: the module is a Sequential
+
+    def __reduce_ex__(self, protocol):
+        reduced = super().__reduce_ex__(protocol)
+        if "_fastnet_written" not in vars(type(self)):  # somebody's subclass of it
+            return reduced
+        # Such a class cannot be imported: it is made again from what it was made of.
+        return (_new, (self._fastnet_written, self._fastnet_forward), *reduced[2:])
+
+    def __setattr__(self, name, value):
+        forward = self._fastnet_forward
+        if forward is not None and name in forward.reads and getattr(self, name, None) != value:
+            self.__dict__[AS_WRITTEN] = name
+            warnings.warn(
+                f"fastnet: {type(self).__name__}.{name} is set to {value!r}, and its forward was "
+                "fused for another value: it runs as written from now on. Set it before "
+                "accelerate(model).",
+                stacklevel=2,
+            )
+        super().__setattr__(name, value)
+
+
+def _new(written: type[nn.Module], forward: Forward | None) -> nn.Module:
+    return object.__new__(accelerated(written, forward))
+
+
+@functools.cache
+def accelerated(written: type[nn.Module], forward: Forward | None) -> type[nn.Module]:
+    """`written` with its `forward` in chains; with that of `nn.Sequential` where none is given."""
+    members = {
+        "__module__": written.__module__,
+        "__qualname__": written.__qualname__,
+        "__doc__": written.__doc__,
+        "_fastnet_written": written,
+        "_fastnet_forward": forward,
+        "forward": sequential_forward if forward is None else _function(written, forward),
+    }
+    return types.new_class(
+        written.__name__,
+        (Accelerated, written),
+        exec_body=lambda namespace: namespace.update(members),
+    )
+
+
+def _function(written: type[nn.Module], forward: Forward) -> types.FunctionType:
+    """A `forward` of the written one's signature. Where a call gives an optional argument, for
+    which nothing was traced, it is the written one."""
+    names = {
+        "_written": written.forward,
+        "_training": _compiled(written, "training", forward.training),
+        "_evaluation": _compiled(written, "evaluation", forward.evaluation),
+    }
+    signature = inspect.signature(written.forward)
+    module, *_ = signature.parameters
+    shown, passed, differs = [], [], [f"{AS_WRITTEN!r} in {module}.__dict__"]
+    for name, parameter in signature.parameters.items():
+        parameter = parameter.replace(annotation=parameter.empty)
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            differs.append(name)
+        elif parameter.default is not parameter.empty:
+            names[f"_default_{name}"] = parameter.default
+            parameter = parameter.replace(default=_Name(f"_default_{name}"))
+            differs.append(f"{name} is not _default_{name}")
+        shown.append(parameter)
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+        keyword = f"{name}=" if parameter.kind is parameter.KEYWORD_ONLY else ""
+        passed.append(stars.get(parameter.kind, keyword) + name)
+    required = ", ".join([module, *required_arguments(written.forward)])
+    text = f"""def forward{inspect.Signature(shown)}:
+    if {" or ".join(differs)}:
+        return _written({", ".join(passed)})
+    if {module}.training:
+        return _training({required})
+    return _evaluation({required})
+"""
+    return _execute(f"{written.__name__}.forward", text, names)
+
+
+class _Name(str):
+    """A name where `inspect.Signature` shows a default value."""
+
+    __repr__ = str.__str__
+
+
+def _compiled(written: type[nn.Module], mode: str, code: Code) -> types.FunctionType:
+    return _execute(f"{written.__name__}.forward, {mode}", code.text, code.globals())
+
+
+_count = itertools.count()
+
+
+def _execute(title: str, text: str, names: dict[str, object]) -> types.FunctionType:
+    title = f"<{title} {next(_count)}>"
+    # Kept for tracebacks, which show the lines.
+    linecache.cache[title] = (len(text), None, text.splitlines(keepends=True), title)
+    exec(compile(text, title, "exec"), names)
+    return names["forward"]

@@ -1,0 +1,125 @@
+"""What became of each layer of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastnet import modules
+from fastnet.acceleration import chains, tracing
+from fastnet.acceleration.classes import AS_WRITTEN, Accelerated
+
+FUSED_MODULES = (modules.Linear, modules.ConvReLUPool2d, modules.CrossEntropyLoss)
+LAYERS = (nn.Linear, nn.Conv2d, nn.CrossEntropyLoss)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer: its name in the model, its class, and with what it is fused, or why it is not."""
+
+    name: str
+    layer: str
+    fused: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The layers that could be fused, in the model's order; and, for modules whose `forward` could
+    not be traced, why. `print` shows it as a table."""
+
+    rows: tuple[Row, ...]
+    untraceable: dict[str, str]
+
+    @property
+    def fused(self) -> int:
+        """How many are."""
+        return sum(bool(row.fused) for row in self.rows)
+
+    def __str__(self) -> str:
+        header = Row("layer", "class", "fused with", "not fused, because")
+        cells = [(row.name, row.layer, row.fused, row.reason) for row in (header, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
+        lines.append(f"{self.fused} of {len(self.rows)} layers are fused.")
+        lines += [
+            f"The forward of {name} runs as written: {reason}."
+            for name, reason in self.untraceable.items()
+        ]
+        return "\n".join(lines)
+
+
+def accelerate_report(model: nn.Module) -> Report:
+    """Lists every Linear, Conv2d and CrossEntropyLoss of a model: fused with what, or why not.
+
+    Args:
+        model: what `accelerate` returned. Of another model it says what is fused as it stands.
+
+    Returns:
+        A `Report`, to be printed or read.
+    """
+    outcomes: dict[nn.Module, tuple[str, str]] = {}
+    untraceable: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not any(module.children()):
+            continue
+        try:
+            for steps, end in _chains(module):
+                _judge(steps, end, isinstance(module, Accelerated), outcomes)
+        except tracing.Untraceable as reason:
+            if any(isinstance(child, LAYERS) for child in module.modules()):
+                untraceable[_named(name, module)] = str(reason)
+    rows = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LAYERS):
+            continue
+        if isinstance(module, FUSED_MODULES):
+            fused = "fastnet's own module"
+            if isinstance(module, nn.Linear) and module.activation is None:
+                fused = ""
+            fused, reason = fused, "" if fused else "it has no activation"
+        else:
+            fused, reason = outcomes.get(module, ("", "no forward that could be traced calls it"))
+        rows.append(Row(_named(name, module), type(module).__name__, fused, reason))
+    return Report(tuple(rows), untraceable)
+
+
+def _named(name: str, module: nn.Module) -> str:
+    return name or type(module).__name__
+
+
+def _chains(module: nn.Module) -> list[tuple[list[chains.Step], str]]:
+    """The chains that a module runs, and what comes after each."""
+    if isinstance(module, nn.Sequential) and chains.is_sequential(module):
+        return [(chains.flatten(module._modules.values()), "nothing follows it")]
+    tracing.check_is_ours(module)
+    written = module._fastnet_written if isinstance(module, Accelerated) else type(module)
+    if AS_WRITTEN in vars(module):
+        raise tracing.Untraceable(f"{vars(module)[AS_WRITTEN]} was set after accelerate(model)")
+    found = tracing.trace(module, written, module.training).chains
+    return [(chains.flatten(chain.steps), chain.end) for chain in found]
+
+
+def _judge(
+    steps: list[chains.Step],
+    end: str,
+    is_accelerated: bool,
+    outcomes: dict[nn.Module, tuple[str, str]],
+) -> None:
+    """Adds what becomes of the layers in a chain. What is fused anywhere counts as fused."""
+    for at in chains.layers(steps):
+        layer = steps[at]
+        if outcomes.get(layer, ("",))[0]:
+            continue
+        fused = chains.fuse(steps, at, end)
+        if fused.count == 0:
+            outcomes[layer] = ("", fused.reason)
+        elif is_accelerated:
+            names = [chains.name_of(step) for step in steps[at + 1 : at + fused.count]]
+            outcomes[layer] = (", ".join(names), "")
+        else:
+            outcomes[layer] = ("", "accelerate(model) would fuse it")
