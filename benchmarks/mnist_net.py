@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from benchmarks import networks
 from benchmarks.harness import FASTNET, Case
 from fastnet.data import Batches, ImageSet
 from fastnet.recipes import RECIPES
@@ -57,20 +57,6 @@ def _one_step(model, optimizer, batches):
     return once
 
 
-class DocumentNet(nn.Module):
-    """The network as tutorials write it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(784, 28)
-        self.fc2 = nn.Linear(28, 10)
-
-    def forward(self, x):
-        x = x.view(-1, 784)
-        x = F.relu(self.fc1(x))
-        return F.log_softmax(self.fc2(x), dim=1)
-
-
 def _epoch() -> Case:
     """The tutorials' own loop (DataLoader, one Python transform a picture, Adam) and ours."""
     from PIL import Image
@@ -94,7 +80,7 @@ def _epoch() -> Case:
 
     def document():
         torch.manual_seed(0)
-        model = DocumentNet()
+        model = networks.MnistNet()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
         for data, target in DataLoader(Mnist(), batch_size=64, shuffle=True):
             optimizer.zero_grad()

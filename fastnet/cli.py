@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -123,14 +124,43 @@ def list_command() -> None:
 
 
 @app.command("info")
-def info_command() -> None:
-    """Tell what this build is, and what of it runs here."""
+def info_command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Tell what accelerate fuses in this network: torchvision:NAME, or MODULE:CALLABLE "
+            "for what a callable of yours returns.",
+        ),
+    ] = None,
+) -> None:
+    """Tell what this build is, and what of it runs here; or what it would do for a network."""
+    if model is not None:
+        print(fastnet.accelerate_report(fastnet.accelerate(_network(model))))
+        return
     information = {**fastnet.build_info(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         information["gpu"] = torch.cuda.get_device_name()
     width = max(map(len, information))
     for key, value in information.items():
         print(f"{key:{width}}  {value}")
+
+
+def _network(name: str) -> torch.nn.Module:
+    module, _, function = name.partition(":")
+    if not function:
+        raise FastnetError(f"--model must be torchvision:NAME or MODULE:CALLABLE, not {name!r}.")
+    options = {}
+    if module == "torchvision":
+        module, options = "torchvision.models", {"weights": None}
+    # As `python -m` does, so that a file in the current folder is found.
+    sys.path.insert(0, "")
+    try:
+        network = getattr(importlib.import_module(module), function)(**options)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise FastnetError(f"--model {name}: {error}.") from error
+    if not isinstance(network, torch.nn.Module):
+        raise FastnetError(f"--model {name} gave a {type(network).__name__}, not a module.")
+    return network
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -52,6 +53,17 @@ def run_on_isa(isa: str, file: str, select: str) -> None:
     tests = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", select)
     assert tests.returncode == 0, tests.stdout[-3000:]
     assert " passed" in tests.stdout
+
+
+def spied(function, called: list[str]):
+    """The function, which adds its name to `called` whenever it is."""
+
+    @functools.wraps(function)
+    def spy(*args, **kwargs):
+        called.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return spy
 
 
 def peak_memory(setup: str, measured: str) -> int:

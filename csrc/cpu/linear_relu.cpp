@@ -48,18 +48,29 @@ struct Blocks {
 // peak for large matrices (measured against MKL on two AVX2 cores, see benchmarks/results). The
 // forward kernel also saves the passes over the output, and keeps up for longer.
 constexpr int64_t kForwardLimit = 64'000'000, kBackwardLimit = 16'000'000;
+// Beyond that many elements a weight comes from memory, and the library reads it in better order.
+constexpr int64_t kCachedWeight = 3'500'000;
 
-bool prefers_own_kernel(const LinearReluShape& shape, const Tensor* weight, ScalarType dtype,
-                        int64_t limit) {
+bool library_is_better(const Tensor* weight, ScalarType dtype, bool is_small, bool is_skinny) {
   // A transposed weight would have to be copied first; the library takes it as it is.
-  if (weight && !weight->is_contiguous()) return false;
-  const bool is_small = shape.rows * shape.in_features * shape.out_features <= limit;
-  const bool is_skinny = std::min(shape.rows, shape.out_features) <= 32;
-  if (dtype == ScalarType::BFloat16) {
-    // Where the processor multiplies bfloat16 itself, oneDNN uses that, and these kernels do not.
-    return !cpu_has_bfloat16() || (is_small && is_skinny);
-  }
-  return is_small || is_skinny;
+  if (weight && !weight->is_contiguous()) return true;
+  // Where the processor multiplies bfloat16 itself, oneDNN uses that, and these kernels do not.
+  if (dtype == ScalarType::BFloat16) return cpu_has_bfloat16() && !(is_small && is_skinny);
+  return !is_small && !is_skinny;
+}
+
+bool prefers_library_forward(const LinearReluShape& shape, const Tensor& weight) {
+  const auto [M, K, N] = shape;
+  const bool is_skinny = std::min(M, N) <= (K * N > kCachedWeight ? 16 : 32);
+  return library_is_better(&weight, weight.scalar_type(), M * K * N <= kForwardLimit, is_skinny);
+}
+
+bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight,
+                              ScalarType dtype) {
+  const auto [M, K, N] = shape;
+  const bool is_cached = K * N <= kCachedWeight;
+  return library_is_better(weight, dtype, is_cached && M * K * N <= kBackwardLimit,
+                           is_cached && std::min(M, N) <= 32);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -72,7 +83,7 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
   const Tensor x = dense(input);
   const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
 
-  if (!prefers_own_kernel({M, K, N}, &weight, weight.scalar_type(), kForwardLimit)) {
+  if (prefers_library_forward({M, K, N}, weight)) {
     Tensor product = torch::stable::view(output, {M, N});
     call_native("aten::mm", "out", torch::stable::view(x, {M, K}),
                 torch::stable::transpose(weight, 0, 1), product);
@@ -148,8 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
   if (needs_bias) grad_bias = allocate(output, {N});
   const Tensor g = dense(grad_output), out = dense(output);
 
-  if (!prefers_own_kernel({M, K, N}, weight ? &*weight : nullptr, output.scalar_type(),
-                          kBackwardLimit)) {
+  if (prefers_library_backward({M, K, N}, weight ? &*weight : nullptr, output.scalar_type())) {
     Tensor grad_z = allocate(output, {M, N});
     dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, N = N](auto type) {
       using T = decltype(type);

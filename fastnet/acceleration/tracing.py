@@ -6,11 +6,16 @@ themselves. What a trace would get wrong without a word is refused here with one
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dis
+import functools
 import importlib
 import inspect
 import random
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -122,34 +127,80 @@ def trace(module: nn.Module, written: type[nn.Module], training: bool) -> Trace:
     for name in ("_parameters", "_buffers", "_modules"):
         vars(shell)[name] = dict(vars(module)[name])
     modes = {child: child.training for child in module.modules()}
-    before = dict(vars(shell)), _random_states()
-    tracer = _Tracer()
-    try:
-        for child in modes:
-            child.training = training
-        vars(shell)["training"] = training
-        graph = tracer.trace(shell)
-    except Exception as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        raise Untraceable(f"{type(error).__name__}: {first_line}") from error
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
-    _check(shell, *before)
+    vars(shell)["training"] = training
+    with _watch_python(shell):
+        try:
+            for child in modes:
+                child.training = training
+            graph = _Tracer().trace(shell)
+        except Exception as error:
+            first_line = next(iter(str(error).splitlines()), "")
+            raise Untraceable(f"{type(error).__name__}: {first_line}") from error
+        finally:
+            for child, mode in modes.items():
+                child.training = mode
     return Trace(graph, find_chains(graph, module), frozenset(reads))
 
 
-def _check(shell: nn.Module, attributes: dict, random_states: list) -> None:
-    """Refuses what forward did while it was traced, and a graph would do no more."""
+@contextlib.contextmanager
+def _watch_python(shell: nn.Module) -> Iterator[None]:
+    """Refuses what forward does beside calling torch, since a graph does not do it again.
+
+    That is: setting attributes, filling lists and dictionaries of the module, making tensors,
+    drawing random numbers, printing, and `with`, of which the graph would only hold what is inside.
+    """
+    attributes = dict(vars(shell))
+    filled = [(k, v, copy.copy(v)) for k, v in attributes.items() if type(v) in (list, dict, set)]
+    random_states = _random_states()
+    refused = []
+
+    def profile(frame, event, called):
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] == "torch" and module not in DECORATORS:
+            return
+        if event == "call" and _has_with(frame.f_code):
+            refused.append(f"there is a `with` in {frame.f_code.co_name}")
+        elif event == "c_call" and called is print:
+            refused.append("it prints")
+
+    outer = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(outer)
+        for name, container, content in filled:
+            if _ids(container) != _ids(content):
+                container.clear()
+                (container.extend if type(container) is list else container.update)(content)
+                refused.append(f"it fills self.{name}")
+    if refused:
+        raise Untraceable(refused[0])
     for name, value in vars(shell).items():
-        if name == "training":
-            continue
         if name.startswith("_tensor_constant"):
             raise Untraceable("it makes a tensor from no input of its own")
         if name not in attributes or attributes[name] is not value:
             raise Untraceable(f"it sets self.{name}")
     if _random_states() != random_states:
         raise Untraceable("it draws random numbers for no input")
+
+
+# Where `@torch.no_grad()` and `@torch.autocast(...)` put a function under a `with`.
+DECORATORS = {"torch.utils._contextlib", "torch.amp.autocast_mode"}
+
+
+@functools.cache
+def _has_with(code: types.CodeType) -> bool:
+    return any(
+        step.opname in ("SETUP_WITH", "BEFORE_WITH")
+        or (step.opname == "LOAD_SPECIAL" and "enter" in step.argrepr)
+        for step in dis.get_instructions(code)
+    )
+
+
+def _ids(container: list | dict | set) -> list[int]:
+    values = container.values() if isinstance(container, dict) else ()
+    return [id(item) for item in (*container, *values)]
 
 
 def _random_states() -> list:

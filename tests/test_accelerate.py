@@ -1,0 +1,889 @@
+"""accelerate(model): the same network, seen from every side, on fused kernels."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import random
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from support import spied
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+import fastnet
+from benchmarks import networks
+from fastnet import functional
+
+# Network, shape of its input, and how many layers are fused.
+DOCUMENTS = (
+    (networks.MnistNet, (64, 784), 1),
+    (networks.SoftmaxRegression, (16, 1, 28, 28), 0),
+    (networks.ActivationNet, (16, 1, 28, 28), 2),
+    (networks.BatchNet, (16, 1, 28, 28), 0),
+    (networks.CifarMLP, (16, 3, 32, 32), 2),
+    (networks.SimpleCNN, (8, 3, 32, 32), 5),
+    (networks.ConvNet, (8, 1, 28, 28), 3),
+    (networks.Generator, (16, 100), 2),
+    (networks.Discriminator, (16, 784), 0),
+)
+# Name, fused layers, options.
+TORCHVISION = (
+    ("alexnet", 2, {}),
+    ("vgg11", 7, {}),
+    ("vgg11_bn", 2, {}),
+    ("vgg16", 7, {}),
+    ("vgg16_bn", 2, {}),
+    ("squeezenet1_1", 0, {}),
+    ("resnet18", 0, {}),
+    ("googlenet", 2, {"init_weights": False}),
+)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The fused functions that were called, in order."""
+    called = []
+    for name in ("linear_relu", "conv_relu_pool2d", "cross_entropy"):
+        monkeypatch.setattr(functional, name, spied(getattr(functional, name), called))
+    return called
+
+
+def assert_same(model, accelerated, *inputs, outputs=1e-5, gradients=1e-4) -> None:
+    """Outputs and gradients, relative to the largest of each tensor's; random numbers alike."""
+
+    def run(module):
+        torch.manual_seed(5)
+        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+        result = module(*leaves)
+        result = result if isinstance(result, (tuple, list)) else [result]
+        seeds = [torch.randn_like(r) for r in result]
+        wanted = [t for t in (*module.parameters(), *leaves) if t.requires_grad]
+        grads = torch.autograd.grad(result, wanted, seeds, allow_unused=True)
+        return list(result), grads
+
+    for (expected, actual), tolerance in zip(
+        zip(run(model), run(accelerated), strict=True), (outputs, gradients), strict=True
+    ):
+        for a, b in zip(expected, actual, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                scale = a.detach().abs().max().clamp_min(1e-30)
+                assert ((a - b).abs().max() / scale).item() <= tolerance
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole networks
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("network", "shape", "fused"), DOCUMENTS)
+def test_document_networks(network, shape, fused, training, calls):
+    model = network().train(training)
+    accelerated = fastnet.accelerate(model)
+    assert isinstance(accelerated, network)
+    assert accelerated.training is training
+    assert str(accelerated) == str(model)
+    assert_same(model, accelerated, torch.randn(shape))
+    assert len(calls) == fused == fastnet.accelerate_report(accelerated).fused
+    pairs = zip(model.named_parameters(), accelerated.named_parameters(), strict=True)
+    assert all(a == b and p is q for (a, p), (b, q) in pairs)
+    assert list(model.state_dict()) == list(accelerated.state_dict())
+
+
+@pytest.mark.parametrize(("name", "fused", "options"), TORCHVISION)
+def test_torchvision(name, fused, options, calls):
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(3)
+    model = getattr(models, name)(weights=None, num_classes=10, **options)
+    accelerated = fastnet.accelerate(model)
+    report = fastnet.accelerate_report(accelerated)
+    assert report.fused == fused
+    assert not report.untraceable
+    assert_same(model, accelerated, torch.randn(2, 3, 64, 64))
+    assert len(calls) == fused
+    model.eval(), accelerated.eval()
+    with torch.no_grad():
+        x = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(accelerated(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Everything that is to be found
+
+
+class Calls(nn.Module):
+    """Runs a function on itself: a forward to be written in a test."""
+
+    def __init__(self, function, **children):
+        super().__init__()
+        self.function = function
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def conv():
+    return nn.Conv2d(3, 4, 3, padding=1)
+
+
+def linear():
+    return nn.Linear(8, 8)
+
+
+CONV_STYLES = {
+    "functions": lambda m, x: F.max_pool2d(F.relu(m.conv(x)), 2),
+    "torch's functions": lambda m, x: torch.max_pool2d(torch.relu(m.conv(x)), (2, 2)),
+    "method": lambda m, x: F.max_pool2d(m.conv(x).relu(), kernel_size=2, stride=2),
+    "in place": lambda m, x: F.max_pool2d(F.relu(m.conv(x), inplace=True), [2, 2], [2, 2]),
+    "in place, method": lambda m, x: F.max_pool2d(m.conv(x).relu_(), 2, ceil_mode=True),
+    "modules": lambda m, x: m.pool(m.relu(m.conv(x))),
+    "pooling first": lambda m, x: F.relu(F.max_pool2d(m.conv(x), 2)),
+    "pooling first, modules": lambda m, x: m.relu(m.pool(m.conv(x))),
+    "mixed": lambda m, x: m.pool(F.relu_(m.conv(x))),
+    "out of a Sequential": lambda m, x: m.pool(F.relu(m.inner(x))),
+    "within, then out of one": lambda m, x: F.max_pool2d(m.activated(x), 2),
+}
+
+
+@pytest.mark.parametrize("style", CONV_STYLES)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_conv_styles(style, inplace, calls):
+    layer = conv()
+    model = Calls(
+        CONV_STYLES[style],
+        conv=layer,
+        relu=nn.ReLU(inplace),
+        pool=nn.MaxPool2d(2, padding=0),
+        inner=nn.Sequential(nn.Identity(), layer),
+        activated=nn.Sequential(nn.Sequential(layer), nn.ReLU(inplace)),
+    )
+    assert_same(model, fastnet.accelerate(model), torch.randn(2, 3, 9, 8))
+    assert calls == ["conv_relu_pool2d"]
+
+
+LINEAR_STYLES = {
+    "F.relu": lambda m, x: F.relu(m.fc(x)),
+    "torch.relu": lambda m, x: torch.relu(m.fc(x)),
+    "torch.relu_": lambda m, x: torch.relu_(m.fc(x)),
+    "x.relu()": lambda m, x: m.fc(x).relu(),
+    "x.relu_()": lambda m, x: m.fc(x).relu_(),
+    "module": lambda m, x: m.relu(m.fc(x)),
+    "by loop": lambda m, x: [x := layer(x) for layer in m.list][-1],
+    "Sequential, then function": lambda m, x: F.relu(m.inner(x)),
+    "nested": lambda m, x: m.nested(x),
+    "the result is used twice": lambda m, x: (lambda y: y + 2 * y)(F.relu(m.fc(x))),
+}
+
+
+@pytest.mark.parametrize("style", LINEAR_STYLES)
+def test_linear_styles(style, calls):
+    fc, relu = linear(), nn.ReLU(True)
+    model = Calls(
+        LINEAR_STYLES[style],
+        fc=fc,
+        relu=relu,
+        list=nn.ModuleList([fc, relu]),
+        inner=nn.Sequential(nn.Sequential(nn.Dropout(0.5), fc)),
+        nested=nn.Sequential(
+            nn.Sequential(nn.Sequential(nn.Dropout(0.5), fc)), nn.Sequential(relu)
+        ),
+    )
+    assert_same(model, fastnet.accelerate(model), torch.randn(5, 8))
+    assert calls == ["linear_relu"]
+
+
+def test_one_relu_for_all(calls):
+    """And one of its places that is not fused: the others are, and this one is its own."""
+    relu = nn.ReLU()
+    model = nn.Sequential(linear(), relu, nn.BatchNorm1d(8), relu, nn.Sequential(linear(), relu))
+    assert_same(model, fastnet.accelerate(model), torch.randn(5, 8))
+    assert calls == ["linear_relu"] * 2
+
+
+def test_one_layer_at_two_places(calls):
+    """One ReLU follows once, and once not."""
+    fc = linear()
+    model = Calls(lambda m, x: m.fc(F.relu(m.fc(x))), fc=fc)
+    assert_same(model, fastnet.accelerate(model), torch.randn(5, 8))
+    assert calls == ["linear_relu"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.loss(m.fc(x), torch.zeros_like(x[:, 0], dtype=torch.long)),
+        lambda m, x: F.cross_entropy(m.fc(x), torch.zeros_like(x[:, 0], dtype=torch.long)),
+        lambda m, x: F.cross_entropy(
+            m.fc(x), x.softmax(1).detach(), None, label_smoothing=0.1, reduction="sum"
+        ),
+    ],
+)
+def test_cross_entropy(function, calls):
+    model = Calls(function, fc=linear(), loss=nn.CrossEntropyLoss())
+    assert_same(model, fastnet.accelerate(model), torch.randn(5, 8))
+    assert calls == ["cross_entropy"]
+
+
+def test_loss_alone():
+    loss = nn.CrossEntropyLoss(torch.rand(8), label_smoothing=0.2, reduction="none")
+    accelerated = fastnet.accelerate(loss)
+    assert type(loss) is nn.CrossEntropyLoss
+    assert type(accelerated) is fastnet.CrossEntropyLoss
+    logits, target = torch.randn(5, 8), torch.randint(8, (5,))
+    torch.testing.assert_close(accelerated(logits, target), loss(logits, target))
+    old = Calls(lambda m, x: F.cross_entropy(m.fc(x), x, size_average=False), fc=linear())
+    assert type(fastnet.accelerate(old)) is Calls
+
+
+STEPS = {
+    "linear": linear,
+    "relu": nn.ReLU,
+    "relu in place": lambda: nn.ReLU(True),
+    "dropout": lambda: nn.Dropout(0.3),
+    "norm": lambda: nn.BatchNorm1d(8),
+    "tanh": nn.Tanh,
+    "hooked": lambda: _hooked(linear()),
+    "weight norm": lambda: parametrizations.weight_norm(linear()),
+    "subclass": lambda: fastnet.Linear(8, 8, activation="relu"),
+}
+
+
+def _hooked(module):
+    module.register_forward_hook(lambda _module, _args, output: output * 1.5)
+    return module
+
+
+def _built(steps):
+    """Lists become nested Sequentials, where one of two runs as a module with a forward."""
+    parts = [_built(step) if isinstance(step, list) else STEPS[step]() for step in steps]
+    if len(parts) % 2:
+        return nn.Sequential(*parts)
+    children = {f"part{i}": part for i, part in enumerate(parts)}
+
+    def forward(module, x):
+        for name in children:
+            x = getattr(module, name)(x)
+        return F.relu(x)
+
+    return Calls(forward, **children)
+
+
+@given(
+    st.recursive(
+        st.lists(st.sampled_from(list(STEPS)), min_size=1, max_size=6),
+        lambda inner: st.lists(inner | st.sampled_from(list(STEPS)), min_size=1, max_size=5),
+        max_leaves=10,
+    )
+)
+def test_random_networks(steps):
+    # float64: batch normalisation of six rows enlarges roundings.
+    model = _built(steps).double()
+    accelerated = fastnet.accelerate(model)
+    x = torch.randn(6, 8, dtype=torch.float64)
+    # Twice: batch normalisation has counted, and hooks have fired.
+    for training in (True, True, False):
+        model.train(training), accelerated.train(training)
+        torch.manual_seed(1)
+        expected = model(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(accelerated(x), expected)
+
+
+# ---------------------------------------------------------------------------------------------
+# What must be left alone
+
+
+def _reason(model) -> str:
+    (row,) = (r for r in fastnet.accelerate_report(model).rows if r.name.endswith("layer"))
+    return row.reason
+
+
+UNFUSED = {
+    "used twice": (lambda m, x: (lambda z: F.relu(z) + z)(m.layer(x)), "used 2 times"),
+    "never used": (lambda m, x: (m.layer(x), F.relu(x))[1], "used 0 times"),
+    "is the result, too": (lambda m, x: (lambda z: (F.relu(z), z))(m.layer(x)), "used 2 times"),
+    "other activation": (lambda m, x: F.gelu(m.layer(x)), "gelu follows"),
+    "view between": (lambda m, x: F.relu(m.layer(x).view(-1)), "view follows"),
+    "keyword": (lambda m, x: F.relu(m.layer(input=x)), "no forward"),
+    "relu of two": (lambda m, x: F.threshold(m.layer(x), 0.5, 0.0), "threshold follows"),
+}
+
+
+@pytest.mark.parametrize("case", UNFUSED)
+def test_not_fused(case, calls):
+    function, reason = UNFUSED[case]
+    model = Calls(function, layer=linear())
+    accelerated = fastnet.accelerate(model)
+    assert_same(model, accelerated, torch.randn(5, 8))
+    assert not calls
+    assert reason in _reason(accelerated)
+
+
+POOLS = {
+    "three wide": (lambda m, x: F.max_pool2d(F.relu(m.layer(x)), 3), "max-pooling by 3"),
+    "overlapping": (lambda m, x: F.max_pool2d(F.relu(m.layer(x)), 2, 1), "stride 1"),
+    "padded": (lambda m, x: F.max_pool2d(F.relu(m.layer(x)), 2, 2, 1), "padding 1"),
+    "dilated": (lambda m, x: F.max_pool2d(F.relu(m.layer(x)), 2, 2, 0, 2), "dilation 2"),
+    "indices": (
+        lambda m, x: F.max_pool2d(F.relu(m.layer(x)), 2, return_indices=True)[0],
+        "no max-pooling",
+    ),
+    "average": (lambda m, x: F.avg_pool2d(F.relu(m.layer(x)), 2), "no max-pooling"),
+    "activation used": (
+        lambda m, x: (lambda y: F.max_pool2d(y, 2) + y[..., ::2, ::2])(F.relu(m.layer(x))),
+        "used 2 times",
+    ),
+    "no relu": (lambda m, x: F.max_pool2d(m.layer(x), 2), "no ReLU"),
+    "computed window": (
+        lambda m, x: F.max_pool2d(F.relu(m.layer(x)), x.shape[-1] // 4),
+        "no max-pooling",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", POOLS)
+def test_not_pooled(case, calls):
+    function, reason = POOLS[case]
+    model = Calls(function, layer=conv())
+    accelerated = fastnet.accelerate(model)
+    assert_same(model, accelerated, torch.randn(2, 3, 8, 8))
+    assert not calls
+    assert reason in _reason(accelerated)
+
+
+def _pruned(layer):
+    prune.random_unstructured(layer, "weight", 0.3)
+
+
+def _old_weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(layer)
+
+
+CHANGES = {
+    "forward hook": _hooked,
+    "forward pre-hook": lambda m: m.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+    "backward hook": lambda m: m.register_full_backward_hook(lambda _m, grads, _o: (grads[0] * 2,)),
+    "weight_norm": parametrizations.weight_norm,
+    "old weight_norm": _old_weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "pruning": _pruned,
+    "forward replaced": lambda m: setattr(m, "forward", lambda x: F.linear(x, m.weight) * 3),
+    "other class": lambda m: setattr(m, "__class__", type("Own", (nn.Linear,), {})),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("sequential", [True, False])
+def test_changed_layers_run_as_written(change, when, sequential, calls):
+    torch.manual_seed(2)
+    layer = linear()
+    model = (
+        nn.Sequential(linear(), nn.ReLU(), layer, nn.ReLU())
+        if sequential
+        else Calls(lambda m, x: F.relu(m.b(F.relu(m.a(x)))), a=linear(), b=layer)
+    ).eval()  # spectral_norm iterates in training
+    if when == "before":
+        CHANGES[change](layer)
+        accelerated = fastnet.accelerate(model, inplace=True)
+    else:
+        accelerated = fastnet.accelerate(model, inplace=True)
+        CHANGES[change](layer)
+    written = type(model)._fastnet_written
+    x = torch.randn(5, 8)
+    actual = accelerated(x)
+    assert calls == ["linear_relu"]
+    accelerated.__class__ = written
+    torch.testing.assert_close(actual, accelerated(x))
+
+
+def test_hooked_relu(calls):
+    model = nn.Sequential(linear(), _hooked(nn.ReLU()))
+    assert_same(model, fastnet.accelerate(model), torch.randn(5, 8))
+    assert not calls
+
+
+def test_hooks_of_containers_fire(calls):
+    model = nn.Sequential(_hooked(nn.Sequential(linear(), nn.ReLU())), linear(), nn.ReLU())
+    accelerated = fastnet.accelerate(model)
+    assert_same(model, accelerated, torch.randn(5, 8))
+    assert calls == ["linear_relu"] * 2
+    seen = []
+    accelerated[0].register_forward_hook(lambda _module, _args, output: seen.append(output))
+    accelerated(torch.randn(5, 8))
+    assert len(seen) == 1
+
+
+def test_global_hooks_see_every_layer(calls):
+    model = fastnet.accelerate(nn.Sequential(linear(), nn.ReLU()))
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda m, _args, _out: seen.append(type(m))
+    )
+    try:
+        model(torch.randn(5, 8))
+    finally:
+        hook.remove()
+    assert seen[:2] == [nn.Linear, nn.ReLU]
+    assert not calls
+
+
+def test_layers_can_be_replaced(calls):
+    """As for a transfer to other classes."""
+    model = fastnet.accelerate(nn.Sequential(linear(), nn.ReLU(), linear()))
+    model[0] = nn.Linear(4, 8)
+    model[1] = nn.Sigmoid()
+    model[2] = nn.Linear(8, 3)
+    model.append(nn.ReLU())
+    x = torch.randn(5, 4)
+    expected = F.relu(F.linear(torch.sigmoid(model[0](x)), model[2].weight, model[2].bias))
+    torch.testing.assert_close(model(x), expected)
+    assert calls == ["linear_relu"]
+    assert model[:2](x).min() > 0  # a slice is one of these, too: layer and sigmoid
+    own = fastnet.accelerate(
+        Calls(lambda m, x: m.fc2(F.relu(m.fc1(x))), fc1=linear(), fc2=linear())
+    )
+    own.fc1, own.fc2 = nn.Bilinear(1, 1, 8), nn.Linear(8, 2)
+    own.fc1 = nn.Sequential(nn.Linear(3, 8), nn.Tanh())
+    assert own(torch.randn(5, 3)).shape == (5, 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Forwards that cannot be traced, or may not
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(linear(), nn.ReLU())
+        self.fc = linear()
+
+    def forward(self, x):
+        x = self.features(x)
+        return F.relu(self.fc(x)) if x.sum() > 0 else self.fc(x)
+
+
+def _draws(m, x):
+    return F.relu(m.fc(x)) * random.random()
+
+
+def _sets(m, x):
+    m.seen = 1
+    return F.relu(m.fc(x))
+
+
+def _counts(m, x):
+    m.count = m.count + 1
+    return F.relu(m.fc(x))
+
+
+def _without_gradients(m, x):
+    with torch.no_grad():
+        return F.relu(m.fc(x))
+
+
+@torch.autocast("cpu", enabled=False)
+def _never_autocast(m, x):
+    return F.relu(m.fc(x))
+
+
+def _prints(m, x):
+    print("here")
+    return F.relu(m.fc(x))
+
+
+def _keeps(m, x):
+    m.kept["x"] = x
+    return F.relu(m.fc(x))
+
+
+def _appends(m, x):
+    m.seen_inputs.append(x)
+    return F.relu(m.fc(x))
+
+
+REFUSED = {
+    "no_grad": (_without_gradients, "`with`"),
+    "autocast": (_never_autocast, "`with`"),
+    "no_grad, decorated": (torch.no_grad()(lambda m, x: F.relu(m.fc(x))), "`with`"),
+    "prints": (_prints, "prints"),
+    "keeps": (_keeps, "fills self.kept"),
+    "appends": (_appends, "fills self.seen_inputs"),
+    "random": (_draws, "random numbers"),
+    "noise": (lambda m, x: F.relu(m.fc(x)) + torch.randn(8), "tensor"),
+    "constant": (lambda m, x: F.relu(m.fc(x)) + torch.arange(8), "tensor"),
+    "sets": (_sets, "sets self.seen"),
+    "counts": (_counts, "sets self.count"),
+    "type": (lambda m, x: F.relu(m.fc(x)) if isinstance(x, torch.Tensor) else x, "type"),
+    "length": (lambda m, x: F.relu(m.fc(x)) * len(x), "len"),
+    "values": (lambda m, x: F.relu(m.fc(x)) if x.max() > 0 else x, "control flow"),
+    "fails": (lambda m, x: F.relu(m.missing(x)), "missing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    function, reason = REFUSED[case]
+    model = Calls(function, fc=linear())
+    model.count, model.kept, model.seen_inputs = 0, {"y": 1}, [2]
+    accelerated = fastnet.accelerate(model)
+    assert type(accelerated) is Calls
+    for module in (model, accelerated):
+        assert (module.count, module.kept, module.seen_inputs) == (0, {"y": 1}, [2])
+    report = fastnet.accelerate_report(accelerated)
+    assert reason in report.untraceable["Calls"]
+    assert "runs as written" in str(report)
+    if case != "fails":
+        x = torch.randn(5, 8)
+        for seed in (1, 2):
+            random.seed(seed), torch.manual_seed(seed)
+            expected = model(x)
+            random.seed(seed), torch.manual_seed(seed)
+            torch.testing.assert_close(accelerated(x), expected)
+
+
+def test_falls_back_to_submodules(calls):
+    model = DataDependent()
+    accelerated = fastnet.accelerate(model)
+    assert_same(model, accelerated, torch.randn(5, 8))
+    assert calls == ["linear_relu"]
+    report = fastnet.accelerate_report(accelerated)
+    assert "control flow" in report.untraceable["DataDependent"]
+    assert [bool(row.fused) for row in report.rows] == [True, False]
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = linear()
+        self.scale = 2.0
+
+    def forward(self, x, mask=None, *rest, power=1, **more):
+        x = F.relu(self.fc(x)) ** power * self.scale
+        if mask is not None:
+            x = x * mask
+        return x + len(rest) + sum(more.values())
+
+
+def test_optional_arguments(calls):
+    model = Optional()
+    accelerated = fastnet.accelerate(model)
+    x, mask = torch.randn(5, 8), torch.rand(8)
+    for args, kwargs, fused in (
+        ((x,), {}, 1),
+        ((), {"x": x}, 1),
+        ((x, None), {"power": 1}, 1),
+        ((x, mask), {}, 0),
+        ((x,), {"mask": mask, "power": 2}, 0),
+        ((x, mask, 1, 2), {"a": 1, "b": 2}, 0),
+    ):
+        calls.clear()
+        torch.testing.assert_close(accelerated(*args, **kwargs), model(*args, **kwargs))
+        assert len(calls) == fused
+
+
+def test_attributes_that_forward_read(calls):
+    accelerated = fastnet.accelerate(Optional())
+    x = torch.randn(5, 8)
+    accelerated.scale = 2.0  # the same
+    accelerated.other = 7
+    accelerated(x)
+    assert calls == ["linear_relu"]
+    with pytest.warns(UserWarning, match=r"Optional\.scale is set to 3"):
+        accelerated.scale = 3
+    torch.testing.assert_close(accelerated(x), 3 * F.relu(accelerated.fc(x)))
+    assert calls == ["linear_relu"]
+    assert "scale was set" in fastnet.accelerate_report(accelerated).untraceable["Optional"]
+
+
+def test_others_are_not_touched():
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.Sequential(attention, linear(), nn.ReLU())
+    accelerated = fastnet.accelerate(model)
+    assert_same(model, accelerated, torch.randn(2, 3, 8))
+    assert type(accelerated[0]) is nn.TransformerEncoderLayer
+    assert "torch's own" in fastnet.accelerate_report(accelerated).untraceable["0"]
+    scripted = torch.jit.script(nn.Sequential(linear(), nn.ReLU()))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(fastnet.accelerate(scripted, inplace=True)(x), scripted(x))
+
+
+# ---------------------------------------------------------------------------------------------
+# The result as a module
+
+
+def net():
+    return Calls(
+        lambda m, x: m.head(F.dropout(F.max_pool2d(F.relu(m.conv(x)), 2), 0.5, m.training)),
+        conv=conv(),
+        head=nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(True), linear()),
+    )
+
+
+class Picklable(nn.Module):
+    """`Calls` with a function that pickle can name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = conv(), nn.Linear(64, 8)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1)
+        return F.dropout(torch.relu(self.fc(x)), training=self.training)
+
+
+def _pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, _pickled, _saved, copy.copy])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_copies(through, sequential, calls):
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2)) if sequential else Picklable()
+    accelerated = fastnet.accelerate(model)
+    copied = through(accelerated)
+    assert type(copied) is type(accelerated)
+    assert_same(model, copied, torch.randn(2, 3, 8, 8))
+    assert "conv_relu_pool2d" in calls
+    if through is not copy.copy:
+        with torch.no_grad():
+            next(copied.parameters()).zero_()
+        assert next(model.parameters()).any()
+    assert fastnet.accelerate_report(copied).fused == fastnet.accelerate_report(accelerated).fused
+
+
+def test_pickle_in_another_process(tmp_path):
+    """Where nothing has been accelerated yet."""
+    model = fastnet.accelerate(networks.ConvNet().eval())
+    x = torch.randn(2, 1, 28, 28)
+    torch.save((model, x, model(x)), tmp_path / "model.pt")
+    program = f"""
+import torch
+model, x, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+torch.testing.assert_close(model(x), expected)
+print(type(model).forward.__code__.co_filename)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "<ConvNet.forward" in run.stdout
+
+
+def test_it_shares_parameters_and_buffers():
+    model = nn.Sequential(nn.BatchNorm1d(8), linear(), nn.ReLU())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    accelerated = fastnet.accelerate(model)
+    assert type(model) is nn.Sequential
+    before = model[1].weight.detach().clone()
+    accelerated(torch.randn(5, 8)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(accelerated[1].weight, before)
+    assert accelerated[1].weight is model[1].weight
+    assert model[0].num_batches_tracked == 1
+    twin = nn.Sequential(nn.BatchNorm1d(8), linear(), nn.ReLU())
+    twin.load_state_dict(accelerated.state_dict())
+    accelerated.load_state_dict(twin.state_dict())
+
+
+def test_inplace():
+    model = net()
+    assert fastnet.accelerate(model, inplace=True) is model
+    assert fastnet.accelerate_report(model).fused == 2
+    again = type(model)
+    assert type(fastnet.accelerate(model, inplace=True)) is again
+    assert type(fastnet.accelerate(model)) is again
+
+
+def test_lists_of_modules_refer_to_the_copy():
+    model = Calls(lambda m, x: [x := layer(x) for layer in m.layers][-1], fc=linear())
+    model.relu = nn.ReLU()
+    model.layers = [model.fc, model.relu]
+    accelerated = fastnet.accelerate(model)
+    assert accelerated.layers[0] is accelerated.fc is not model.fc
+    assert_same(model, accelerated, torch.randn(5, 8))
+
+
+def test_what_cannot_be_accelerated():
+    with pytest.raises(TypeError, match="not int"):
+        fastnet.accelerate(3)
+    model = nn.Sequential(linear(), nn.ReLU())
+    model.lock = (i for i in ())
+    with pytest.raises(RuntimeError, match="inplace=True"):
+        fastnet.accelerate(model)
+    assert fastnet.accelerate(model, inplace=True) is model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    model = net().eval()
+    accelerated = fastnet.accelerate(copy.deepcopy(model)).to(dtype)
+    x = torch.randn(2, 3, 8, 8).to(dtype)
+    expected = model.to(dtype)(x)
+    assert accelerated(x).dtype is dtype
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+    torch.testing.assert_close(accelerated(x), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_train_and_eval():
+    accelerated = fastnet.accelerate(net())
+    x = torch.randn(2, 3, 8, 8)
+    assert not torch.equal(accelerated(x), accelerated(x))
+    accelerated.eval()
+    assert not accelerated.head.training
+    assert torch.equal(accelerated(x), accelerated(x))
+
+
+def test_report():
+    report = fastnet.accelerate_report(net())
+    assert report.fused == 0
+    assert {row.reason for row in report.rows[:2]} == {"accelerate(model) would fuse it"}
+    text = str(fastnet.accelerate_report(fastnet.accelerate(net())))
+    assert "conv    Conv2d  ReLU, MaxPool2d" in text
+    assert "2 of 3 layers are fused." in text
+    own = nn.Sequential(fastnet.Linear(8, 8, activation="relu"), fastnet.Linear(8, 8), nn.ReLU())
+    rows = fastnet.accelerate_report(fastnet.accelerate(own)).rows
+    assert [bool(row.fused) for row in rows] == [True, False]
+
+
+# ---------------------------------------------------------------------------------------------
+# With the rest of torch
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compile(training):
+    torch._dynamo.reset()
+    model = Calls(
+        lambda m, x: m.head(F.max_pool2d(F.relu(m.conv(x)), 2)),
+        conv=conv(),
+        head=nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(True), linear()),
+    ).train(training)
+    compiled = torch.compile(fastnet.accelerate(model), fullgraph=True)
+    assert_same(model, compiled, torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict):
+    model = net().eval()
+    x = torch.randn(2, 3, 8, 8)
+    # Into torch's own operators: what is exported runs where fastnet is not.
+    exported = torch.export.export(
+        fastnet.accelerate(model),
+        (x,),
+        dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}},
+        strict=strict,
+    )
+    assert "fastnet" not in str(exported.graph)
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_autocast_with_grad_scaler():
+    results = []
+    for accelerate in (False, True):
+        torch.manual_seed(0)
+        model = net().eval()
+        if accelerate:
+            model = fastnet.accelerate(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu")
+        x = torch.randn(4, 3, 8, 8)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output = model(x)
+                loss = output.float().square().mean()
+            assert output.dtype is torch.bfloat16
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(loss.detach())
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing(use_reentrant, calls):
+    model = net()
+    accelerated = fastnet.accelerate(model)
+    x = torch.randn(2, 3, 8, 8)
+    grads = []
+    for module, rerun in ((model, False), (accelerated, True)):
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        output = checkpoint(module, leaf, use_reentrant=use_reentrant) if rerun else module(leaf)
+        grads.append(torch.autograd.grad(output.sum(), leaf)[0]) if not use_reentrant else (
+            output.sum().backward(),
+            grads.append(leaf.grad),
+        )
+    torch.testing.assert_close(*grads)
+    assert len(calls) == 4
+
+
+def test_functional_call():
+    model = net().eval()
+    accelerated = fastnet.accelerate(model)
+    others = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    x = torch.randn(2, 3, 8, 8)
+    expected = torch.func.functional_call(model, others, (x,))
+    torch.testing.assert_close(torch.func.functional_call(accelerated, others, (x,)), expected)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(accelerated, parameters, (x,)).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(others, x.unsqueeze(1))
+    one = torch.func.grad(loss)(others, x[:1])
+    for name in others:
+        torch.testing.assert_close(per_sample[name][0], one[name], rtol=1e-4, atol=1e-3)
+
+
+def test_cuda_graph():
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+    model = net().eval().cuda()
+    accelerated = fastnet.accelerate(model)
+    x = torch.randn(2, 3, 8, 8, device="cuda")
+    graphed = torch.cuda.make_graphed_callables(accelerated, (x,))
+    assert_same(model, graphed, x)
+
+
+def test_command_line():
+    def info(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "fastnet", "info", "--model", *arguments],
+            capture_output=True,
+            text=True,
+        )
+
+    run = info("benchmarks.networks:SimpleCNN")
+    assert run.returncode == 0, run.stderr
+    assert "5 of 6 layers are fused." in run.stdout
+    for wrong, message in (
+        ("vgg16", "torchvision:NAME"),
+        ("benchmarks.networks:Missing", "no attribute"),
+        ("missing_package:Net", "No module"),
+        ("builtins:dict", "not a module"),
+    ):
+        run = info(wrong)
+        assert run.returncode == 1
+        assert message in run.stderr
+        assert "Traceback" not in run.stderr
