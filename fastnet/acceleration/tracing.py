@@ -200,7 +200,8 @@ def _has_with(code: types.CodeType) -> bool:
 
 def _ids(container: list | dict | set) -> list[int]:
     values = container.values() if isinstance(container, dict) else ()
-    return [id(item) for item in (*container, *values)]
+    ids = [id(item) for item in (*container, *values)]
+    return sorted(ids) if isinstance(container, set) else ids
 
 
 def _random_states() -> list:
