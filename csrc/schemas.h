@@ -37,6 +37,18 @@ void define_schemas(Library& library) {
       "conv_relu_pool_backward(Tensor grad_output, Tensor codes, Tensor input, Tensor weight, "
       "int[] stride, int[] padding, int[] dilation, int groups, bool needs_input, "
       "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)");
+
+  // Batches of training a fully connected network (see mlp.h); returns the sum of the losses and
+  // how many were right. An empty tensor stands for a bias or a state that is not there.
+  library.def(
+      "mlp_train(Tensor images, Tensor targets, Tensor order, int batch_size, Tensor scale, "
+      "Tensor shift, Tensor(a!)[] weights, Tensor(b!)[] biases, Tensor(c!)[] first, "
+      "Tensor(d!)[] second, bool[] relu, int optimizer, float lr, float beta1, float beta2, "
+      "float eps, float weight_decay, int step) -> Tensor");
+  // Its logits.
+  library.def(
+      "mlp_forward(Tensor images, Tensor scale, Tensor shift, Tensor[] weights, Tensor[] biases, "
+      "bool[] relu) -> Tensor");
 }
 
 }  // namespace fastnet

@@ -47,18 +47,20 @@ def _built_for(device_index: int) -> bool:
 def _has_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the fused ops take these: dtype, device, dense memory, and .backward()'s autograd.
 
-    Tensor subclasses have behaviour of their own; torch.func and forward-mode derivatives need
-    operators that they know.
+    Tensor subclasses have behaviour of their own; torch.func, torch.jit's tracing and forward-mode
+    derivatives need operators that they know.
     """
     return (
-        input.dtype in (_CPU_DTYPES if input.is_cpu else _CUDA_DTYPES if input.is_cuda else ())
-        and type(input) in _PLAIN_TYPES
+        type(input) in _PLAIN_TYPES
         and type(weight) in _PLAIN_TYPES
+        and input.dtype in (_CPU_DTYPES if input.is_cpu else _CUDA_DTYPES if input.is_cuda else ())
         and input.layout is torch.strided
         and weight.layout is torch.strided
         and (bias is None or (type(bias) in _PLAIN_TYPES and bias.dtype is weight.dtype))
         and (input.is_cpu or _built_for(input.device.index))
+        and not input.is_nested
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._get_tracing_state()
         and forward_ad._current_level < 0
     )
 
@@ -87,10 +89,10 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
     if (
-        weight.dim() == 2
+        _has_kernels(input, weight, bias)
+        and weight.dim() == 2
         and (bias is None or (bias.dim() == 1 and bias.size(0) == weight.size(0)))
         and input.dim() > 0
-        and _has_kernels(input, weight, bias)
     ):
         return LinearReLU.apply(input, weight, bias)
     return torch.relu(F.linear(input, weight, bias))
@@ -146,10 +148,10 @@ def conv_relu_pool2d(
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
     if (
-        input.dim() in (3, 4)
+        _has_kernels(input, weight, bias)
+        and input.dim() in (3, 4)
         and weight.dim() == 4
         and input.dtype is weight.dtype
-        and _has_kernels(input, weight, bias)
         and (bias is None or (bias.dim() == 1 and bias.size(0) == weight.size(0)))
         and _pair(pool_kernel_size) == (2, 2)
         and (pool_stride is None or _pair(pool_stride) == (2, 2))

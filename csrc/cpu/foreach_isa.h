@@ -61,14 +61,14 @@ inline constexpr int kRegisters = 32;
 #pragma GCC pop_options
 #endif
 
-#define FASTNET_BEST_ISA(call)                                   \
-  (::fastnet::cpu_isa() == ::fastnet::Isa::avx512 ? avx512::call \
-   : ::fastnet::cpu_isa() == ::fastnet::Isa::avx2 ? avx2::call   \
-                                                  : baseline::call)
+#define FASTNET_BEST_ISA(...)                                           \
+  (::fastnet::cpu_isa() == ::fastnet::Isa::avx512 ? avx512::__VA_ARGS__ \
+   : ::fastnet::cpu_isa() == ::fastnet::Isa::avx2 ? avx2::__VA_ARGS__   \
+                                                  : baseline::__VA_ARGS__)
 
 #else
 
-#define FASTNET_BEST_ISA(call) (baseline::call)
+#define FASTNET_BEST_ISA(...) (baseline::__VA_ARGS__)
 
 #endif
 

@@ -2,7 +2,7 @@
 // M rows, K in_features, N out_features; every matrix is row-major and dense.
 
 // ---------------------------------------------------------------------------------------------
-// Forward: out (M, N) = relu(x (M, K) · w (N, K)ᵀ + bias (N))
+// Forward: out (M, N) = relu(x (M, K) · w (N, K)ᵀ + bias (N)), without kRelu the sums themselves
 //
 // Rows of x and w are both contiguous along K, so a tile of outputs is a set of dot products with
 // vectors along K: no packing, and per step kRows + kCols loads feed kRows · kCols FMAs.
@@ -16,8 +16,14 @@ FASTNET_INLINE Z relu(Z z) {
   return z < Z{} ? Z{} : z;
 }
 
+template <bool kRelu, class Z>
+FASTNET_INLINE Z activate(Z z) {
+  if constexpr (kRelu) return relu(z);
+  return z;
+}
+
 // For K >= kLanes<T>.
-template <class T, int kRows, int kCols>
+template <class T, bool kRelu, int kRows, int kCols>
 FASTNET_INLINE void forward_tile(const T* x, const T* w, const T* bias, T* out, int64_t K,
                                  int64_t N) {
   using A = acc_t<T>;
@@ -51,36 +57,37 @@ FASTNET_INLINE void forward_tile(const T* x, const T* w, const T* bias, T* out, 
     if constexpr (kCols == 4) {
       Vec4<A> z = reduce_add_4<A>(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
       if (bias) z += load_4(bias);
-      store_4(out + r * N, relu(z));
+      store_4(out + r * N, activate<kRelu>(z));
     } else {
       for (int c = 0; c < kCols; ++c) {
-        narrow(relu(reduce_add<A>(sum[r][c]) + (bias ? widen(bias[c]) : A(0))), out + r * N + c);
+        const A z = reduce_add<A>(sum[r][c]) + (bias ? widen(bias[c]) : A(0));
+        narrow(activate<kRelu>(z), out + r * N + c);
       }
     }
   }
 }
 
-template <class T, int kRows, int kCols>
+template <class T, bool kRelu, int kRows, int kCols>
 static void forward_cols(const T* x, const T* w, const T* bias, T* out, int64_t K, int64_t N,
                          int64_t n_begin, int64_t n_end) {
   int64_t n = n_begin;
   for (; n + kCols <= n_end; n += kCols) {
-    forward_tile<T, kRows, kCols>(x, w + n * K, bias ? bias + n : nullptr, out + n, K, N);
+    forward_tile<T, kRelu, kRows, kCols>(x, w + n * K, bias ? bias + n : nullptr, out + n, K, N);
   }
   if constexpr (kCols > 1) {
-    forward_cols<T, kRows, kCols / 2>(x, w, bias, out, K, N, n, n_end);
+    forward_cols<T, kRelu, kRows, kCols / 2>(x, w, bias, out, K, N, n, n_end);
   }
 }
 
-template <class T, int kRows>
+template <class T, bool kRelu, int kRows>
 static void forward_rows(const T* x, const T* w, const T* bias, T* out, int64_t K, int64_t N,
                          int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
   int64_t m = m_begin;
   for (; m + kRows <= m_end; m += kRows) {
-    forward_cols<T, kRows, kForwardCols>(x + m * K, w, bias, out + m * N, K, N, n_begin, n_end);
+    forward_cols<T, kRelu, kRows, kForwardCols>(x + m * K, w, bias, out + m * N, K, N, n_begin, n_end);
   }
   if constexpr (kRows > 1) {
-    forward_rows<T, kRows - 1>(x, w, bias, out, K, N, m, m_end, n_begin, n_end);
+    forward_rows<T, kRelu, kRows - 1>(x, w, bias, out, K, N, m, m_end, n_begin, n_end);
   }
 }
 
@@ -91,7 +98,7 @@ FASTNET_INLINE int64_t rows_within(int64_t bytes, int64_t row_bytes, int64_t til
 }
 
 // out[m, n] for m in [m_begin, m_end), n in [n_begin, n_end)
-template <class T>
+template <class T, bool kRelu = true>
 void forward_kernel(const T* x, const T* w, const T* bias, T* out, int64_t K, int64_t N,
                     int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
   if (K < kLanes<T>) {
@@ -99,7 +106,7 @@ void forward_kernel(const T* x, const T* w, const T* bias, T* out, int64_t K, in
       for (int64_t n = n_begin; n < n_end; ++n) {
         acc_t<T> z = bias ? widen(bias[n]) : 0;
         for (int64_t k = 0; k < K; ++k) z += widen(x[m * K + k]) * widen(w[n * K + k]);
-        narrow(relu(z), out + m * N + n);
+        narrow(activate<kRelu>(z), out + m * N + n);
       }
     }
     return;
@@ -113,7 +120,7 @@ void forward_kernel(const T* x, const T* w, const T* bias, T* out, int64_t K, in
     const int64_t m_stop = m + height < m_end ? m + height : m_end;
     for (int64_t n = n_begin; n < n_end; n += width) {
       const int64_t n_stop = n + width < n_end ? n + width : n_end;
-      forward_rows<T, kForwardRows>(x, w, bias, out, K, N, m, m_stop, n, n_stop);
+      forward_rows<T, kRelu, kForwardRows>(x, w, bias, out, K, N, m, m_stop, n, n_stop);
     }
   }
 }

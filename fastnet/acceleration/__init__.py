@@ -8,13 +8,13 @@ and where they are, with their parameters.
 from __future__ import annotations
 
 import copy
-import itertools
 
 from torch import nn
 
 from fastnet import modules
 from fastnet.acceleration import chains, tracing
-from fastnet.acceleration.classes import Accelerated, Forward, accelerated
+from fastnet.acceleration.classes import TRACED, Accelerated, Forward, accelerated
+from fastnet.acceleration.guards import Untraceable
 from fastnet.acceleration.report import Report, accelerate_report
 
 __all__ = ["Report", "accelerate", "accelerate_report"]
@@ -36,9 +36,10 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     somebody else uses the result between. All of this is looked at in each call, so hooks can be
     added, and layers replaced, afterwards.
 
-    What `forward` does in Python, beside tensors, it does once, here: it prints no more, and what
-    it read from attributes it keeps (setting one of them later brings the written `forward` back,
-    with a warning). Globals it read are kept too.
+    A `forward` is traced only where a trace says it all: with no `with`, `try` or `print`, no
+    random numbers of its own, no attribute set, no question about an input's type. What it read
+    from attributes is kept; setting one of them later brings the written `forward` back, with a
+    warning. Globals, and attributes of submodules, that it read are kept without one.
 
     Args:
         model: any module.
@@ -65,18 +66,22 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             module.__class__ = modules.CrossEntropyLoss
         elif (cls := _accelerated_class(module)) is not None:
             module.__class__ = cls
+            vars(module)[TRACED] = True
     return model
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    shared = itertools.chain(model.parameters(), model.buffers())
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+        copied = copy.deepcopy(model, dict(shared))
+        if any(id(tensor) not in shared for tensor in (*copied.parameters(), *copied.buffers())):
+            raise TypeError("its own way of being copied copies the parameters, too")
     except Exception as error:
         raise RuntimeError(
             f"accelerate: this {type(model).__name__} cannot be copied ({error}); "
             "accelerate(model, inplace=True) needs no copy"
         ) from error
+    return copied
 
 
 def _accelerated_class(module: nn.Module) -> type[nn.Module] | None:
@@ -85,12 +90,8 @@ def _accelerated_class(module: nn.Module) -> type[nn.Module] | None:
         return None
     if chains.is_sequential(module):
         flat = chains.flatten(module._modules.values())
-        layers = (i for i, step in enumerate(flat) if isinstance(step, (nn.Linear, nn.Conv2d)))
-        return (
-            accelerated(type(module), None)
-            if any(chains.fuse(flat, i).count for i in layers)
-            else None
-        )
+        gains = any(chains.fuse(flat, at).count for at in chains.layers(flat))
+        return accelerated(type(module), None) if gains else None
     try:
         tracing.check_is_ours(module)
         traces = [tracing.trace(module, type(module), training) for training in (True, False)]
@@ -98,6 +99,9 @@ def _accelerated_class(module: nn.Module) -> type[nn.Module] | None:
         if not any(changed):
             return None
         reads = traces[0].reads | traces[1].reads
-        return accelerated(type(module), Forward(*(tracing.code(t.graph) for t in traces), reads))
-    except tracing.Untraceable:
+        lists = (nn.ModuleList, nn.ModuleDict)
+        lengths = tuple((n, len(m)) for n, m in module.named_children() if isinstance(m, lists))
+        codes = [tracing.code(trace.graph) for trace in traces]
+        return accelerated(type(module), Forward(*codes, reads, lengths))
+    except Untraceable:
         return None

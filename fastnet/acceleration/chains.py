@@ -23,6 +23,10 @@ Pool = tuple
 Step = nn.Module | str | Pool
 
 
+# As long as nobody has put another there.
+FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d)}
+
+
 class Fused(NamedTuple):
     """What `fuse` found: how many steps are one call, and which windows are pooled in it.
 
@@ -52,7 +56,7 @@ def run(steps: Iterable[Step], input: Tensor) -> Tensor:
                     )
                 at += fused.count
                 continue
-        if step is RELU or step == RELU:
+        if step == RELU:
             input = torch.relu(input)
         elif isinstance(step, tuple):
             kernel_size, stride, padding, dilation, ceil_mode = step
@@ -72,7 +76,12 @@ def is_sequential(module: object) -> bool:
     """Whether it only runs its children one after the other."""
     if not isinstance(module, nn.Sequential) or "forward" in module.__dict__:
         return False
-    return type(module).forward in (nn.Sequential.forward, sequential_forward)
+    kind = type(module)
+    return (
+        kind.forward in (nn.Sequential.forward, sequential_forward)
+        and kind.__call__ is nn.Module.__call__
+        and kind.__iter__ is nn.Sequential.__iter__
+    )
 
 
 def flatten(steps: Iterable[Step]) -> list[Step]:
@@ -110,7 +119,7 @@ def fuse(steps: Sequence[Step], at: int, end: str = "nothing follows it") -> Fus
     """
     layer = steps[at]
     kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-    if type(layer) is not kind:
+    if type(layer) is not kind or kind.forward is not FORWARDS[kind]:
         return Fused(0, reason=f"it is a {type(layer).__name__}, not a plain {kind.__name__}")
     if has_hooks(layer):
         return Fused(0, reason="it has hooks")

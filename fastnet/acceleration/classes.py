@@ -10,23 +10,28 @@ import types
 import warnings
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastnet.acceleration.chains import sequential_forward
+from fastnet.acceleration.guards import Unregistered, subclass
 from fastnet.acceleration.tracing import Code, required_arguments
 
-AS_WRITTEN = "_fastnet_as_written"
+# In the __dict__ of modules whose forward was traced. One that their class makes anew lacks it, and
+# runs as written.
+TRACED = "_fastnet_traced"
 
 
 class Forward(NamedTuple):
-    """A traced `forward`: its code in training and in evaluation, and the attributes it read."""
+    """A traced `forward`: its code in training and in evaluation, the attributes whose values stand
+    in it, and the lengths of the lists of modules."""
 
     training: Code
     evaluation: Code
     reads: frozenset[str]
+    lengths: tuple[tuple[str, int], ...]
 
 
-class Accelerated:
+class Accelerated(Unregistered):
     """What every accelerated module is besides. Its class has the written one's name."""
 
     _fastnet_written: type[nn.Module]
@@ -40,16 +45,26 @@ class Accelerated:
         return (_new, (self._fastnet_written, self._fastnet_forward), *reduced[2:])
 
     def __setattr__(self, name, value):
-        forward = self._fastnet_forward
-        if forward is not None and name in forward.reads and getattr(self, name, None) != value:
-            self.__dict__[AS_WRITTEN] = name
-            warnings.warn(
-                f"fastnet: {type(self).__name__}.{name} is set to {value!r}, and its forward was "
-                "fused for another value: it runs as written from now on. Set it before "
-                "accelerate(model).",
-                stacklevel=2,
-            )
+        self._fastnet_changes(name, value)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        self._fastnet_changes(name, None)
+        super().__delattr__(name)
+
+    def _fastnet_changes(self, name, value):
+        forward = self._fastnet_forward
+        if forward is None or name not in forward.reads or TRACED not in self.__dict__:
+            return
+        old = getattr(self, name, None)
+        if old is value or (type(old) is type(value) and callable(old) is False and old == value):
+            return
+        del self.__dict__[TRACED]
+        warnings.warn(
+            f"fastnet: {type(self).__name__}.{name} was {old!r} when its forward was fused, and is "
+            f"now {value!r}: it runs as written from here on. Set it before accelerate(model).",
+            stacklevel=3,
+        )
 
 
 def _new(written: type[nn.Module], forward: Forward | None) -> nn.Module:
@@ -67,24 +82,21 @@ def accelerated(written: type[nn.Module], forward: Forward | None) -> type[nn.Mo
         "_fastnet_forward": forward,
         "forward": sequential_forward if forward is None else _function(written, forward),
     }
-    return types.new_class(
-        written.__name__,
-        (Accelerated, written),
-        exec_body=lambda namespace: namespace.update(members),
-    )
+    return subclass(written, Accelerated, members)
 
 
 def _function(written: type[nn.Module], forward: Forward) -> types.FunctionType:
-    """A `forward` of the written one's signature. Where a call gives an optional argument, for
-    which nothing was traced, it is the written one."""
+    """A `forward` of the written one's signature. It is the written one where a call gives
+    something else than a tensor, or an optional argument, for which nothing was traced."""
     names = {
+        "_Tensor": Tensor,
         "_written": written.forward,
         "_training": _compiled(written, "training", forward.training),
         "_evaluation": _compiled(written, "evaluation", forward.evaluation),
     }
     signature = inspect.signature(written.forward)
     module, *_ = signature.parameters
-    shown, passed, differs = [], [], [f"{AS_WRITTEN!r} in {module}.__dict__"]
+    shown, passed, differs = [], [], [f"{TRACED!r} not in {module}.__dict__"]
     for name, parameter in signature.parameters.items():
         parameter = parameter.replace(annotation=parameter.empty)
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -97,13 +109,16 @@ def _function(written: type[nn.Module], forward: Forward) -> types.FunctionType:
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
         keyword = f"{name}=" if parameter.kind is parameter.KEYWORD_ONLY else ""
         passed.append(stars.get(parameter.kind, keyword) + name)
-    required = ", ".join([module, *required_arguments(written.forward)])
+    required = required_arguments(written.forward)
+    differs += [f"not isinstance({name}, _Tensor)" for name in required]
+    differs += [f"len({module}.{name}) != {length}" for name, length in forward.lengths]
+    given = ", ".join([module, *required])
     text = f"""def forward{inspect.Signature(shown)}:
     if {" or ".join(differs)}:
         return _written({", ".join(passed)})
     if {module}.training:
-        return _training({required})
-    return _evaluation({required})
+        return _training({given})
+    return _evaluation({given})
 """
     return _execute(f"{written.__name__}.forward", text, names)
 

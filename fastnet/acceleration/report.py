@@ -8,7 +8,8 @@ from torch import nn
 
 from fastnet import modules
 from fastnet.acceleration import chains, tracing
-from fastnet.acceleration.classes import AS_WRITTEN, Accelerated
+from fastnet.acceleration.classes import TRACED, Accelerated
+from fastnet.acceleration.guards import Untraceable
 
 FUSED_MODULES = (modules.Linear, modules.ConvReLUPool2d, modules.CrossEntropyLoss)
 LAYERS = (nn.Linear, nn.Conv2d, nn.CrossEntropyLoss)
@@ -70,7 +71,7 @@ def accelerate_report(model: nn.Module) -> Report:
         try:
             for steps, end in _chains(module):
                 _judge(steps, end, isinstance(module, Accelerated), outcomes)
-        except tracing.Untraceable as reason:
+        except Untraceable as reason:
             if any(isinstance(child, LAYERS) for child in module.modules()):
                 untraceable[_named(name, module)] = str(reason)
     rows = []
@@ -78,10 +79,9 @@ def accelerate_report(model: nn.Module) -> Report:
         if not isinstance(module, LAYERS):
             continue
         if isinstance(module, FUSED_MODULES):
-            fused = "fastnet's own module"
+            fused, reason = "fastnet's own module", ""
             if isinstance(module, nn.Linear) and module.activation is None:
-                fused = ""
-            fused, reason = fused, "" if fused else "it has no activation"
+                fused, reason = "", "it has no activation"
         else:
             fused, reason = outcomes.get(module, ("", "no forward that could be traced calls it"))
         rows.append(Row(_named(name, module), type(module).__name__, fused, reason))
@@ -94,12 +94,12 @@ def _named(name: str, module: nn.Module) -> str:
 
 def _chains(module: nn.Module) -> list[tuple[list[chains.Step], str]]:
     """The chains that a module runs, and what comes after each."""
-    if isinstance(module, nn.Sequential) and chains.is_sequential(module):
+    if chains.is_sequential(module):
         return [(chains.flatten(module._modules.values()), "nothing follows it")]
     tracing.check_is_ours(module)
     written = module._fastnet_written if isinstance(module, Accelerated) else type(module)
-    if AS_WRITTEN in vars(module):
-        raise tracing.Untraceable(f"{vars(module)[AS_WRITTEN]} was set after accelerate(model)")
+    if isinstance(module, Accelerated) and TRACED not in vars(module):
+        raise Untraceable("an attribute that it reads was set after accelerate(model)")
     found = tracing.trace(module, written, module.training).chains
     return [(chains.flatten(chain.steps), chain.end) for chain in found]
 

@@ -6,16 +6,9 @@ themselves. What a trace would get wrong without a word is refused here with one
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dis
-import functools
 import importlib
 import inspect
-import random
-import sys
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +17,12 @@ from torch import Tensor, fx, nn
 
 from fastnet import functional
 from fastnet.acceleration import chains
+from fastnet.acceleration.guards import Tracer, Unregistered, Untraceable, subclass, watch_python
 
 RELUS = {torch.relu, torch.relu_, F.relu, F.relu_}
 MAX_POOLS = {torch.max_pool2d, F.max_pool2d}
 PLAIN_ATTRIBUTES = frozenset(vars(nn.Module()))
-
-
-class Untraceable(Exception):  # noqa: N818  it is a verdict
-    """Says why."""
+PLAIN_TYPES = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
 @dataclass(frozen=True)
@@ -74,16 +65,22 @@ class Trace:
 
 def check_is_ours(module: nn.Module) -> None:
     """Refuses modules whose `forward` is not for us to trace."""
+    kind = getattr(module, "_fastnet_written", type(module))
     if not any(module.children()):
         raise Untraceable("it has no submodules")
     if "forward" in vars(module):
         raise Untraceable("its forward has been replaced")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise Untraceable("it is compiled by torch.jit")
-    if type(module).forward is nn.Module.forward:
+    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
+        raise Untraceable("it is compiled already")
+    if kind.forward is nn.Module.forward:
         raise Untraceable("it has none")
-    if type(module).__module__.startswith("torch.nn."):
+    if kind.__module__.startswith("torch.nn."):
         raise Untraceable("it is one of torch's own")
+    reduces = (kind.__reduce__, object.__reduce__), (kind.__reduce_ex__, object.__reduce_ex__)
+    if any(own is not plain for own, plain in reduces):
+        raise Untraceable("it has a way of its own to be pickled")
+    if any(type(child).__call__ is not nn.Module.__call__ for child in module.modules()):
+        raise Untraceable("something in it has a __call__ of its own")
 
 
 def required_arguments(forward: types.FunctionType) -> list[str]:
@@ -108,132 +105,74 @@ def trace(module: nn.Module, written: type[nn.Module], training: bool) -> Trace:
         Untraceable: where the graph would not be, or may not be, what `forward` does.
     """
     names = ", ".join(required_arguments(written.forward))
-    reads: set[str] = set()
+    reads: dict[str, object] = {}
 
     def watch(self, name):
-        value = written.__getattribute__(self, name)
-        fixed = not (callable(value) or isinstance(value, (Tensor, nn.Module)))
-        if fixed and name not in PLAIN_ATTRIBUTES and not name.startswith("__"):
-            reads.add(name)
+        try:
+            value = written.__getattribute__(self, name)
+        except AttributeError:
+            # A parameter or a submodule, perhaps; or what was not there, and may be some day.
+            reads[name] = MISSING
+            raise
+        if not name.startswith("__") and name not in PLAIN_ATTRIBUTES:
+            reads[name] = value
         return value
 
     body = {"written": written.forward}
     exec(f"def forward(self, {names}): return written(self, {names})", body)
     members = {"forward": body["forward"], "__getattribute__": watch}
-    watched = types.new_class(written.__name__, (written,), exec_body=lambda ns: ns.update(members))
+    watched = subclass(written, Unregistered, members)
     # A shell around the same parameters and submodules, on which forward may do what it likes.
     shell = object.__new__(watched)
     vars(shell).update(vars(module))
     for name in ("_parameters", "_buffers", "_modules"):
         vars(shell)[name] = dict(vars(module)[name])
-    modes = {child: child.training for child in module.modules()}
+    modes = [(child, child.training) for child in module.modules()]
     vars(shell)["training"] = training
-    with _watch_python(shell):
+    with watch_python(shell):
         try:
-            for child in modes:
+            for child, _ in modes:
                 child.training = training
-            graph = _Tracer().trace(shell)
+            graph = Tracer().trace(shell)
+            if any(child.training is not training for child, _ in modes):
+                raise fx.proxy.TraceError("it switches between training and evaluation")
         except Exception as error:
             first_line = next(iter(str(error).splitlines()), "")
             raise Untraceable(f"{type(error).__name__}: {first_line}") from error
         finally:
-            for child, mode in modes.items():
+            for child, mode in modes:
                 child.training = mode
-    return Trace(graph, find_chains(graph, module), frozenset(reads))
+    fixed = frozenset(name for name, value in reads.items() if _is_fixed(module, name, value))
+    return Trace(graph, find_chains(graph, module), fixed)
 
 
-@contextlib.contextmanager
-def _watch_python(shell: nn.Module) -> Iterator[None]:
-    """Refuses what forward does beside calling torch, since a graph does not do it again.
+MISSING = object()
 
-    That is: setting attributes, filling lists and dictionaries of the module, making tensors,
-    drawing random numbers, printing, and `with`, of which the graph would only hold what is inside.
+
+def _is_fixed(module: nn.Module, name: str, value: object) -> bool:
+    """Whether an attribute that forward read stands in the graph with its value.
+
+    Raises:
+        Untraceable: where it cannot be told later whether it still has that value.
     """
-    attributes = dict(vars(shell))
-    filled = [(k, v, copy.copy(v)) for k, v in attributes.items() if type(v) in (list, dict, set)]
-    random_states = _random_states()
-    refused = []
-
-    def profile(frame, event, called):
-        module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] == "torch" and module not in DECORATORS:
-            return
-        if event == "call" and _has_with(frame.f_code):
-            refused.append(f"there is a `with` in {frame.f_code.co_name}")
-        elif event == "c_call" and called is print:
-            refused.append("it prints")
-
-    outer = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        yield
-    finally:
-        sys.setprofile(outer)
-        for name, container, content in filled:
-            if _ids(container) != _ids(content):
-                container.clear()
-                (container.extend if type(container) is list else container.update)(content)
-                refused.append(f"it fills self.{name}")
-    if refused:
-        raise Untraceable(refused[0])
-    for name, value in vars(shell).items():
-        if name.startswith("_tensor_constant"):
-            raise Untraceable("it makes a tensor from no input of its own")
-        if name not in attributes or attributes[name] is not value:
-            raise Untraceable(f"it sets self.{name}")
-    if _random_states() != random_states:
-        raise Untraceable("it draws random numbers for no input")
-
-
-# Where `@torch.no_grad()` and `@torch.autocast(...)` put a function under a `with`.
-DECORATORS = {"torch.utils._contextlib", "torch.amp.autocast_mode"}
-
-
-@functools.cache
-def _has_with(code: types.CodeType) -> bool:
-    return any(
-        step.opname in ("SETUP_WITH", "BEFORE_WITH")
-        or (step.opname == "LOAD_SPECIAL" and "enter" in step.argrepr)
-        for step in dis.get_instructions(code)
-    )
-
-
-def _ids(container: list | dict | set) -> list[int]:
-    values = container.values() if isinstance(container, dict) else ()
-    ids = [id(item) for item in (*container, *values)]
-    return sorted(ids) if isinstance(container, set) else ids
-
-
-def _random_states() -> list:
-    states = [random.getstate(), torch.get_rng_state().tolist()]
-    if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        states.append((kind, keys.tolist(), *rest))
-    return states
-
-
-class _Input(fx.Proxy):
-    @property
-    def __class__(self):
-        # What isinstance(x, Tensor) comes to ask once type(x) is not it. torch's own code may.
-        if sys._getframe(1).f_globals.get("__name__", "").split(".")[0] == "torch":
-            return _Input
-        raise fx.proxy.TraceError("it asks for the type of an input")
-
-
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
+    if value is MISSING:
+        return getattr(module, name, None) is None
+    is_method = isinstance(value, types.MethodType) and name not in vars(module)
+    if isinstance(value, (Tensor, nn.Module)) or is_method:
+        return False
+    parts = value if type(value) is tuple else (value,)
+    if all(type(part) in PLAIN_TYPES or callable(part) for part in parts):
         return True
+    raise Untraceable(f"it reads self.{name}, a {type(value).__name__}")
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Input(node, self)
+
+NO_CALLS = ("placeholder", "get_attr")
 
 
 def find_chains(graph: fx.Graph, module: nn.Module) -> list[Chain]:
     """Every chain that begins with a call of a submodule, each as long as it goes."""
     found, inside = [], set()
+    order = {node: at for at, node in enumerate(n for n in graph.nodes if n.op not in NO_CALLS)}
     for node in graph.nodes:
         if node.op != "call_module" or node in inside or _step(node, module) is None:
             continue
@@ -247,6 +186,9 @@ def find_chains(graph: fx.Graph, module: nn.Module) -> list[Chain]:
                 what = users[0]
                 name = getattr(what.target, "__name__", str(what.target))
                 end = "it is the result" if what.op == "output" else f"{name} follows it"
+            elif order[users[0]] != order[nodes[-1]] + 1:
+                # Run together they would change places with it, and random numbers with them.
+                end = "something else is called before its result is used"
             else:
                 nodes.append(users[0])
                 steps.append(step)
@@ -346,7 +288,10 @@ def code(graph: fx.Graph) -> Code:
         Untraceable: where it calls what cannot be imported by name.
     """
     source = graph.python_code("self")
-    names = compile(source.src, "graph", "exec").co_consts
+    try:
+        names = compile(source.src, "graph", "exec").co_consts
+    except SyntaxError as error:
+        raise Untraceable(f"Python cannot say a name in it: {error.text}") from error
     used = {name for part in names if isinstance(part, types.CodeType) for name in part.co_names}
     imports = []
     for name, value in sorted(source.globals.items()):

@@ -1,0 +1,469 @@
+// Native training of fully connected networks on the CPU: all batches in one region of threads.
+//
+// Threads share out the units of each layer, not the rows of a batch, so that weights and the
+// optimizer's state stay with their core. The last layer is shared out by its inputs, the units of
+// the layer before: each thread has a part of every logit. With P threads and L layers a step has
+//   L - 2 barriers    after each hidden layer but the last, whose units the next layer needs all
+//   1                 after the parts of the logits
+//   L - 2             after the parts of each hidden layer's gradient
+// that is, one for up to two layers.
+
+#include "../mlp.h"
+
+#include <cmath>
+#include <thread>
+
+#include "common.h"
+
+#define FASTNET_KERNELS "mlp_kernels.h"
+#include "foreach_isa.h"
+
+namespace fastnet {
+namespace {
+
+constexpr int64_t kWidestVector = 16;  // floats
+
+// Holds threads until all have come. They come within microseconds of each other, and wait awake;
+// only where there are fewer cores than threads is one of them let go.
+class SpinBarrier {
+ public:
+  explicit SpinBarrier(int count) : count_(count) {}
+
+  void wait() {
+    const int round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+      if (spins < kPatience) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kPatience = 20'000;
+  const int count_;
+  alignas(64) std::atomic<int> arrived_ = 0;
+  alignas(64) std::atomic<int> round_ = 0;
+};
+
+// Memory of floats, with as much behind the last one as a vector reads.
+class Floats {
+ public:
+  explicit Floats(int64_t size = 0) : memory_(new float[size + 2 * kWidestVector]()) {}
+  operator float*() const { return memory_.get(); }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+};
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+Range share_of(int64_t items, int64_t thread, int64_t threads) {
+  return {thread * items / threads, (thread + 1) * items / threads};
+}
+
+float* floats(const Tensor& tensor) {
+  return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
+struct Training {
+  const Tensor& images;
+  const int64_t* targets;
+  const int64_t* order;
+  int64_t count, batch_size;
+  const float *scale, *shift;
+  const std::vector<MlpLayer>& layers;
+  MlpOptimizer optimizer;
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t first_step;
+
+  int64_t threads;
+  SpinBarrier barrier;
+  // What threads pass to each other. Logits: per thread and parity of the step, since a fast thread
+  // writes those of the next step while a slow one reads. Hidden units (rows, out) of all layers but
+  // the last two; and per thread the parts of their gradients.
+  std::vector<Floats> logits, hidden, hidden_grads;
+
+  double loss = 0;
+  int64_t right = 0;
+
+  MlpStep step(int64_t number) const {
+    MlpStep s{static_cast<float>(lr),  static_cast<float>(beta1),        static_cast<float>(beta2),
+              static_cast<float>(eps), static_cast<float>(weight_decay), 1};
+    if (optimizer == MlpOptimizer::adam) {
+      const double t = static_cast<double>(first_step + number);
+      s.lr = static_cast<float>(lr / (1 - std::pow(beta1, t)));
+      s.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t)));
+    }
+    return s;
+  }
+
+  template <MlpOptimizer kOptimizer>
+  void run(int64_t thread);
+};
+
+template <class Pixel>
+void gather(const Training& t, const int64_t* order, float* out, int64_t rows, Range columns) {
+  const auto* pixels = static_cast<const Pixel*>(t.images.const_data_ptr());
+  FASTNET_BEST_ISA(mlp_gather_kernel(pixels, order, t.scale, t.shift, out, rows,
+                                     t.layers.front().in, columns.begin, columns.end));
+}
+
+// So that the next batch, which lies anywhere, is on its way while this one is worked on.
+void prefetch(const Training& t, const int64_t* order, int64_t rows, Range columns) {
+  const int64_t size = t.images.scalar_type() == ScalarType::Byte ? 1 : 4;
+  const auto* pixels = static_cast<const char*>(t.images.const_data_ptr());
+  for (int64_t row = 0; row < rows; ++row) {
+    const char* const from = pixels + order[row] * t.layers.front().in * size;
+    for (int64_t at = columns.begin * size; at < columns.end * size; at += 64) {
+      __builtin_prefetch(from + at, 0, 2);
+    }
+  }
+}
+
+// What one thread has of a layer: its units, that is, rows of the weight; of the last layer, columns
+// of it, in a copy of their own, and all of the bias.
+struct Part {
+  Range units;
+  float *weight, *weight_first, *weight_second;
+  float *bias = nullptr, *bias_first = nullptr, *bias_second = nullptr;
+  Floats dz;
+  Floats copies[6];
+};
+
+void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_stride,
+                  int64_t rows, int64_t columns) {
+  for (int64_t row = 0; row < rows; ++row) {
+    std::copy_n(from + row * from_stride, columns, to + row * to_stride);
+  }
+}
+
+template <MlpOptimizer kOptimizer>
+void Training::run(int64_t thread) {
+  const int64_t L = static_cast<int64_t>(layers.size());
+  const int64_t rows_at_most = std::min(batch_size, count);
+  const MlpLayer& last = layers.back();
+  const int64_t C = last.out, grad_stride = divide_up(C, kWidestVector) * kWidestVector;
+
+  std::vector<Part> parts(L);
+  for (int64_t l = 0; l + 1 < L; ++l) {
+    const MlpLayer& layer = layers[l];
+    Part& part = parts[l];
+    part.units = share_of(layer.out, thread, threads);
+    const int64_t from = part.units.begin * layer.in;
+    part.weight = floats(layer.weight) + from;
+    part.weight_first = floats(layer.weight_first) + from;
+    part.weight_second = floats(layer.weight_second) + from;
+    if (layer.bias.numel() > 0) {
+      part.bias = floats(layer.bias) + part.units.begin;
+      part.bias_first = floats(layer.bias_first) + part.units.begin;
+      part.bias_second = floats(layer.bias_second) + part.units.begin;
+    }
+    part.dz = Floats(rows_at_most * part.units.size());
+  }
+  Part& own = parts[L - 1];
+  const Range columns = own.units = share_of(last.in, thread, threads);
+  const int64_t width = columns.size();
+  const Tensor* const whole[] = {&last.weight, &last.weight_first, &last.weight_second,
+                                 &last.bias,   &last.bias_first,   &last.bias_second};
+  for (int i = 0; i < 3; ++i) {
+    own.copies[i] = Floats(C * width);
+    copy_columns(floats(*whole[i]) + columns.begin, last.in, own.copies[i], width, C, width);
+    own.copies[3 + i] = Floats(C);
+    if (last.bias.numel() > 0) std::copy_n(floats(*whole[3 + i]), C, own.copies[3 + i].operator float*());
+  }
+  own.weight = own.copies[0], own.weight_first = own.copies[1], own.weight_second = own.copies[2];
+  own.bias = own.copies[3], own.bias_first = own.copies[4], own.bias_second = own.copies[5];
+
+  // The images' columns that this thread needs, and its units of the last hidden layer.
+  const Range pixels = L == 1 ? columns : Range{0, layers.front().in};
+  const Floats input(rows_at_most * pixels.size());
+  const Floats activations(L == 1 ? 0 : rows_at_most * width), grads(rows_at_most * width);
+  const Floats dlogits(rows_at_most * grad_stride), losses(2 * rows_at_most);
+  const bool is_uint8 = images.scalar_type() == ScalarType::Byte;
+  std::vector<const float*> from_threads(threads);
+  double loss_sum = 0;
+  int64_t right_sum = 0;
+
+  for (int64_t done = 0, number = 0; done < count; done += batch_size, ++number) {
+    const int64_t M = std::min(batch_size, count - done);
+    const MlpStep now = step(number);
+    if (is_uint8) {
+      gather<uint8_t>(*this, order + done, input, M, pixels);
+    } else {
+      gather<float>(*this, order + done, input, M, pixels);
+    }
+
+    // Forward
+    const float* x = input;
+    for (int64_t l = 0; l + 1 < L; ++l) {
+      const MlpLayer& layer = layers[l];
+      const Part& part = parts[l];
+      const bool is_private = l + 2 == L;
+      const int64_t stride = is_private ? part.units.size() : layer.out;
+      float* const out = is_private ? activations : hidden[l] + part.units.begin;
+      const auto forward = [&](auto relu) {
+        FASTNET_BEST_ISA(forward_kernel<float, relu.value>(x, part.weight, part.bias, out,
+                                                            layer.in, stride, 0, M, 0,
+                                                            part.units.size()));
+      };
+      layer.relu ? forward(std::true_type{}) : forward(std::false_type{});
+      if (!is_private) {
+        barrier.wait();
+        x = hidden[l];
+      }
+    }
+    const float* const h = L == 1 ? input : activations;
+    float* const part_of_logits = logits[2 * thread + number % 2];
+    FASTNET_BEST_ISA(forward_kernel<float, false>(h, own.weight, nullptr, part_of_logits, width, C,
+                                                   0, M, 0, C));
+    barrier.wait();
+    for (int64_t p = 0; p < threads; ++p) from_threads[p] = logits[2 * p + number % 2];
+    // Every thread computes the same of all rows: less work than to pass it on.
+    FASTNET_BEST_ISA(mlp_loss_kernel(from_threads.data(), threads, own.bias, targets, order + done,
+                                     dlogits, losses, &right_sum, M, C, grad_stride));
+    if (thread == 0) loss_sum += FASTNET_BEST_ISA(mlp_loss_sum_kernel(losses, M));
+
+    const int64_t next = done + M;
+    prefetch(*this, order + next, std::min(batch_size, count - next), pixels);
+
+    // Backward. A weight is read for the gradient of its layer's input before it is updated.
+    if (L > 1) {
+      FASTNET_BEST_ISA(product_kernel<float>(dlogits, grad_stride, 1, own.weight, grads, C, width,
+                                             0, M, 0, width));
+    }
+    FASTNET_BEST_ISA(mlp_update_kernel<kOptimizer>(dlogits, grad_stride, h, own.weight,
+                                                   own.weight_first, own.weight_second, M, C, width,
+                                                   now));
+    if (last.bias.numel() > 0) {
+      FASTNET_BEST_ISA(mlp_update_bias_kernel<kOptimizer>(
+          dlogits, grad_stride, own.bias, own.bias_first, own.bias_second, M, C, now));
+    }
+    for (int64_t l = L - 2; l >= 0; --l) {
+      const MlpLayer& layer = layers[l];
+      const Part& part = parts[l];
+      const int64_t units = part.units.size();
+      const bool is_private = l + 2 == L;
+      if (is_private) {
+        from_threads[0] = grads;
+      } else {
+        for (int64_t p = 0; p < threads; ++p) {
+          from_threads[p] = hidden_grads[l * threads + p] + part.units.begin;
+        }
+      }
+      const auto mask = [&](auto relu) {
+        FASTNET_BEST_ISA(mlp_mask_kernel<relu.value>(
+            from_threads.data(), is_private ? 1 : threads, is_private ? units : layer.out,
+            is_private ? activations : hidden[l] + part.units.begin,
+            is_private ? units : layer.out, part.dz, M, units));
+      };
+      layer.relu ? mask(std::true_type{}) : mask(std::false_type{});
+      if (l > 0) {
+        FASTNET_BEST_ISA(product_kernel<float>(part.dz, units, 1, part.weight,
+                                               hidden_grads[(l - 1) * threads + thread], units,
+                                               layer.in, 0, M, 0, layer.in));
+      }
+      const float* const below = l > 0 ? hidden[l - 1] : input;
+      FASTNET_BEST_ISA(mlp_update_kernel<kOptimizer>(part.dz, units, below, part.weight,
+                                                     part.weight_first, part.weight_second, M,
+                                                     units, layer.in, now));
+      if (part.bias) {
+        FASTNET_BEST_ISA(mlp_update_bias_kernel<kOptimizer>(
+            part.dz, units, part.bias, part.bias_first, part.bias_second, M, units, now));
+      }
+      // Also so that nobody writes the next step's units while somebody still reads these.
+      if (l > 0) barrier.wait();
+    }
+  }
+
+  const int states = optimizer == MlpOptimizer::sgd ? 1 : optimizer == MlpOptimizer::momentum ? 2 : 3;
+  for (int i = 0; i < states; ++i) {
+    copy_columns(own.copies[i], width, floats(*whole[i]) + columns.begin, last.in, C, width);
+    if (thread == 0 && last.bias.numel() > 0) {
+      std::copy_n(own.copies[3 + i].operator float*(), C, floats(*whole[3 + i]));
+    }
+  }
+  if (thread == 0) {
+    loss = loss_sum;
+    right = right_sum;
+  }
+}
+
+// Multiply-adds of a step below which another thread costs more than it brings.
+constexpr int64_t kStepPerThread = 200'000;
+
+int64_t choose_threads(const std::vector<MlpLayer>& layers, int64_t rows) {
+  int64_t products = 0, narrowest = layers.back().in;
+  for (const MlpLayer& layer : layers) {
+    products += 3 * rows * layer.in * layer.out;
+    if (&layer != &layers.back()) narrowest = std::min(narrowest, layer.out);
+  }
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::max<int64_t>(1, std::min({threads, products / kStepPerThread, narrowest / 2}));
+}
+
+Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& order,
+                 int64_t batch_size, const Tensor& scale, const Tensor& shift,
+                 std::vector<Tensor> weights, std::vector<Tensor> biases,
+                 std::vector<Tensor> first, std::vector<Tensor> second, std::vector<bool> relu,
+                 int64_t optimizer, double lr, double beta1, double beta2, double eps,
+                 double weight_decay, int64_t first_step) {
+  std::vector<MlpLayer> layers = check_mlp_layers(weights, biases, relu);
+  check_mlp_images(images, scale, shift, layers.front());
+  const int64_t n = images.size(0);
+  check(targets.scalar_type() == ScalarType::Long && targets.dim() == 1 && targets.size(0) == n &&
+            targets.is_contiguous(),
+        "mlp: targets must be (", n, "), int64 and contiguous, but are ", ShapeOf{targets}, " of ",
+        targets.scalar_type());
+  check(order.scalar_type() == ScalarType::Long && order.dim() == 1 && order.is_contiguous(),
+        "mlp: order must be int64, of one dimension and contiguous");
+  check(batch_size > 0, "mlp: batch_size must be at least 1, not ", batch_size);
+  check(optimizer >= 0 && optimizer <= 2, "mlp: there is no optimizer ", optimizer);
+  const auto kind = static_cast<MlpOptimizer>(optimizer);
+  const auto* const classes = static_cast<const int64_t*>(targets.const_data_ptr());
+  const auto* const chosen = static_cast<const int64_t*>(order.const_data_ptr());
+  for (int64_t i = 0; i < order.size(0); ++i) {
+    check(chosen[i] >= 0 && chosen[i] < n, "mlp: order names image ", chosen[i], " of ", n);
+    const int64_t target = classes[chosen[i]];
+    check(target >= 0 && target < layers.back().out, "mlp: target ", target, " is no class of ",
+          layers.back().out);
+  }
+  const auto add_state = [&](const std::vector<Tensor>& states, Tensor MlpLayer::* weight,
+                             Tensor MlpLayer::* bias) {
+    check(states.size() == 2 * layers.size(), "mlp: a state for every weight and bias is needed");
+    for (size_t l = 0; l < layers.size(); ++l) {
+      const Tensor &of_weight = states[2 * l], &of_bias = states[2 * l + 1];
+      check(of_weight.scalar_type() == ScalarType::Float && of_weight.is_contiguous() &&
+                of_weight.numel() == layers[l].weight.numel() &&
+                of_bias.scalar_type() == ScalarType::Float && of_bias.is_contiguous() &&
+                of_bias.numel() == layers[l].bias.numel(),
+            "mlp: the optimizer's state of layer ", l, " does not fit");
+      layers[l].*weight = of_weight;
+      layers[l].*bias = of_bias;
+    }
+  };
+  if (kind != MlpOptimizer::sgd) {
+    add_state(first, &MlpLayer::weight_first, &MlpLayer::bias_first);
+  }
+  if (kind == MlpOptimizer::adam) {
+    add_state(second, &MlpLayer::weight_second, &MlpLayer::bias_second);
+  }
+
+  const int64_t rows = std::min(batch_size, order.size(0));
+  const int64_t threads = choose_threads(layers, rows);
+  Training training{.images = images,
+                    .targets = classes,
+                    .order = chosen,
+                    .count = order.size(0),
+                    .batch_size = batch_size,
+                    .scale = floats(scale),
+                    .shift = floats(shift),
+                    .layers = layers,
+                    .optimizer = kind,
+                    .lr = lr,
+                    .beta1 = beta1,
+                    .beta2 = beta2,
+                    .eps = eps,
+                    .weight_decay = weight_decay,
+                    .first_step = first_step,
+                    .threads = threads,
+                    .barrier = SpinBarrier(static_cast<int>(threads)),
+                    .logits = {},
+                    .hidden = {},
+                    .hidden_grads = {}};
+  for (int64_t i = 0; i < 2 * threads; ++i) {
+    training.logits.emplace_back(rows * layers.back().out);
+  }
+  for (size_t l = 0; l + 2 < layers.size(); ++l) {
+    training.hidden.emplace_back(rows * layers[l].out);
+    for (int64_t p = 0; p < threads; ++p) training.hidden_grads.emplace_back(rows * layers[l].out);
+  }
+  const auto run = [&](int64_t thread) {
+    switch (kind) {
+      case MlpOptimizer::sgd:
+        return training.run<MlpOptimizer::sgd>(thread);
+      case MlpOptimizer::momentum:
+        return training.run<MlpOptimizer::momentum>(thread);
+      case MlpOptimizer::adam:
+        return training.run<MlpOptimizer::adam>(thread);
+    }
+  };
+  // Threads of our own: they wait for each other, which a pool's need not be able to.
+  std::vector<std::thread> others;
+  for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(run, thread);
+  run(0);
+  for (std::thread& other : others) other.join();
+
+  Tensor result = torch::stable::new_empty(images, {2}, ScalarType::Double);
+  auto* const values = static_cast<double*>(result.mutable_data_ptr());
+  values[0] = training.loss;
+  values[1] = static_cast<double>(training.right);
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------
+
+Tensor mlp_forward(const Tensor& images, const Tensor& scale, const Tensor& shift,
+                   std::vector<Tensor> weights, std::vector<Tensor> biases,
+                   std::vector<bool> relu) {
+  const std::vector<MlpLayer> layers = check_mlp_layers(weights, biases, relu);
+  const int64_t n = check_mlp_images(images, scale, shift, layers.front());
+  const int64_t C = layers.back().out, K = layers.front().in;
+  Tensor result = torch::stable::new_empty(images, {n, C}, ScalarType::Float);
+  auto* const logits = static_cast<float*>(result.mutable_data_ptr());
+  int64_t widest = K, products = 0;
+  for (const MlpLayer& layer : layers) {
+    widest = std::max(widest, layer.out);
+    products += layer.in * layer.out;
+  }
+  constexpr int64_t kRows = 48;  // a multiple of every tile's height
+  parallel(divide_up(n, kRows), kRows * products, [&](int64_t begin, int64_t end) {
+    const Floats one(kRows * widest), other(kRows * widest);
+    int64_t order[kRows];
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t from = block * kRows, rows = std::min(kRows, n - from);
+      for (int64_t i = 0; i < rows; ++i) order[i] = from + i;
+      float *x = one, *y = other;
+      if (images.scalar_type() == ScalarType::Byte) {
+        const auto* pixels = static_cast<const uint8_t*>(images.const_data_ptr());
+        FASTNET_BEST_ISA(mlp_gather_kernel(pixels, order, floats(scale), floats(shift), x, rows, K,
+                                           0, K));
+      } else {
+        FASTNET_BEST_ISA(mlp_gather_kernel(floats(images), order, floats(scale), floats(shift), x,
+                                           rows, K, 0, K));
+      }
+      for (const MlpLayer& layer : layers) {
+        float* const out = &layer == &layers.back() ? logits + from * C : y;
+        const float* const bias = layer.bias.numel() > 0 ? floats(layer.bias) : nullptr;
+        const auto forward = [&](auto relu) {
+          FASTNET_BEST_ISA(forward_kernel<float, relu.value>(x, floats(layer.weight), bias, out,
+                                                              layer.in, layer.out, 0, rows, 0,
+                                                              layer.out));
+        };
+        layer.relu ? forward(std::true_type{}) : forward(std::false_type{});
+        std::swap(x, y);
+      }
+    }
+  });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
+  library.impl("mlp_train", TORCH_BOX(&mlp_train));
+  library.impl("mlp_forward", TORCH_BOX(&mlp_forward));
+}
+
+}  // namespace fastnet
