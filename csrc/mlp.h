@@ -27,8 +27,8 @@ struct MlpLayer {
 };
 
 inline bool is_float_vector(const Tensor& tensor, int64_t size) {
-  return tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 &&
-         tensor.size(0) == size && tensor.is_contiguous();
+  return tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == size &&
+         tensor.is_contiguous();
 }
 
 inline std::vector<MlpLayer> check_mlp_layers(const std::vector<Tensor>& weights,
@@ -47,8 +47,8 @@ inline std::vector<MlpLayer> check_mlp_layers(const std::vector<Tensor>& weights
     const int64_t out = weight.size(0), in = weight.size(1);
     check(l == 0 || in == layers.back().out, "mlp: layer ", l, " takes ", in,
           " features, but layer ", l - 1, " gives ", layers.back().out);
-    check(biases[l].numel() == 0 || is_float_vector(biases[l], out), "mlp: bias ", l,
-          " must be (", out, "), float32 and contiguous, but is ", ShapeOf{biases[l]});
+    check(biases[l].numel() == 0 || is_float_vector(biases[l], out), "mlp: bias ", l, " must be (",
+          out, "), float32 and contiguous, but is ", ShapeOf{biases[l]});
     layers.push_back({weight, biases[l], weight, biases[l], weight, biases[l], in, out, relu[l]});
   }
   check(!layers.back().relu, "mlp: the last layer's results are logits, without ReLU");

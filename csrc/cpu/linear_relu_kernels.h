@@ -84,7 +84,8 @@ static void forward_rows(const T* x, const T* w, const T* bias, T* out, int64_t 
                          int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
   int64_t m = m_begin;
   for (; m + kRows <= m_end; m += kRows) {
-    forward_cols<T, kRelu, kRows, kForwardCols>(x + m * K, w, bias, out + m * N, K, N, n_begin, n_end);
+    forward_cols<T, kRelu, kRows, kForwardCols>(x + m * K, w, bias, out + m * N, K, N, n_begin,
+                                                n_end);
   }
   if constexpr (kRows > 1) {
     forward_rows<T, kRelu, kRows - 1>(x, w, bias, out, K, N, m, m_end, n_begin, n_end);

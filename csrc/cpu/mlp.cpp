@@ -88,11 +88,12 @@ struct Training {
   double lr, beta1, beta2, eps, weight_decay;
   int64_t first_step;
 
+  int64_t row_stride;  // the batch's rows, in whole vectors
   int64_t threads;
   SpinBarrier barrier;
   // What threads pass to each other. Logits: per thread and parity of the step, since a fast thread
-  // writes those of the next step while a slow one reads. Hidden units (rows, out) of all layers but
-  // the last two; and per thread the parts of their gradients.
+  // writes those of the next step while a slow one reads. Hidden units (rows, out) of all layers
+  // but the last two; and per thread the parts of their gradients.
   std::vector<Floats> logits, hidden, hidden_grads;
 
   double loss = 0;
@@ -132,8 +133,8 @@ void prefetch(const Training& t, const int64_t* order, int64_t rows, Range colum
   }
 }
 
-// What one thread has of a layer: its units, that is, rows of the weight; of the last layer, columns
-// of it, in a copy of their own, and all of the bias.
+// What one thread has of a layer: its units, that is, rows of the weight; of the last layer,
+// columns of it, in a copy of their own, and all of the bias.
 struct Part {
   Range units;
   float *weight, *weight_first, *weight_second;
@@ -154,7 +155,8 @@ void Training::run(int64_t thread) {
   const int64_t L = static_cast<int64_t>(layers.size());
   const int64_t rows_at_most = std::min(batch_size, count);
   const MlpLayer& last = layers.back();
-  const int64_t C = last.out, grad_stride = divide_up(C, kWidestVector) * kWidestVector;
+  // Logits and their gradient are (C, rows), with vectors along the rows.
+  const int64_t C = last.out, stride = row_stride;
 
   std::vector<Part> parts(L);
   for (int64_t l = 0; l + 1 < L; ++l) {
@@ -181,7 +183,8 @@ void Training::run(int64_t thread) {
     own.copies[i] = Floats(C * width);
     copy_columns(floats(*whole[i]) + columns.begin, last.in, own.copies[i], width, C, width);
     own.copies[3 + i] = Floats(C);
-    if (last.bias.numel() > 0) std::copy_n(floats(*whole[3 + i]), C, own.copies[3 + i].operator float*());
+    if (last.bias.numel() > 0)
+      std::copy_n(floats(*whole[3 + i]), C, own.copies[3 + i].operator float*());
   }
   own.weight = own.copies[0], own.weight_first = own.copies[1], own.weight_second = own.copies[2];
   own.bias = own.copies[3], own.bias_first = own.copies[4], own.bias_second = own.copies[5];
@@ -190,7 +193,7 @@ void Training::run(int64_t thread) {
   const Range pixels = L == 1 ? columns : Range{0, layers.front().in};
   const Floats input(rows_at_most * pixels.size());
   const Floats activations(L == 1 ? 0 : rows_at_most * width), grads(rows_at_most * width);
-  const Floats dlogits(rows_at_most * grad_stride), losses(2 * rows_at_most);
+  const Floats dlogits(C * stride);
   const bool is_uint8 = images.scalar_type() == ScalarType::Byte;
   std::vector<const float*> from_threads(threads);
   double loss_sum = 0;
@@ -214,9 +217,8 @@ void Training::run(int64_t thread) {
       const int64_t stride = is_private ? part.units.size() : layer.out;
       float* const out = is_private ? activations : hidden[l] + part.units.begin;
       const auto forward = [&](auto relu) {
-        FASTNET_BEST_ISA(forward_kernel<float, relu.value>(x, part.weight, part.bias, out,
-                                                            layer.in, stride, 0, M, 0,
-                                                            part.units.size()));
+        FASTNET_BEST_ISA(forward_kernel<float, relu.value>(x, part.weight, part.bias, out, layer.in,
+                                                           stride, 0, M, 0, part.units.size()));
       };
       layer.relu ? forward(std::true_type{}) : forward(std::false_type{});
       if (!is_private) {
@@ -225,30 +227,27 @@ void Training::run(int64_t thread) {
       }
     }
     const float* const h = L == 1 ? input : activations;
-    float* const part_of_logits = logits[2 * thread + number % 2];
-    FASTNET_BEST_ISA(forward_kernel<float, false>(h, own.weight, nullptr, part_of_logits, width, C,
-                                                   0, M, 0, C));
+    FASTNET_BEST_ISA(forward_kernel<float, false>(
+        own.weight, h, nullptr, logits[2 * thread + number % 2], width, stride, 0, C, 0, M));
     barrier.wait();
     for (int64_t p = 0; p < threads; ++p) from_threads[p] = logits[2 * p + number % 2];
     // Every thread computes the same of all rows: less work than to pass it on.
-    FASTNET_BEST_ISA(mlp_loss_kernel(from_threads.data(), threads, own.bias, targets, order + done,
-                                     dlogits, losses, &right_sum, M, C, grad_stride));
-    if (thread == 0) loss_sum += FASTNET_BEST_ISA(mlp_loss_sum_kernel(losses, M));
+    loss_sum += FASTNET_BEST_ISA(mlp_loss_kernel(from_threads.data(), threads, own.bias, targets,
+                                                 order + done, dlogits, &right_sum, M, C, stride));
 
     const int64_t next = done + M;
     prefetch(*this, order + next, std::min(batch_size, count - next), pixels);
 
     // Backward. A weight is read for the gradient of its layer's input before it is updated.
     if (L > 1) {
-      FASTNET_BEST_ISA(product_kernel<float>(dlogits, grad_stride, 1, own.weight, grads, C, width,
-                                             0, M, 0, width));
+      FASTNET_BEST_ISA(
+          product_kernel<float>(dlogits, 1, stride, own.weight, grads, C, width, 0, M, 0, width));
     }
-    FASTNET_BEST_ISA(mlp_update_kernel<kOptimizer>(dlogits, grad_stride, h, own.weight,
-                                                   own.weight_first, own.weight_second, M, C, width,
-                                                   now));
+    FASTNET_BEST_ISA(mlp_update_kernel<kOptimizer>(
+        dlogits, 1, stride, h, own.weight, own.weight_first, own.weight_second, M, C, width, now));
     if (last.bias.numel() > 0) {
       FASTNET_BEST_ISA(mlp_update_bias_kernel<kOptimizer>(
-          dlogits, grad_stride, own.bias, own.bias_first, own.bias_second, M, C, now));
+          dlogits, 1, stride, own.bias, own.bias_first, own.bias_second, M, C, now));
     }
     for (int64_t l = L - 2; l >= 0; --l) {
       const MlpLayer& layer = layers[l];
@@ -265,8 +264,8 @@ void Training::run(int64_t thread) {
       const auto mask = [&](auto relu) {
         FASTNET_BEST_ISA(mlp_mask_kernel<relu.value>(
             from_threads.data(), is_private ? 1 : threads, is_private ? units : layer.out,
-            is_private ? activations : hidden[l] + part.units.begin,
-            is_private ? units : layer.out, part.dz, M, units));
+            is_private ? activations : hidden[l] + part.units.begin, is_private ? units : layer.out,
+            part.dz, M, units));
       };
       layer.relu ? mask(std::true_type{}) : mask(std::false_type{});
       if (l > 0) {
@@ -275,19 +274,21 @@ void Training::run(int64_t thread) {
                                                layer.in, 0, M, 0, layer.in));
       }
       const float* const below = l > 0 ? hidden[l - 1] : input;
-      FASTNET_BEST_ISA(mlp_update_kernel<kOptimizer>(part.dz, units, below, part.weight,
+      FASTNET_BEST_ISA(mlp_update_kernel<kOptimizer>(part.dz, units, 1, below, part.weight,
                                                      part.weight_first, part.weight_second, M,
                                                      units, layer.in, now));
       if (part.bias) {
         FASTNET_BEST_ISA(mlp_update_bias_kernel<kOptimizer>(
-            part.dz, units, part.bias, part.bias_first, part.bias_second, M, units, now));
+            part.dz, units, 1, part.bias, part.bias_first, part.bias_second, M, units, now));
       }
       // Also so that nobody writes the next step's units while somebody still reads these.
       if (l > 0) barrier.wait();
     }
   }
 
-  const int states = optimizer == MlpOptimizer::sgd ? 1 : optimizer == MlpOptimizer::momentum ? 2 : 3;
+  const int states = optimizer == MlpOptimizer::sgd        ? 1
+                     : optimizer == MlpOptimizer::momentum ? 2
+                                                           : 3;
   for (int i = 0; i < states; ++i) {
     copy_columns(own.copies[i], width, floats(*whole[i]) + columns.begin, last.in, C, width);
     if (thread == 0 && last.bias.numel() > 0) {
@@ -315,10 +316,9 @@ int64_t choose_threads(const std::vector<MlpLayer>& layers, int64_t rows) {
 
 Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& order,
                  int64_t batch_size, const Tensor& scale, const Tensor& shift,
-                 std::vector<Tensor> weights, std::vector<Tensor> biases,
-                 std::vector<Tensor> first, std::vector<Tensor> second, std::vector<bool> relu,
-                 int64_t optimizer, double lr, double beta1, double beta2, double eps,
-                 double weight_decay, int64_t first_step) {
+                 std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> first,
+                 std::vector<Tensor> second, std::vector<bool> relu, int64_t optimizer, double lr,
+                 double beta1, double beta2, double eps, double weight_decay, int64_t first_step) {
   std::vector<MlpLayer> layers = check_mlp_layers(weights, biases, relu);
   check_mlp_images(images, scale, shift, layers.front());
   const int64_t n = images.size(0);
@@ -362,6 +362,7 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
 
   const int64_t rows = std::min(batch_size, order.size(0));
   const int64_t threads = choose_threads(layers, rows);
+  const int64_t stride = divide_up(rows, kWidestVector) * kWidestVector;
   Training training{.images = images,
                     .targets = classes,
                     .order = chosen,
@@ -377,13 +378,14 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
                     .eps = eps,
                     .weight_decay = weight_decay,
                     .first_step = first_step,
+                    .row_stride = stride,
                     .threads = threads,
                     .barrier = SpinBarrier(static_cast<int>(threads)),
                     .logits = {},
                     .hidden = {},
                     .hidden_grads = {}};
   for (int64_t i = 0; i < 2 * threads; ++i) {
-    training.logits.emplace_back(rows * layers.back().out);
+    training.logits.emplace_back(stride * layers.back().out);
   }
   for (size_t l = 0; l + 2 < layers.size(); ++l) {
     training.hidden.emplace_back(rows * layers[l].out);
@@ -437,8 +439,8 @@ Tensor mlp_forward(const Tensor& images, const Tensor& scale, const Tensor& shif
       float *x = one, *y = other;
       if (images.scalar_type() == ScalarType::Byte) {
         const auto* pixels = static_cast<const uint8_t*>(images.const_data_ptr());
-        FASTNET_BEST_ISA(mlp_gather_kernel(pixels, order, floats(scale), floats(shift), x, rows, K,
-                                           0, K));
+        FASTNET_BEST_ISA(
+            mlp_gather_kernel(pixels, order, floats(scale), floats(shift), x, rows, K, 0, K));
       } else {
         FASTNET_BEST_ISA(mlp_gather_kernel(floats(images), order, floats(scale), floats(shift), x,
                                            rows, K, 0, K));
@@ -447,9 +449,8 @@ Tensor mlp_forward(const Tensor& images, const Tensor& scale, const Tensor& shif
         float* const out = &layer == &layers.back() ? logits + from * C : y;
         const float* const bias = layer.bias.numel() > 0 ? floats(layer.bias) : nullptr;
         const auto forward = [&](auto relu) {
-          FASTNET_BEST_ISA(forward_kernel<float, relu.value>(x, floats(layer.weight), bias, out,
-                                                              layer.in, layer.out, 0, rows, 0,
-                                                              layer.out));
+          FASTNET_BEST_ISA(forward_kernel<float, relu.value>(
+              x, floats(layer.weight), bias, out, layer.in, layer.out, 0, rows, 0, layer.out));
         };
         layer.relu ? forward(std::true_type{}) : forward(std::false_type{});
         std::swap(x, y);

@@ -13,8 +13,19 @@ struct Constant {
 
 FASTNET_INLINE Vec<float> load_pixels(const uint8_t* from) {
   using Bytes = typename VectorType<uint8_t, kLanes<float>>::unaligned;
-  return __builtin_convertvector(
-      __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Vec<int32_t>), Vec<float>);
+  const Bytes* const bytes = reinterpret_cast<const Bytes*>(from);
+  Vec<int32_t> numbers;
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes > 16) {
+    // Said as a conversion, GCC makes it one byte at a time.
+    __asm__("vpmovzxbd %1, %0" : "=v"(numbers) : "m"(*bytes));
+  } else {
+    numbers = __builtin_convertvector(*bytes, Vec<int32_t>);
+  }
+#else
+  numbers = __builtin_convertvector(*bytes, Vec<int32_t>);
+#endif
+  return __builtin_convertvector(numbers, Vec<float>);
 }
 FASTNET_INLINE Vec<float> load_pixels(const float* from) {
   return load(from);
@@ -40,62 +51,51 @@ void mlp_gather_kernel(const Pixel* images, const int64_t* order, const float* s
 }
 
 // ---------------------------------------------------------------------------------------------
-// Softmax and cross-entropy: of each row, logits (C) = bias + Σ_p parts[p]; the gradient of the
-// mean loss, (softmax - one-hot) / rows, and for the statistics the largest logit, the sum of
-// exp(logit - largest) and whether the target had the largest logit, the first of its value.
+// Softmax and cross-entropy, with vectors along the rows of the batch: logits (C, rows) = bias +
+// Σ_p parts[p]; grad (C, rows), of the mean loss, is (softmax - one-hot) / rows. Returns the sum of
+// the losses, and adds to *right how many targets have the largest logit, the first of its value.
 //
-// Rows of grad are `stride` wide, a multiple of the vector; the parts may be read so far, too.
+// Rows of parts and grad are `stride` wide, a multiple of the vector.
 
-void mlp_loss_kernel(const float* const* parts, int64_t part_count, const float* bias,
-                     const int64_t* targets, const int64_t* order, float* grad, float* losses,
-                     int64_t* right, int64_t rows, int64_t C, int64_t stride) {
+double mlp_loss_kernel(const float* const* parts, int64_t part_count, const float* bias,
+                       const int64_t* targets, const int64_t* order, float* grad, int64_t* right,
+                       int64_t rows, int64_t C, int64_t stride) {
   constexpr int kStep = kLanes<float>;
-  const float lowest = -__builtin_huge_valf(), share = 1.0f / static_cast<float>(rows);
-  for (int64_t row = 0; row < rows; ++row) {
-    float* const z = grad + row * stride;
-    Vec<float> largest = splat(lowest);
-    for (int64_t c = 0; c < C; c += kStep) {
-      Vec<float> sum = load(bias + c);
-      for (int64_t p = 0; p < part_count; ++p) sum += load(parts[p] + row * C + c);
-      const auto is_class = lane_index<float>() < splat(static_cast<float>(C - c));
-      sum = is_class ? sum : splat(lowest);
-      store(z + c, sum);
-      largest = maximum<float>(largest, sum);
-    }
-    const float most = reduce_max<float>(largest);
-    const int64_t target = targets[order[row]];
-    const float target_logit = z[target];
-    int64_t first = 0;
-    while (first < target && z[first] != most) ++first;
-    *right += first == target && target_logit == most;
-    Vec<float> sum = Vec<float>{};
-    for (int64_t c = 0; c < C; c += kStep) {
-      const Vec<float> e = exp(load(z + c) - splat(most));
-      store(z + c, e);
-      sum += e;
-    }
-    const float total = reduce_add<float>(sum);
-    losses[row] = total;
-    const Vec<float> factor = splat(share / total);
-    for (int64_t c = 0; c < C; c += kStep) store(z + c, load(z + c) * factor);
-    z[target] -= share;
-    // log(total) is added for all rows at once, below.
-    losses[rows + row] = most - target_logit;
-  }
-}
-
-// Σ log(losses[row]) + losses[rows + row]
-double mlp_loss_sum_kernel(const float* losses, int64_t rows) {
-  constexpr int kStep = kLanes<float>;
-  double sum = 0;
+  const float share = 1.0f / static_cast<float>(rows);
+  double loss = 0;
   for (int64_t row = 0; row < rows; row += kStep) {
     const int64_t count = rows - row < kStep ? rows - row : kStep;
-    Vec<float> total = splat(1.0f);
-    for (int64_t i = 0; i < count; ++i) total[i] = losses[row + i];
-    total = log(total);
-    for (int64_t i = 0; i < count; ++i) sum += total[i] + losses[rows + row + i];
+    Vec<float> most = splat(static_cast<float>(-__builtin_huge_valf()));
+    Vec<float> first_most = {};
+    for (int64_t c = 0; c < C; ++c) {
+      Vec<float> z = splat(bias[c]);
+      for (int64_t p = 0; p < part_count; ++p) z += load(parts[p] + c * stride + row);
+      store(grad + c * stride + row, z);
+      first_most = z > most ? splat(static_cast<float>(c)) : first_most;
+      most = maximum<float>(most, z);
+    }
+    float target_logits[kStep];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t target = targets[order[row + i]];
+      target_logits[i] = grad[target * stride + row + i];
+      *right += first_most[i] == static_cast<float>(target);
+    }
+    Vec<float> total = {};
+    for (int64_t c = 0; c < C; ++c) {
+      const Vec<float> e = exp(load(grad + c * stride + row) - most);
+      store(grad + c * stride + row, e);
+      total += e;
+    }
+    const Vec<float> factor = splat(share) / total, log_sum_exp = most + log(total);
+    for (int64_t c = 0; c < C; ++c) {
+      store(grad + c * stride + row, load(grad + c * stride + row) * factor);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      grad[targets[order[row + i]] * stride + row + i] -= share;
+      loss += log_sum_exp[i] - target_logits[i];
+    }
   }
-  return sum;
+  return loss;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -127,9 +127,18 @@ void mlp_mask_kernel(const float* const* parts, int64_t part_count, int64_t part
 // ---------------------------------------------------------------------------------------------
 // The optimizers, on a vector of gradients that has just been computed
 
+// Said as sqrt of each element, it is computed of each element.
 FASTNET_INLINE Vec<float> square_root(Vec<float> x) {
   Vec<float> root;
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 16) {
+    __asm__("sqrtps %1, %0" : "=x"(root) : "x"(x));
+  } else {
+    __asm__("vsqrtps %1, %0" : "=v"(root) : "v"(x));
+  }
+#else
   for (int i = 0; i < kLanes<float>; ++i) root[i] = __builtin_sqrtf(x[i]);
+#endif
   return root;
 }
 
@@ -183,12 +192,12 @@ FASTNET_INLINE void update(float* w, float* first, float* second, Vec<float> gra
 // ---------------------------------------------------------------------------------------------
 // The gradient of a weight, applied where it is computed: of w (N, K), for all K and N,
 //   grad[n, k] = Σ_m dz[m, n] · x[m, k],  m in [0, M)
-// Rows of dz are `dz_stride` wide. Vectors lie along K; dz's elements are broadcast.
+// dz[m, n] lies at m · m_stride + n · n_stride. Vectors lie along K; dz's elements are broadcast.
 
 template <MlpOptimizer kOptimizer, int kRows, int kVectors>
-FASTNET_INLINE void mlp_update_tile(const float* dz, int64_t dz_stride, const float* x, float* w,
-                                    float* first, float* second, int64_t M, int64_t K,
-                                    int64_t skip, const MlpStep& step) {
+FASTNET_INLINE void mlp_update_tile(const float* dz, int64_t m_stride, int64_t n_stride,
+                                    const float* x, float* w, float* first, float* second,
+                                    int64_t M, int64_t K, int64_t skip, const MlpStep& step) {
   constexpr int kStep = kLanes<float>;
   Vec<float> sum[kRows][kVectors];
   FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -198,7 +207,7 @@ FASTNET_INLINE void mlp_update_tile(const float* dz, int64_t dz_stride, const fl
     Vec<float> row[kVectors];
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = load(x + m * K + v * kStep);
     FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
-      const Vec<float> factor = splat(dz[m * dz_stride + r]);
+      const Vec<float> factor = splat(dz[m * m_stride + r * n_stride]);
       FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * row[v];
     }
   }
@@ -211,28 +220,29 @@ FASTNET_INLINE void mlp_update_tile(const float* dz, int64_t dz_stride, const fl
 }
 
 template <MlpOptimizer kOptimizer, int kRows, int kVectors>
-static void mlp_update_rows(const float* dz, int64_t dz_stride, const float* x, float* w,
-                            float* first, float* second, int64_t M, int64_t K, int64_t rows,
-                            int64_t skip, const MlpStep& step) {
+static void mlp_update_rows(const float* dz, int64_t m_stride, int64_t n_stride, const float* x,
+                            float* w, float* first, float* second, int64_t M, int64_t K,
+                            int64_t rows, int64_t skip, const MlpStep& step) {
   if (rows == kRows) {
-    mlp_update_tile<kOptimizer, kRows, kVectors>(dz, dz_stride, x, w, first, second, M, K, skip,
-                                                 step);
+    mlp_update_tile<kOptimizer, kRows, kVectors>(dz, m_stride, n_stride, x, w, first, second, M, K,
+                                                 skip, step);
   } else if constexpr (kRows > 1) {
-    mlp_update_rows<kOptimizer, kRows - 1, kVectors>(dz, dz_stride, x, w, first, second, M, K,
-                                                     rows, skip, step);
+    mlp_update_rows<kOptimizer, kRows - 1, kVectors>(dz, m_stride, n_stride, x, w, first, second, M,
+                                                     K, rows, skip, step);
   }
 }
 
 template <MlpOptimizer kOptimizer>
-void mlp_update_kernel(const float* dz, int64_t dz_stride, const float* x, float* w, float* first,
-                       float* second, int64_t M, int64_t N, int64_t K, const MlpStep& step) {
+void mlp_update_kernel(const float* dz, int64_t m_stride, int64_t n_stride, const float* x,
+                       float* w, float* first, float* second, int64_t M, int64_t N, int64_t K,
+                       const MlpStep& step) {
   constexpr int kStep = kLanes<float>;
   constexpr int kWide = kStep * kProductVectors;
   if (K < kStep) {
     for (int64_t n = 0; n < N; ++n) {
       Vec<float> sum = {};
       for (int64_t m = 0; m < M; ++m) {
-        for (int64_t k = 0; k < K; ++k) sum[k] += dz[m * dz_stride + n] * x[m * K + k];
+        for (int64_t k = 0; k < K; ++k) sum[k] += dz[m * m_stride + n * n_stride] * x[m * K + k];
       }
       update<kOptimizer>(w + n * K, first + n * K, second + n * K, sum, step, 0, K);
     }
@@ -240,36 +250,50 @@ void mlp_update_kernel(const float* dz, int64_t dz_stride, const float* x, float
   }
   // Rows in tiles of equal height: a low one at the end would wait for its additions.
   const int64_t tiles = (N + kProductRows - 1) / kProductRows;
-  const auto columns = [&](auto vectors, int64_t k, int64_t skip) {
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t n = tile * N / tiles, rows = (tile + 1) * N / tiles - n;
-      mlp_update_rows<kOptimizer, kProductRows, decltype(vectors)::value>(
-          dz + n, dz_stride, x + k, w + n * K + k, first + n * K + k, second + n * K + k, M, K,
-          rows, skip, step);
+  const auto tile_at = [&](auto vectors, int64_t tile, int64_t k, int64_t skip) {
+    const int64_t n = tile * N / tiles, rows = (tile + 1) * N / tiles - n;
+    mlp_update_rows<kOptimizer, kProductRows, decltype(vectors)::value>(
+        dz + n * n_stride, m_stride, n_stride, x + k, w + n * K + k, first + n * K + k,
+        second + n * K + k, M, K, rows, skip, step);
+  };
+  const auto columns = [&](int64_t tile, int64_t tile_end) {
+    const auto tiles_at = [&](auto vectors, int64_t k, int64_t skip) {
+      for (int64_t t = tile; t < tile_end; ++t) tile_at(vectors, t, k, skip);
+    };
+    int64_t k = 0;
+    for (; k + kWide <= K; k += kWide) tiles_at(Constant<kProductVectors>{}, k, 0);
+    // What is left reaches back over columns already done, and skips them.
+    for (; k < K; k += kStep) {
+      const int64_t from = k + kStep <= K ? k : K - kStep;
+      tiles_at(Constant<1>{}, from, k - from);
     }
   };
-  int64_t k = 0;
-  for (; k + kWide <= K; k += kWide) columns(Constant<kProductVectors>{}, k, 0);
-  // What is left reaches back over columns already done, and skips them.
-  for (; k < K; k += kStep) {
-    const int64_t from = k + kStep <= K ? k : K - kStep;
-    columns(Constant<1>{}, from, k - from);
+  // Where weight and state stay in the second-level cache, all rows of a few columns, whose x stays
+  // in the first; otherwise all columns of a few rows, as they lie in memory.
+  constexpr int64_t kCached = 32 * 1024;  // elements
+  if (N * K <= kCached) {
+    columns(0, tiles);
+  } else {
+    for (int64_t tile = 0; tile < tiles; ++tile) columns(tile, tile + 1);
   }
 }
 
 // The same of a bias (N): grad[n] = Σ_m dz[m, n].
 template <MlpOptimizer kOptimizer>
-void mlp_update_bias_kernel(const float* dz, int64_t dz_stride, float* bias, float* first,
-                            float* second, int64_t M, int64_t N, const MlpStep& step) {
+void mlp_update_bias_kernel(const float* dz, int64_t m_stride, int64_t n_stride, float* bias,
+                            float* first, float* second, int64_t M, int64_t N,
+                            const MlpStep& step) {
   constexpr int kStep = kLanes<float>;
   for (int64_t n = 0; n < N; n += kStep) {
     const int64_t count = N - n < kStep ? N - n : kStep;
     Vec<float> sum = {};
-    if (count == kStep) {
-      for (int64_t m = 0; m < M; ++m) sum += load(dz + m * dz_stride + n);
+    if (count == kStep && n_stride == 1) {
+      for (int64_t m = 0; m < M; ++m) sum += load(dz + m * m_stride + n);
     } else {
-      for (int64_t m = 0; m < M; ++m) {
-        for (int64_t i = 0; i < count; ++i) sum[i] += dz[m * dz_stride + n + i];
+      for (int64_t i = 0; i < count; ++i) {
+        float one = 0;
+        for (int64_t m = 0; m < M; ++m) one += dz[m * m_stride + (n + i) * n_stride];
+        sum[i] = one;
       }
     }
     update<kOptimizer>(bias + n, first + n, second + n, sum, step, 0, count);
