@@ -43,8 +43,8 @@ void define_schemas(Library& library) {
   library.def(
       "mlp_train(Tensor images, Tensor targets, Tensor order, int batch_size, Tensor scale, "
       "Tensor shift, Tensor(a!)[] weights, Tensor(b!)[] biases, Tensor(c!)[] first, "
-      "Tensor(d!)[] second, bool[] relu, int optimizer, float lr, float beta1, float beta2, "
-      "float eps, float weight_decay, int step) -> Tensor");
+      "Tensor(d!)[] second, Tensor(e!)[] steps, bool[] relu, int optimizer, float lr, "
+      "float beta1, float beta2, float eps, float weight_decay) -> Tensor");
   // Its logits.
   library.def(
       "mlp_forward(Tensor images, Tensor scale, Tensor shift, Tensor[] weights, Tensor[] biases, "

@@ -317,8 +317,9 @@ int64_t choose_threads(const std::vector<MlpLayer>& layers, int64_t rows) {
 Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& order,
                  int64_t batch_size, const Tensor& scale, const Tensor& shift,
                  std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> first,
-                 std::vector<Tensor> second, std::vector<bool> relu, int64_t optimizer, double lr,
-                 double beta1, double beta2, double eps, double weight_decay, int64_t first_step) {
+                 std::vector<Tensor> second, std::vector<Tensor> steps, std::vector<bool> relu,
+                 int64_t optimizer, double lr, double beta1, double beta2, double eps,
+                 double weight_decay) {
   std::vector<MlpLayer> layers = check_mlp_layers(weights, biases, relu);
   check_mlp_images(images, scale, shift, layers.front());
   const int64_t n = images.size(0);
@@ -356,7 +357,16 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
   if (kind != MlpOptimizer::sgd) {
     add_state(first, &MlpLayer::weight_first, &MlpLayer::bias_first);
   }
+  double steps_before = 0;
+  for (const Tensor& step : steps) {
+    check(step.scalar_type() == ScalarType::Float && step.numel() == 1, "mlp: a step is a float32");
+    const float value = *floats(step);
+    check(&step == &steps.front() || value == steps_before, "mlp: the optimizer has taken ",
+          steps_before, " steps with one parameter and ", value, " with another");
+    steps_before = value;
+  }
   if (kind == MlpOptimizer::adam) {
+    check(!steps.empty(), "mlp: Adam needs to know how many steps it has taken");
     add_state(second, &MlpLayer::weight_second, &MlpLayer::bias_second);
   }
 
@@ -377,7 +387,7 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
                     .beta2 = beta2,
                     .eps = eps,
                     .weight_decay = weight_decay,
-                    .first_step = first_step,
+                    .first_step = static_cast<int64_t>(steps_before) + 1,
                     .row_stride = stride,
                     .threads = threads,
                     .barrier = SpinBarrier(static_cast<int>(threads)),
@@ -406,6 +416,11 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
   for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(run, thread);
   run(0);
   for (std::thread& other : others) other.join();
+
+  // Here, and not by the caller, whom an interrupt may keep from it.
+  for (const Tensor& step : steps) {
+    *floats(step) = static_cast<float>(steps_before + divide_up(order.size(0), batch_size));
+  }
 
   Tensor result = torch::stable::new_empty(images, {2}, ScalarType::Double);
   auto* const values = static_cast<double*>(result.mutable_data_ptr());

@@ -174,15 +174,15 @@ def find_chains(graph: fx.Graph, module: nn.Module) -> list[Chain]:
     found, inside = [], set()
     order = {node: at for at, node in enumerate(n for n in graph.nodes if n.op not in NO_CALLS)}
     for node in graph.nodes:
-        if node.op != "call_module" or node in inside or _step(node, module) is None:
+        if node.op != "call_module" or node in inside or step_of(node, module) is None:
             continue
-        nodes, steps = [node], [_step(node, module)]
+        nodes, steps = [node], [step_of(node, module)]
         end = ""
         while not end:
             users = list(nodes[-1].users)
             if len(users) != 1:
                 end = f"its result is used {len(users)} times"
-            elif (step := _step(users[0], module)) is None:
+            elif (step := step_of(users[0], module)) is None:
                 what = users[0]
                 name = getattr(what.target, "__name__", str(what.target))
                 end = "it is the result" if what.op == "output" else f"{name} follows it"
@@ -197,7 +197,7 @@ def find_chains(graph: fx.Graph, module: nn.Module) -> list[Chain]:
     return found
 
 
-def _step(node: fx.Node, module: nn.Module) -> chains.Step | None:
+def step_of(node: fx.Node, module: nn.Module) -> chains.Step | None:
     """A node as a step of a chain, if it is one: one tensor in, one out, nothing else."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None

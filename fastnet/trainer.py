@@ -1,0 +1,463 @@
+"""Training of fully connected networks as one native loop."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fastnet import functional, modules
+from fastnet.acceleration import chains, tracing
+from fastnet.acceleration.guards import Untraceable
+from fastnet.ops import mlp
+
+# Seconds of batches in one native call: how long Ctrl-C may wait.
+CALL_SECONDS = 0.05
+
+
+class Epoch(NamedTuple):
+    """What one pass through the data came to: the mean loss, and the share of right answers."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer and whether ReLU follows it."""
+
+    linear: nn.Linear
+    relu: bool
+
+
+class MLPTrainer:
+    r"""Trains a network of linear layers and ReLU with softmax and cross-entropy, whole epochs in
+    native code: the batch is gathered and normalised, goes forward and backward, and the optimizer
+    is applied where a gradient is computed, with no Python, dispatch or allocation between.
+
+    The parameters and the optimizer's state are the model's own tensors, before and after. So this
+    can take turns with a loop in torch: `trainer.optimizer` is a `torch.optim.Adam` or `SGD` on
+    `model.parameters()`, whose `state_dict` can be saved and loaded, and whose learning rate a
+    scheduler can change between calls of `fit`.
+
+    Args:
+        model: `nn.Linear` layers, with or without ReLU after each but the last, in `nn.Sequential`
+            or in a `forward` of its own, also after `fastnet.accelerate`. The input may be
+            flattened first, and log-softmax may come last. float32, on the CPU.
+        optimizer: "adam" or "sgd"; or a `torch.optim.Adam` or `SGD` on just these parameters, which
+            then says all that follows.
+        lr: learning rate.
+        momentum: of SGD.
+        weight_decay: times the weight, added to its gradient.
+        betas: of Adam's averages.
+        eps: of Adam's denominator.
+
+    Raises:
+        ValueError: for models and optimizers that it does not train exactly as torch does.
+
+    Example:
+        >>> trainer = fastnet.MLPTrainer(model, lr=1e-3)
+        >>> trainer.fit(images, labels, batch_size=64, epochs=10, mean=0.1307, std=0.3081)
+        >>> trainer.evaluate(test_images, test_labels, mean=0.1307, std=0.3081).accuracy
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: str | torch.optim.Optimizer = "adam",
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.model = model
+        self.layers = read_layers(model)
+        parameters = list(model.parameters())
+        if optimizer == "adam":
+            if momentum:
+                raise ValueError('momentum is of optimizer="sgd"; Adam has betas')
+            optimizer = torch.optim.Adam(parameters, lr, betas, eps, weight_decay, fused=True)
+        elif optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay)
+        elif not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f'optimizer must be "adam" or "sgd", not {optimizer!r}')
+        self.optimizer = optimizer
+        self._read_optimizer()
+
+    def fit(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        batch_size: int = 64,
+        epochs: int = 1,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        shuffle: bool = True,
+    ) -> list[Epoch]:
+        """Trains for whole epochs.
+
+        Ctrl-C stops between two batches, with model and optimizer as after the last one.
+
+        Args:
+            images: `(n, ...)`, of the network's `in_features` values each; uint8, which are scaled
+                to 0...1, or float32.
+            targets: the classes, `(n)`, int64.
+            batch_size: images in a batch; the last one of an epoch may be smaller.
+            epochs: passes through the images.
+            mean, std: subtracted and divided by; a number, or one for each of the channels of
+                images `(n, channels, ...)`.
+            generator: draws a new order for every epoch; None: torch's default one does.
+            shuffle: False keeps the images' own order.
+
+        Returns:
+            For every epoch the mean loss and accuracy over its batches, each as it was when its
+            turn came.
+
+        Raises:
+            ValueError: for images, targets or numbers that do not fit.
+        """
+        for name, value in (("batch_size", batch_size), ("epochs", epochs)):
+            if operator.index(value) < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        rows, scale, shift = self._read_images(images, mean, std)
+        targets = self._read_targets(targets, len(rows))
+        if len(rows) == 0:
+            raise ValueError("there are no images to train on")
+        history = []
+        for _ in range(epochs):
+            order = torch.randperm(len(rows), generator=generator) if shuffle else None
+            order = torch.arange(len(rows)) if order is None else order
+            total = torch.zeros(2, dtype=torch.float64)
+            for part in _in_calls(order, batch_size):
+                total += self._train(rows, targets, part, batch_size, scale, shift)
+            loss, right = (total / len(rows)).tolist()
+            history.append(Epoch(loss, right))
+        return history
+
+    def evaluate(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+    ) -> Epoch:
+        """The mean loss and the accuracy on images and targets as in `fit`."""
+        logits = self._logits(images, mean, std)
+        targets = self._read_targets(targets, len(logits))
+        loss = functional.cross_entropy(logits, targets).item()
+        return Epoch(loss, (logits.argmax(1) == targets).double().mean().item())
+
+    def predict(
+        self,
+        images: Tensor,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+    ) -> Tensor:
+        """The class of each of the images, int64 `(n)`."""
+        return self._logits(images, mean, std).argmax(1)
+
+    def _logits(self, images, mean, std) -> Tensor:
+        rows, scale, shift = self._read_images(images, mean, std)
+        weights, biases, relu = self._network()
+        return mlp.forward(rows, scale, shift, weights, biases, relu)
+
+    def _train(self, rows, targets, order, batch_size, scale, shift) -> Tensor:
+        weights, biases, relu = self._network()
+        kind, options = self._read_optimizer()
+        first, second, steps = self._state(kind)
+        result = mlp.train(
+            rows,
+            targets,
+            order,
+            batch_size,
+            scale,
+            shift,
+            weights,
+            biases,
+            first,
+            second,
+            steps,
+            relu,
+            kind,
+            *options,
+        )
+        # As every in-place operator does: graphs made before must not be gone back through.
+        torch.autograd.graph.increment_version(list(self.model.parameters()))
+        return result
+
+    def _network(self) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+        none = torch.empty(0)
+        linears = [layer.linear for layer in self.layers]
+        for linear in linears:
+            _check_layer(linear)
+        return (
+            [linear.weight.detach() for linear in linears],
+            [none if linear.bias is None else linear.bias.detach() for linear in linears],
+            [layer.relu for layer in self.layers],
+        )
+
+    def _read_optimizer(self) -> tuple[int, tuple[float, ...]]:
+        """Which one it is, and lr, beta1, beta2, eps and weight_decay.
+
+        Raises:
+            ValueError: for options that are not trained natively.
+        """
+        optimizer = self.optimizer
+        kinds = {torch.optim.Adam: mlp.ADAM, torch.optim.SGD: mlp.SGD}
+        if type(optimizer) not in kinds:
+            raise ValueError(
+                f"MLPTrainer applies torch.optim.Adam and SGD, not {type(optimizer).__name__}"
+            )
+        if len(optimizer.param_groups) != 1:
+            raise ValueError(
+                f"the optimizer must have one group of parameters, not "
+                f"{len(optimizer.param_groups)}"
+            )
+        (group,) = optimizer.param_groups
+        if {id(p) for p in group["params"]} != {id(p) for p in self.model.parameters()}:
+            raise ValueError("the optimizer must have just the model's parameters")
+        for name in ("amsgrad", "maximize", "nesterov", "dampening", "decoupled_weight_decay"):
+            if group.get(name):
+                raise ValueError(f"MLPTrainer has no {name}={group[name]!r}")
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        if type(optimizer) is torch.optim.Adam:
+            return mlp.ADAM, (lr, *map(float, group["betas"]), float(group["eps"]), decay)
+        momentum = float(group["momentum"])
+        return mlp.MOMENTUM if momentum else mlp.SGD, (lr, momentum, 0.0, 0.0, decay)
+
+    def _state(self, kind: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The optimizer's own tensors, made as it makes them where it has not stepped yet."""
+        if kind == mlp.SGD:
+            return [], [], []
+        names = ("exp_avg", "exp_avg_sq") if kind == mlp.ADAM else ("momentum_buffer",)
+        lists: tuple[list[Tensor], ...] = ([], [])
+        steps = []
+        for layer in self.layers:
+            for parameter in (layer.linear.weight, layer.linear.bias):
+                if parameter is None:
+                    for states in lists[: len(names)]:
+                        states.append(torch.empty(0))
+                    continue
+                state = self.optimizer.state[parameter]
+                if kind == mlp.ADAM:
+                    state.setdefault("step", torch.tensor(0.0))
+                    steps.append(state["step"])
+                for name, states in zip(names, lists, strict=False):
+                    if state.get(name) is None:
+                        state[name] = torch.zeros_like(parameter)
+                    states.append(state[name])
+        return *lists, steps
+
+    def _read_images(self, images, mean, std) -> tuple[Tensor, Tensor, Tensor]:
+        """As rows, with a factor and an offset for each of their values."""
+        width = self.layers[0].linear.in_features
+        values = images[0].numel() if images.dim() > 1 and len(images) else width
+        if images.dtype not in (torch.uint8, torch.float32) or images.device.type != "cpu":
+            raise ValueError(
+                f"images must be uint8 or float32 on the CPU, not {images.dtype} on {images.device}"
+            )
+        if images.dim() < 2 or values != width:
+            raise ValueError(f"images must have {width} values each, but are {tuple(images.shape)}")
+        channels = images.shape[1]
+        numbers = []
+        for name, value in (("mean", mean), ("std", std)):
+            number = torch.as_tensor(value, dtype=torch.float64)
+            if number.dim() > 1 or number.numel() not in (1, channels):
+                raise ValueError(
+                    f"{name} must be a number or one for each of {channels} channels, not {value!r}"
+                )
+            repeats = width // number.numel()
+            numbers.append(number.reshape(-1, 1).expand(-1, repeats).reshape(-1))
+        mean, std = numbers
+        if not bool((std > 0).all()):
+            raise ValueError(f"std must be above 0, not {std.min().item()}")
+        largest = 255 if images.dtype is torch.uint8 else 1
+        scale, shift = 1 / (largest * std), -mean / std
+        return images.reshape(len(images), -1).contiguous(), scale.float(), shift.float()
+
+    def _read_targets(self, targets: Tensor, count: int) -> Tensor:
+        classes = self.layers[-1].linear.out_features
+        if targets.dtype is not torch.int64 or tuple(targets.shape) != (count,):
+            raise ValueError(
+                f"targets must be ({count},), int64, but are {tuple(targets.shape)}, "
+                f"{targets.dtype}"
+            )
+        if count and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+            raise ValueError(
+                f"targets must be classes 0 to {classes - 1}, but are {int(targets.min())} to "
+                f"{int(targets.max())}"
+            )
+        return targets.contiguous()
+
+
+def _in_calls(order: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Parts of an epoch, whole batches each, of about CALL_SECONDS."""
+    done, batches = 0, 4
+    while done < len(order):
+        start = time.perf_counter()
+        yield order[done : done + batches * batch_size]
+        done += batches * batch_size
+        per_batch = (time.perf_counter() - start) / batches
+        batches = max(1, min(4 * batches, int(CALL_SECONDS / max(per_batch, 1e-9))))
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading a network
+
+
+def read_layers(model: nn.Module) -> list[Layer]:
+    """The linear layers of a network that is nothing but linear layers and ReLU.
+
+    Raises:
+        ValueError: for anything else, by name.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    layers: list[Layer] = []
+    ended = ""
+    for step in _operations(model):
+        name = step if isinstance(step, str) else f"{type(step).__name__}"
+        if ended:
+            raise _refusal(f"{name} follows {ended}")
+        if isinstance(step, nn.Linear):
+            if any(step is layer.linear for layer in layers):
+                raise _refusal("one layer is used twice")
+            if layers and layers[-1].linear.out_features != step.in_features:
+                raise _refusal(
+                    f"a layer gives {layers[-1].linear.out_features} values, and the next takes "
+                    f"{step.in_features}"
+                )
+            _check_layer(step)
+            layers.append(Layer(step, False))
+        elif step == "ReLU" and layers and not layers[-1].relu:
+            layers[-1] = Layer(layers[-1].linear, True)
+        elif step == "log-softmax" and layers:
+            ended = name
+        elif not (step == "flatten" and not layers):
+            raise _refusal(f"{name} stands {'after' if layers else 'before'} a layer")
+    if not layers:
+        raise _refusal("there is no linear layer in it")
+    if layers[-1].relu:
+        raise _refusal("ReLU follows the last layer, whose results must be logits")
+    parameters = {id(p) for layer in layers for p in layer.linear.parameters()}
+    others = [name for name, p in model.named_parameters() if id(p) not in parameters]
+    if others:
+        raise _refusal(f"parameters {', '.join(others)} are of no linear layer in it")
+    return layers
+
+
+def _refusal(what: str) -> ValueError:
+    return ValueError(f"MLPTrainer trains linear layers with ReLU between, and {what}")
+
+
+def _check_layer(linear: nn.Linear) -> None:
+    for name, parameter in linear.named_parameters():
+        if parameter.dtype is not torch.float32 or parameter.device.type != "cpu":
+            raise _refusal(
+                f"{name} of {linear} is {parameter.dtype} on {parameter.device}, not float32 on "
+                "the CPU"
+            )
+        if not parameter.is_contiguous() or not parameter.requires_grad:
+            raise _refusal(f"{name} of {linear} is frozen, or not contiguous")
+
+
+def _operations(module: nn.Module) -> Iterator[nn.Linear | str]:
+    """What a network does, one thing after the other."""
+    kind = getattr(module, "_fastnet_written", type(module))
+    if chains.has_hooks(module):
+        raise _refusal(f"{kind.__name__} has hooks")
+    if chains.is_sequential(module):
+        for child in module.children():
+            yield from _operations(child)
+    elif kind in (nn.Linear, modules.Linear):
+        yield module
+        if getattr(module, "activation", None) == "relu":
+            yield "ReLU"
+    elif kind is nn.ReLU:
+        yield "ReLU"
+    elif kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+        yield "flatten"
+    elif kind is nn.LogSoftmax and module.dim in (1, -1):
+        yield "log-softmax"
+    elif kind is not nn.Identity:
+        try:
+            tracing.check_is_ours(module)
+            training, evaluation = (
+                tracing.trace(module, kind, mode).graph for mode in (True, False)
+            )
+        except Untraceable as reason:
+            raise _refusal(f"{kind.__name__} is something else ({reason})") from None
+        if str(training) != str(evaluation):
+            raise _refusal(f"{kind.__name__} does in training what it does not in evaluation")
+        yield from _traced_operations(training, module)
+
+
+def _traced_operations(graph: fx.Graph, module: nn.Module) -> Iterator[nn.Linear | str]:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(placeholders) != 1:
+        raise _refusal(f"{type(module).__name__} takes {len(placeholders)} inputs")
+    (value,) = placeholders
+    while True:
+        users = [user for user in value.users if not _is_batch_size(user)]
+        if len(users) != 1:
+            raise _refusal(f"the result of {value} is used {len(users)} times")
+        (node,) = users
+        if node.op == "output":
+            if node.args[0] is not value:
+                raise _refusal(f"{type(module).__name__} returns more than one tensor")
+            return
+        step = tracing.step_of(node, module)
+        if isinstance(step, nn.Module):
+            yield from _operations(step)
+        elif step == chains.RELU:
+            yield "ReLU"
+        elif _is_flatten(node):
+            yield "flatten"
+        elif _is_log_softmax(node):
+            yield "log-softmax"
+        else:
+            raise _refusal(f"{getattr(node.target, '__name__', node.target)} is called")
+        value = node
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    """x.size(0), x.shape[0], and x.shape itself where nothing else is taken from it."""
+    if node.op == "call_method" and node.target == "size":
+        return node.args[1:] == (0,)
+    if node.op == "call_function" and node.target is getattr and node.args[1] == "shape":
+        return all(
+            user.op == "call_function" and user.target is operator.getitem and user.args[1] == 0
+            for user in node.users
+        )
+    return node.op == "call_function" and node.target is operator.getitem and node.args[1] == 0
+
+
+def _is_flatten(node: fx.Node) -> bool:
+    """Whether it makes one row of each image, if the next layer takes it at all."""
+    if node.target in ("flatten", torch.flatten):
+        return node.args[1:] == (1,) or dict(node.kwargs) == {"start_dim": 1}
+    if node.op != "call_method" or node.target not in ("view", "reshape"):
+        return False
+    shape = node.args[1:]
+    if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+        shape = tuple(shape[0])
+    if len(shape) != 2 or isinstance(shape[1], fx.Node):
+        return False
+    return shape[0] == -1 or (isinstance(shape[0], fx.Node) and _is_batch_size(shape[0]))
+
+
+def _is_log_softmax(node: fx.Node) -> bool:
+    if node.target not in (F.log_softmax, torch.log_softmax, "log_softmax"):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return dim in (1, -1) and node.kwargs.get("dtype") is None
