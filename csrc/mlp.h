@@ -16,6 +16,7 @@ enum class MlpOptimizer : int64_t { sgd = 0, momentum = 1, adam = 2 };
 // averages for their start from zero.
 struct MlpStep {
   float lr, beta1, beta2, eps, weight_decay, second_scale;
+  float beta1_rest, beta2_rest;  // 1 - beta, of which float32 would lose half the digits
 };
 
 // A layer: weight (out, in), bias (out) or empty, and the optimizer's state of both.

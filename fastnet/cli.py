@@ -48,6 +48,9 @@ def train_command(
     out: Annotated[
         Path | None, typer.Option(help="Where results are written.", show_default="runs/NAME")
     ] = None,
+    native: Annotated[
+        bool, typer.Option(help="Train whole epochs in native code: fully connected networks.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
     log_every: Annotated[
         int, typer.Option(min=0, help="Batches from one log line to the next; 0: none.")
@@ -61,6 +64,8 @@ def train_command(
         raise FastnetError(f"There is no training {name!r}; there are: {', '.join(RECIPES)}.")
     if backend not in BACKENDS:
         raise FastnetError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
+    if native and backend != "fastnet":
+        raise FastnetError(f"--native is fastnet's own loop, and has no --backend {backend}.")
     recipe = RECIPES[name].on(dataset) if dataset else RECIPES[name]
     settings = training.Settings(
         epochs=epochs or recipe.epochs,
@@ -69,6 +74,7 @@ def train_command(
         backend=backend,
         log_every=log_every,
         resume=resume,
+        native=native,
     )
     out = out or Path("runs") / name
     train_set, test_set = recipe.data.load(data_dir, download=download)
@@ -109,6 +115,10 @@ def train_command(
         f"native torch {times['torch'] * 1e3:.3f} ms "
         f"({times['torch'] / times['fastnet']:.2f} times as long)"
     )
+    if native and result.history:
+        batches = -(-len(train_set) // settings.batch_size)
+        seconds = min(row["seconds"] for row in result.history)
+        print(f"of the native loop: {seconds / batches * 1e3:.3f} ms")
     print(f"checkpoint: {result.checkpoint}")
     print(f"picture: {picture}")
 

@@ -91,6 +91,7 @@ class MLPTrainer:
             raise ValueError(f'optimizer must be "adam" or "sgd", not {optimizer!r}')
         self.optimizer = optimizer
         self._read_optimizer()
+        self._batches_per_call = 4  # until it is known how long they take
 
     def fit(
         self,
@@ -138,8 +139,15 @@ class MLPTrainer:
             order = torch.randperm(len(rows), generator=generator) if shuffle else None
             order = torch.arange(len(rows)) if order is None else order
             total = torch.zeros(2, dtype=torch.float64)
-            for part in _in_calls(order, batch_size):
+            done = 0
+            while done < len(order):
+                part = order[done : done + self._batches_per_call * batch_size]
+                start = time.perf_counter()
                 total += self._train(rows, targets, part, batch_size, scale, shift)
+                done += len(part)
+                per_image = (time.perf_counter() - start) / len(part)
+                wanted = int(CALL_SECONDS / (per_image * batch_size))
+                self._batches_per_call = max(1, min(wanted, 4 * self._batches_per_call))
             loss, right = (total / len(rows)).tolist()
             history.append(Epoch(loss, right))
         return history
@@ -283,7 +291,7 @@ class MLPTrainer:
             raise ValueError(f"std must be above 0, not {std.min().item()}")
         largest = 255 if images.dtype is torch.uint8 else 1
         scale, shift = 1 / (largest * std), -mean / std
-        return images.reshape(len(images), -1).contiguous(), scale.float(), shift.float()
+        return images.reshape(len(images), width).contiguous(), scale.float(), shift.float()
 
     def _read_targets(self, targets: Tensor, count: int) -> Tensor:
         classes = self.layers[-1].linear.out_features
@@ -298,17 +306,6 @@ class MLPTrainer:
                 f"{int(targets.max())}"
             )
         return targets.contiguous()
-
-
-def _in_calls(order: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Parts of an epoch, whole batches each, of about CALL_SECONDS."""
-    done, batches = 0, 4
-    while done < len(order):
-        start = time.perf_counter()
-        yield order[done : done + batches * batch_size]
-        done += batches * batch_size
-        per_batch = (time.perf_counter() - start) / batches
-        batches = max(1, min(4 * batches, int(CALL_SECONDS / max(per_batch, 1e-9))))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -377,7 +374,7 @@ def _operations(module: nn.Module) -> Iterator[nn.Linear | str]:
     if chains.has_hooks(module):
         raise _refusal(f"{kind.__name__} has hooks")
     if chains.is_sequential(module):
-        for child in module.children():
+        for child in module._modules.values():  # children() leaves out what comes twice
             yield from _operations(child)
     elif kind in (nn.Linear, modules.Linear):
         yield module
@@ -390,16 +387,16 @@ def _operations(module: nn.Module) -> Iterator[nn.Linear | str]:
     elif kind is nn.LogSoftmax and module.dim in (1, -1):
         yield "log-softmax"
     elif kind is not nn.Identity:
+        if not any(module.children()):
+            raise _refusal(f"{kind.__name__} is in it")
         try:
             tracing.check_is_ours(module)
-            training, evaluation = (
-                tracing.trace(module, kind, mode).graph for mode in (True, False)
-            )
+            graphs = [tracing.trace(module, kind, mode).graph for mode in (True, False)]
         except Untraceable as reason:
-            raise _refusal(f"{kind.__name__} is something else ({reason})") from None
-        if str(training) != str(evaluation):
+            raise _refusal(f"{kind.__name__} cannot be read: {reason}") from None
+        if str(graphs[0]) != str(graphs[1]):
             raise _refusal(f"{kind.__name__} does in training what it does not in evaluation")
-        yield from _traced_operations(training, module)
+        yield from _traced_operations(graphs[0], module)
 
 
 def _traced_operations(graph: fx.Graph, module: nn.Module) -> Iterator[nn.Linear | str]:

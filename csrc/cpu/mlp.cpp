@@ -100,8 +100,14 @@ struct Training {
   int64_t right = 0;
 
   MlpStep step(int64_t number) const {
-    MlpStep s{static_cast<float>(lr),  static_cast<float>(beta1),        static_cast<float>(beta2),
-              static_cast<float>(eps), static_cast<float>(weight_decay), 1};
+    MlpStep s{.lr = static_cast<float>(lr),
+              .beta1 = static_cast<float>(beta1),
+              .beta2 = static_cast<float>(beta2),
+              .eps = static_cast<float>(eps),
+              .weight_decay = static_cast<float>(weight_decay),
+              .second_scale = 1,
+              .beta1_rest = static_cast<float>(1 - beta1),
+              .beta2_rest = static_cast<float>(1 - beta2)};
     if (optimizer == MlpOptimizer::adam) {
       const double t = static_cast<double>(first_step + number);
       s.lr = static_cast<float>(lr / (1 - std::pow(beta1, t)));

@@ -153,8 +153,8 @@ FASTNET_INLINE Vec<float> updated(Vec<float> w, Vec<float> gradient, Vec<float>&
     first = first * splat(step.beta1) + gradient;
     return w - splat(step.lr) * first;
   } else {
-    first += (gradient - first) * splat(1 - step.beta1);
-    second = second * splat(step.beta2) + (gradient * gradient) * splat(1 - step.beta2);
+    first += (gradient - first) * splat(step.beta1_rest);
+    second = second * splat(step.beta2) + (gradient * gradient) * splat(step.beta2_rest);
     const Vec<float> deviation = square_root(second) * splat(step.second_scale) + splat(step.eps);
     return w - (first * splat(step.lr)) / deviation;
   }

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from fastnet.data import Batches, Dataset, ImageSet
 from fastnet.errors import FastnetError
 from fastnet.recipes.files import load_checkpoint, make_folder, save_checkpoint, write_whole
+from fastnet.trainer import MLPTrainer
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Settings:
     backend: str = "fastnet"
     log_every: int = 10
     resume: bool = False
+    native: bool = False  # epochs as one native loop: see fastnet.MLPTrainer
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,13 @@ def train(
             tqdm.write(f"nothing to do: --epochs is {settings.epochs}")
 
     batches = Batches(train_set, settings.batch_size, recipe.data.mean, recipe.data.std, shuffle)
+    trainer = native_trainer(recipe, model, optimizer) if settings.native else None
     for epoch in range(len(history) + 1, settings.epochs + 1):
         start = time.perf_counter()
-        train_loss = _train_epoch(recipe, settings, model, optimizer, batches, epoch)
+        if trainer is None:
+            train_loss = _train_epoch(recipe, settings, model, optimizer, batches, epoch)
+        else:
+            train_loss = _native_epoch(trainer, batches)
         seconds = time.perf_counter() - start
         test_loss, test_accuracy = evaluate(recipe, model, test_set)
         history.append(
@@ -142,6 +148,32 @@ def _train_epoch(recipe, settings, model, optimizer, batches, epoch) -> float:
                 done = min(number * settings.batch_size, len(batches.images))
                 bar.write(f"epoch {epoch} [{done}/{len(batches.images)}] loss {loss.item():.6f}")
     return (total / len(batches.images)).item()
+
+
+def native_trainer(
+    recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> MLPTrainer:
+    """The recipe's training as a native loop.
+
+    Raises:
+        FastnetError: for a network that has none.
+    """
+    try:
+        return MLPTrainer(model, optimizer)
+    except ValueError as reason:
+        raise FastnetError(f"--native cannot train {recipe.name}: {reason}.") from reason
+
+
+def _native_epoch(trainer: MLPTrainer, batches: Batches) -> float:
+    (epoch,) = trainer.fit(
+        batches.images.images,
+        batches.images.labels,
+        batches.batch_size,
+        mean=batches.mean,
+        std=batches.std,
+        generator=batches.generator,
+    )
+    return epoch.loss
 
 
 def train_step(recipe, model, optimizer, pictures, targets) -> Tensor:
@@ -205,6 +237,7 @@ def _identity(settings: Settings, train_set: ImageSet) -> dict[str, int | str]:
         "--seed": settings.seed,
         "--batch-size": settings.batch_size,
         "--backend": settings.backend,
+        "--native": settings.native,
         "data": f"{len(train_set):,} pictures of {train_set.source}",
     }
 
@@ -213,7 +246,8 @@ def _restore(saved, path, identity, model, optimizer, shuffle) -> list[dict]:
     """Puts everything back as it was; returns the history."""
     try:
         for name, value in identity.items():
-            if saved["settings"][name] != value:
+            # A checkpoint of before there was --native lacks it.
+            if saved["settings"].get(name, False) != value:
                 raise FastnetError(
                     f"{path} was trained with {name} {saved['settings'][name]}, not {value}: "
                     "resume with that, or name another folder with --out."

@@ -1,0 +1,500 @@
+"""MLPTrainer: native epochs, step by step what torch.optim and autograd do."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from support import run_on_isa
+from torch import nn
+
+import fastnet
+from benchmarks import networks
+from fastnet.functional import build_info
+from fastnet.models import MnistNet, mlp
+
+OPTIMIZERS = {
+    "sgd": {"optimizer": "sgd", "lr": 0.05},
+    "sgd, decay": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 0.01},
+    "momentum": {"optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 0.001},
+    "adam": {"optimizer": "adam", "lr": 1e-3},
+    "adam, decay": {"lr": 2e-3, "betas": (0.8, 0.99), "weight_decay": 0.01, "eps": 1e-6},
+}
+
+
+@pytest.fixture(params=[1, 2, 3])
+def _threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Real ones: on noise, a hundred steps of these sizes are chaotic in any arithmetic."""
+    from fastnet.data import MNIST
+
+    train_set, _ = MNIST.load()
+    return train_set.images[:3200], train_set.labels[:3200]
+
+
+def data(n, width, classes, dtype=torch.uint8):
+    images = torch.randint(0, 256, (n, width), dtype=torch.uint8)
+    if dtype is torch.float32:
+        images = torch.randn(n, width)
+    return images, torch.randint(0, classes, (n,))
+
+
+def plain(*widths, relu=True, bias=True):
+    """Linear layers and ReLU in torch."""
+    steps = [nn.Flatten()]
+    for before, after in itertools.pairwise(widths):
+        steps += [nn.Linear(before, after, bias), nn.ReLU()] if relu else [nn.Linear(before, after)]
+    return nn.Sequential(*(steps[:-1] if relu else steps))
+
+
+def torch_optimizer(model, optimizer="adam", lr=1e-3, **options):
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
+    return kind(model.parameters(), lr=lr, **options)
+
+
+def torch_fit(model, optimizer, images, targets, batch_size, mean=0.0, std=1.0, order=None):
+    """The loop that everybody writes. Returns the mean loss and the accuracy."""
+    images = images.float() / 255 if images.dtype is torch.uint8 else images
+    images = (images - mean) / std
+    order = torch.arange(len(images)) if order is None else order
+    loss_sum, right = 0.0, 0
+    for chosen in order.split(batch_size):
+        logits = model(images[chosen])
+        loss = F.cross_entropy(logits, targets[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item() * len(chosen)
+        right += (logits.argmax(1) == targets[chosen]).sum().item()
+    return loss_sum / len(images), right / len(images)
+
+
+def assert_models_agree(actual, expected, tolerance=1e-4):
+    for (name, a), (_, b) in zip(
+        actual.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        error = (a - b).norm() / b.norm().clamp_min(1e-30)
+        assert error.item() <= tolerance, f"{name}: {error:.3g}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The same arithmetic
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(
+    "network",
+    [
+        networks.MnistNet,
+        networks.SoftmaxRegression,
+        networks.ActivationNet,
+        lambda: plain(784, 64, 48, 32, 10, relu=False),
+    ],
+    ids=["mnist-net", "softmax", "activation-net", "deep, linear"],
+)
+def test_a_hundred_steps_agree_with_torch(network, options, digits):
+    images, targets = digits
+    model = network()
+    twin = copy.deepcopy(model)
+    trainer = fastnet.MLPTrainer(model, **options)
+    (epoch,) = trainer.fit(images, targets, 32, mean=0.1, std=0.5, shuffle=False)
+    loss, accuracy = torch_fit(
+        twin, torch_optimizer(twin, **options), images, targets, 32, 0.1, 0.5
+    )
+    assert_models_agree(model, twin)
+    assert epoch.loss == pytest.approx(loss, rel=1e-5)
+    assert epoch.accuracy == pytest.approx(accuracy, abs=2 / len(images))
+
+
+@given(
+    widths=st.lists(st.integers(1, 40), min_size=2, max_size=6),
+    relu=st.lists(st.booleans(), min_size=5, max_size=5),
+    bias=st.booleans(),
+    n=st.integers(1, 70),
+    batch_size=st.integers(1, 40),
+    dtype=st.sampled_from([torch.uint8, torch.float32]),
+    kind=st.sampled_from(list(OPTIMIZERS)),
+)
+def test_random_networks(widths, relu, bias, n, batch_size, dtype, kind):
+    """Widths below a vector's, batches of one, a last batch that is smaller, no bias."""
+    torch.manual_seed(len(widths) + n)
+    steps = [nn.Flatten()]
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+        steps.append(nn.Linear(a, b, bias))
+        if i < len(widths) - 2 and relu[i]:
+            steps.append(nn.ReLU())
+    model = nn.Sequential(*steps)
+    images, targets = data(n, widths[0], widths[-1], dtype)
+    twin = copy.deepcopy(model).double()
+    # Adam divides by the size of the gradient: where that is nothing but rounding, so is the step.
+    options = {**OPTIMIZERS[kind]}
+    if "eps" in options or kind == "adam":
+        options["eps"] = 1e-3
+    trainer = fastnet.MLPTrainer(model, **options)
+    (epoch,) = trainer.fit(images, targets, batch_size, mean=0.4, std=0.7, shuffle=False)
+    if dtype is torch.uint8:
+        images = images.double() / 255
+    optimizer = torch_optimizer(twin, **options)
+    loss, _ = torch_fit(twin, optimizer, images.double(), targets, batch_size, 0.4, 0.7)
+    assert_models_agree(model.double(), twin, 2e-4)
+    assert epoch.loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_on_every_instruction_set(isa):
+    if build_info()["cpu_isa"] == isa:
+        pytest.skip("the other tests run on it")
+    run_on_isa(isa, __file__, "random_networks or hundred_steps or evaluate")
+
+
+@pytest.mark.usefixtures("_threads")
+def test_hostile_values():
+    """Large logits, dead units, and NaN where torch has it."""
+    images, targets = data(64, 20, 5, torch.float32)
+    images *= 1e3
+    model = plain(20, 8, 5)
+    twin = copy.deepcopy(model)
+    (epoch,) = fastnet.MLPTrainer(model, "sgd", lr=1e-6).fit(images, targets, 16, shuffle=False)
+    loss, _ = torch_fit(twin, torch_optimizer(twin, "sgd", lr=1e-6), images, targets, 16)
+    assert_models_agree(model, twin)
+    assert epoch.loss == pytest.approx(loss, rel=1e-4)
+    images[40, 3] = float("nan")
+    fastnet.MLPTrainer(model, "sgd").fit(images, targets, 16, shuffle=False)
+    assert all(p.isnan().any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(30, 3, 4, 5), (30, 1, 6, 10), (30, 60)])
+def test_normalisation_by_channel(shape):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    targets = torch.randint(0, 4, (30,))
+    channels = shape[1] if len(shape) > 2 else 1
+    mean, std = torch.rand(channels).tolist(), (0.2 + torch.rand(channels)).tolist()
+    model = plain(60, 7, 4)
+    twin = copy.deepcopy(model)
+    trainer = fastnet.MLPTrainer(model, "sgd", lr=0.1)
+    trainer.fit(images, targets, 8, mean=mean, std=std, shuffle=False)
+    column = (1, channels) + (1,) * (len(shape) - 2)
+    ready = (images.float() / 255 - torch.tensor(mean).view(column)) / torch.tensor(std).view(
+        column
+    )
+    torch_fit(twin, torch_optimizer(twin, "sgd", lr=0.1), ready, targets, 8)
+    assert_models_agree(model, twin)
+    expected = twin(ready)
+    evaluation = trainer.evaluate(images, targets, mean, std)
+    assert evaluation.loss == pytest.approx(F.cross_entropy(expected, targets).item(), rel=1e-4)
+
+
+def test_order_is_the_generators():
+    """The same that fastnet.data.Batches draws, and torch's default one without."""
+    images, targets = data(100, 12, 3)
+    for generator in (torch.Generator().manual_seed(5), None):
+        models = [plain(12, 6, 3) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        torch.manual_seed(9)
+        state = generator.get_state() if generator else None
+        fastnet.MLPTrainer(models[0], "sgd", lr=0.1).fit(
+            images, targets, 8, epochs=2, generator=generator
+        )
+        torch.manual_seed(9)
+        if generator:
+            generator.set_state(state)
+        optimizer = torch_optimizer(models[1], "sgd", lr=0.1)
+        for _ in range(2):
+            order = torch.randperm(100, generator=generator)
+            torch_fit(models[1], optimizer, images, targets, 8, order=order)
+        assert_models_agree(*models)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_same_bits_for_the_same_threads():
+    images, targets = data(2000, 784, 10)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model = networks.ActivationNet()
+        fastnet.MLPTrainer(model).fit(images, targets, 50, shuffle=False)
+        models.append(model.state_dict())
+    for name, value in models[0].items():
+        assert torch.equal(value, models[1][name])
+
+
+def test_learns_real_digits():
+    from fastnet.data import MNIST
+
+    train_set, test_set = MNIST.load()
+    torch.manual_seed(0)
+    trainer = fastnet.MLPTrainer(MnistNet())
+    history = trainer.fit(
+        train_set.images, train_set.labels, 64, 10, MNIST.mean, MNIST.std, torch.Generator()
+    )
+    assert history[-1].loss < history[0].loss / 3
+    result = trainer.evaluate(test_set.images, test_set.labels, MNIST.mean, MNIST.std)
+    assert result.accuracy >= 0.9
+    predicted = trainer.predict(test_set.images, MNIST.mean, MNIST.std)
+    assert (predicted == test_set.labels).double().mean().item() == pytest.approx(result.accuracy)
+
+
+# ---------------------------------------------------------------------------------------------
+# Taking turns with torch
+
+
+@pytest.mark.parametrize("kind", ["adam, decay", "momentum", "sgd"])
+def test_back_and_forth(kind):
+    """Native, torch on the same optimizer, native; and a state dict carried over to a new one."""
+    images, targets = data(320, 784, 10)
+    model, options = networks.MnistNet(), OPTIMIZERS[kind]
+    twin = copy.deepcopy(model)
+    optimizer = torch_optimizer(twin, **options)
+    trainer = fastnet.MLPTrainer(model, **options)
+    identities = [p.data_ptr() for p in model.parameters()]
+    trainer.fit(images, targets, 32, shuffle=False)
+    torch_fit(model, trainer.optimizer, images, targets, 32)
+    other = torch_optimizer(model, **options)
+    other.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
+    again = fastnet.MLPTrainer(model, other)
+    for group in other.param_groups:
+        group["lr"] *= 0.5  # as a scheduler does
+    again.fit(images, targets, 32, shuffle=False)
+    for turn in range(3):
+        if turn == 2:
+            optimizer.param_groups[0]["lr"] *= 0.5
+        torch_fit(twin, optimizer, images, targets, 32)
+    assert_models_agree(model, twin)
+    assert identities == [p.data_ptr() for p in model.parameters()]
+    if "adam" in kind:
+        steps = {int(state["step"]) for state in other.state.values()}
+        assert steps == {int(state["step"]) for state in optimizer.state.values()} == {30}
+
+
+def test_a_graph_of_before_is_noticed():
+    images, targets = data(8, 12, 3)
+    model = plain(12, 6, 3)
+    loss = model(torch.randn(2, 12)).sum()
+    fastnet.MLPTrainer(model).fit(images, targets, 8)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("n", [0, 1, 47, 48, 100])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_evaluate_and_predict(n, dtype):
+    images, targets = data(n, 30, 5, dtype)
+    model = mlp(30, 9, 17, 5)
+    trainer = fastnet.MLPTrainer(model)
+    ready = images.float() / 255 if dtype is torch.uint8 else images
+    logits = model((ready - 0.2) / 0.4)
+    predicted = trainer.predict(images, 0.2, 0.4)
+    assert predicted.dtype is torch.int64
+    assert torch.equal(predicted, logits.argmax(1))
+    if n:
+        epoch = trainer.evaluate(images, targets, 0.2, 0.4)
+        assert epoch.loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+        assert epoch.accuracy == pytest.approx((predicted == targets).double().mean().item())
+
+
+def test_interrupt_stops_between_batches():
+    program = """
+import torch, fastnet
+from fastnet.models import mlp
+torch.manual_seed(0)
+model = mlp(784, 300, 100, 10)
+trainer = fastnet.MLPTrainer(model)
+images = torch.randint(0, 256, (60_000, 784), dtype=torch.uint8)
+targets = torch.zeros(60_000).long()
+print("ready", flush=True)
+try:
+    trainer.fit(images, targets, 64, epochs=1000)
+except KeyboardInterrupt:
+    steps = {int(s["step"]) for s in trainer.optimizer.state.values()}
+    finite = all(p.isfinite().all() for p in model.parameters())
+    trainer.fit(images[:640], targets[:640], 64)
+    after = {int(s["step"]) for s in trainer.optimizer.state.values()}
+    print("stopped", len(steps) == 1, finite, after == {s + 10 for s in steps})
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    start = time.perf_counter()
+    assert process.communicate(timeout=60)[0] == "stopped True True True\n"
+    assert time.perf_counter() - start < 20
+
+
+# ---------------------------------------------------------------------------------------------
+# What it trains, and what not
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        (MnistNet, [True, False]),
+        (lambda: MnistNet("fastnet"), [True, False]),
+        (networks.MnistNet, [True, False]),
+        (lambda: fastnet.accelerate(networks.MnistNet()), [True, False]),
+        (lambda: fastnet.accelerate(networks.ActivationNet()), [True, True, False]),
+        (networks.CifarMLP, [True, True, False]),
+        (lambda: nn.Linear(4, 2), [False]),
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.LogSoftmax(1)),
+         [True, False]),
+    ],
+)  # fmt: skip
+def test_networks_that_it_reads(model, layers):
+    assert [layer.relu for layer in fastnet.MLPTrainer(model()).layers] == layers
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.fc(x)
+
+
+class Extra(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.unused = nn.Linear(4, 4), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def _hooked():
+    model = mlp(4, 3, 2)
+    model[1].register_forward_hook(lambda *_: None)
+    return model
+
+
+def _frozen():
+    model = mlp(4, 3, 2)
+    model[1].bias.requires_grad_(False)
+    return model
+
+
+TIED = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (networks.BatchNet, "BatchNorm1d"),
+        (networks.SimpleCNN, "Conv2d"),
+        (networks.ConvNet, "in training what it does not"),
+        (networks.Generator, "Tanh"),
+        (networks.Discriminator, "LeakyReLU"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)), "Dropout"),
+        (lambda: nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)), "Softmax"),
+        (lambda: nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "ReLU follows the last layer"),
+        (lambda: nn.Sequential(nn.ReLU(), nn.Linear(4, 2)), "before a layer"),
+        (lambda: nn.Sequential(nn.Linear(4, 2), nn.LogSoftmax(1), nn.ReLU()), "log-softmax"),
+        (lambda: nn.Sequential(TIED, nn.ReLU(), TIED), "used twice"),
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 2)), "gives 3 values"),
+        (nn.Sequential, "no linear layer"),
+        (Residual, "used 2 times"),
+        (Extra, "unused.weight"),
+        (_hooked, "hooks"),
+        (_frozen, "frozen"),
+        (lambda: mlp(4, 3, 2).double(), "float64"),
+        (lambda: mlp(4, 3, 2).to("meta"), "meta"),
+        (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))), "Linear"),
+        (lambda: 3, "not int"),
+    ],
+)
+def test_networks_that_it_refuses(model, reason):
+    with pytest.raises(ValueError, match=reason):
+        fastnet.MLPTrainer(model())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        (lambda p: torch.optim.Adam(p, amsgrad=True), "amsgrad"),
+        (lambda p: torch.optim.Adam(p, maximize=True), "maximize"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), "nesterov"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "dampening"),
+        (torch.optim.AdamW, "AdamW"),
+        (lambda p: torch.optim.SGD([{"params": [q]} for q in p], lr=0.1), "one group"),
+        (lambda p: torch.optim.SGD(p[:1], lr=0.1), "just the model's"),
+        (lambda _: "rmsprop", "rmsprop"),
+    ],
+)
+def test_optimizers_that_it_refuses(optimizer, reason):
+    model = mlp(4, 3, 2)
+    with pytest.raises(ValueError, match=reason):
+        fastnet.MLPTrainer(model, optimizer(list(model.parameters())))
+    with pytest.raises(ValueError, match="momentum"):
+        fastnet.MLPTrainer(model, "adam", momentum=0.9)
+
+
+def test_bad_input():
+    model = mlp(12, 6, 3)
+    trainer = fastnet.MLPTrainer(model)
+    images, targets = data(10, 12, 3)
+    before = copy.deepcopy(model.state_dict())
+    for arguments, options, reason in (
+        ((images[:, :11], targets), {}, "12 values"),
+        ((images.double(), targets), {}, "float64"),
+        ((images[0], targets), {}, "12 values"),
+        ((images, targets.int()), {}, "int32"),
+        ((images, targets[:9]), {}, r"\(10,\)"),
+        ((images, targets + 1), {}, "classes 0 to 2"),
+        ((images, targets - 1), {}, "classes 0 to 2"),
+        ((images, targets), {"batch_size": 0}, "batch_size"),
+        ((images, targets), {"epochs": 0}, "epochs"),
+        ((images, targets), {"std": 0.0}, "std"),
+        ((images, targets), {"mean": [0.1, 0.2]}, "mean"),
+        ((images[:0], targets[:0]), {}, "no images"),
+    ):
+        targets_ = arguments[1].clamp(-1, 3)
+        with pytest.raises(ValueError, match=reason):
+            trainer.fit(arguments[0], targets_, **options)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    model[1].weight.requires_grad_(False)  # since
+    with pytest.raises(ValueError, match="frozen"):
+        trainer.fit(images, targets)
+
+
+def test_raw_op_refuses_what_would_be_read_past():
+    images, targets = data(10, 12, 3)
+    weight, bias, scale = torch.zeros(3, 12), torch.zeros(3), torch.ones(12)
+
+    def call(order=None, targets=targets, weights=(weight,), relu=(False,), rows=images):
+        order = torch.arange(10) if order is None else order
+        none = [torch.empty(0)] * 2
+        torch.ops.fastnet.mlp_train(
+            rows, targets, order, 4, scale, scale, list(weights), [bias], none, none, [],
+            list(relu), 0, 0.1, 0.0, 0.0, 0.0, 0.0,
+        )  # fmt: skip
+
+    call()
+    for options, reason in (
+        ({"order": torch.tensor([10])}, "image 10 of 10"),
+        ({"order": torch.tensor([-1])}, "image -1"),
+        ({"targets": targets + 3}, "no class of 3"),
+        ({"rows": images[:, :11].contiguous()}, r"\(n, 12\)"),
+        ({"relu": (True,)}, "logits"),
+        ({"weights": (weight.double(),)}, "float32"),
+        ({"weights": (weight.t(),)}, "contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            call(**options)
