@@ -11,7 +11,7 @@ import typer
 
 from benchmarks import harness
 
-OPS = ("linear_relu", "cross_entropy", "conv_relu_pool", "accelerate", "mnist_net")
+OPS = ("linear_relu", "cross_entropy", "conv_relu_pool", "accelerate", "mnist_net", "mlp_trainer")
 
 
 def main(
