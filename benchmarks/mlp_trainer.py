@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -34,10 +35,10 @@ def cases(quick: bool = False) -> Iterator[Case]:
     yield _epoch("784-28-10", (784, 28, 10), digits, 64)
     if quick:
         return
-    yield _epoch("784-28-10", (784, 28, 10), digits, 16)
+    yield _epoch("784-28-10", (784, 28, 10), digits, 16, tolerance=0.1)
     yield _epoch("784-28-10", (784, 28, 10), digits, 256)
     yield _epoch("784-10", (784, 10), digits, 64)
-    yield _epoch("784-300-100-10", (784, 300, 100, 10), digits, 64)
+    yield _epoch("784-300-100-10", (784, 300, 100, 10), digits, 64, tolerance=0.1)
     colour = ImageSet(
         torch.randint(0, 256, (320, 3, 32, 32), dtype=torch.uint8),
         torch.randint(0, 10, (320,)),
@@ -51,7 +52,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
 def _network(widths: tuple[int, ...]) -> nn.Sequential:
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -85,7 +86,7 @@ def _epoch(
 
     sides[FASTNET] = native
     steps = count // batch_size
-    # Training parts what rounding has parted: three epochs are compared.
+    # Training parts what rounding has parted, and three epochs are compared.
     return Case(
         "mlp_trainer",
         f"{name}, batch {batch_size}, {steps} steps",

@@ -42,8 +42,8 @@ void define_schemas(Library& library) {
   // how many were right. An empty tensor stands for a bias or a state that is not there.
   library.def(
       "mlp_train(Tensor images, Tensor targets, Tensor order, int batch_size, Tensor scale, "
-      "Tensor shift, Tensor(a!)[] weights, Tensor(b!)[] biases, Tensor(c!)[] first, "
-      "Tensor(d!)[] second, Tensor(e!)[] steps, bool[] relu, int optimizer, float lr, "
+      "Tensor shift, Tensor(a!)[] weights, Tensor(b!)[] biases, bool[] relu, "
+      "Tensor(c!)[] first, Tensor(d!)[] second, Tensor(e!)[] steps, int optimizer, float lr, "
       "float beta1, float beta2, float eps, float weight_decay) -> Tensor");
   // Its logits.
   library.def(

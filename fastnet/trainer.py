@@ -134,6 +134,8 @@ class MLPTrainer:
         targets = self._read_targets(targets, len(rows))
         if len(rows) == 0:
             raise ValueError("there are no images to train on")
+        network, (kind, options) = self._network(), self._read_optimizer()
+        state = self._state(kind)
         history = []
         for _ in range(epochs):
             order = torch.randperm(len(rows), generator=generator) if shuffle else None
@@ -143,7 +145,11 @@ class MLPTrainer:
             while done < len(order):
                 part = order[done : done + self._batches_per_call * batch_size]
                 start = time.perf_counter()
-                total += self._train(rows, targets, part, batch_size, scale, shift)
+                total += mlp.train(
+                    rows, targets, part, batch_size, scale, shift, *network, *state, kind, *options
+                )
+                # As every in-place operator does: nobody must go back through an older graph.
+                torch.autograd.graph.increment_version(list(self.model.parameters()))
                 done += len(part)
                 per_image = (time.perf_counter() - start) / len(part)
                 wanted = int(CALL_SECONDS / (per_image * batch_size))
@@ -176,32 +182,7 @@ class MLPTrainer:
 
     def _logits(self, images, mean, std) -> Tensor:
         rows, scale, shift = self._read_images(images, mean, std)
-        weights, biases, relu = self._network()
-        return mlp.forward(rows, scale, shift, weights, biases, relu)
-
-    def _train(self, rows, targets, order, batch_size, scale, shift) -> Tensor:
-        weights, biases, relu = self._network()
-        kind, options = self._read_optimizer()
-        first, second, steps = self._state(kind)
-        result = mlp.train(
-            rows,
-            targets,
-            order,
-            batch_size,
-            scale,
-            shift,
-            weights,
-            biases,
-            first,
-            second,
-            steps,
-            relu,
-            kind,
-            *options,
-        )
-        # As every in-place operator does: graphs made before must not be gone back through.
-        torch.autograd.graph.increment_version(list(self.model.parameters()))
-        return result
+        return mlp.forward(rows, scale, shift, *self._network())
 
     def _network(self) -> tuple[list[Tensor], list[Tensor], list[bool]]:
         none = torch.empty(0)
@@ -276,22 +257,21 @@ class MLPTrainer:
             )
         if images.dim() < 2 or values != width:
             raise ValueError(f"images must have {width} values each, but are {tuple(images.shape)}")
-        channels = images.shape[1]
-        numbers = []
-        for name, value in (("mean", mean), ("std", std)):
-            number = torch.as_tensor(value, dtype=torch.float64)
-            if number.dim() > 1 or number.numel() not in (1, channels):
-                raise ValueError(
-                    f"{name} must be a number or one for each of {channels} channels, not {value!r}"
-                )
-            repeats = width // number.numel()
-            numbers.append(number.reshape(-1, 1).expand(-1, repeats).reshape(-1))
-        mean, std = numbers
-        if not bool((std > 0).all()):
-            raise ValueError(f"std must be above 0, not {std.min().item()}")
+        means, stds = (
+            _by_channel(name, value, images.shape[1])
+            for name, value in (("mean", mean), ("std", std))
+        )
+        if not min(stds) > 0:
+            raise ValueError(f"std must be above 0, not {std!r}")
         largest = 255 if images.dtype is torch.uint8 else 1
-        scale, shift = 1 / (largest * std), -mean / std
-        return images.reshape(len(images), width).contiguous(), scale.float(), shift.float()
+        scale = torch.tensor([1 / (largest * s) for s in stds])
+        channels = max(len(means), len(stds))  # of which one may be the same for all
+        pairs = zip(means * (channels // len(means)), stds * (channels // len(stds)), strict=True)
+        shift = torch.tensor([-m / s for m, s in pairs])
+        return (
+            images.reshape(len(images), width).contiguous(),
+            *(values.repeat_interleave(width // len(values)) for values in (scale, shift)),
+        )
 
     def _read_targets(self, targets: Tensor, count: int) -> Tensor:
         classes = self.layers[-1].linear.out_features
@@ -306,6 +286,15 @@ class MLPTrainer:
                 f"{int(targets.max())}"
             )
         return targets.contiguous()
+
+
+def _by_channel(name: str, value: float | Sequence[float], channels: int) -> list[float]:
+    values = [float(v) for v in value] if isinstance(value, Sequence | Tensor) else [float(value)]
+    if len(values) not in (1, channels):
+        raise ValueError(
+            f"{name} must be a number or one for each of {channels} channels, not {value!r}"
+        )
+    return values
 
 
 # ---------------------------------------------------------------------------------------------

@@ -482,8 +482,8 @@ def test_raw_op_refuses_what_would_be_read_past():
         order = torch.arange(10) if order is None else order
         none = [torch.empty(0)] * 2
         torch.ops.fastnet.mlp_train(
-            rows, targets, order, 4, scale, scale, list(weights), [bias], none, none, [],
-            list(relu), 0, 0.1, 0.0, 0.0, 0.0, 0.0,
+            rows, targets, order, 4, scale, scale, list(weights), [bias], list(relu),
+            none, none, [], 0, 0.1, 0.0, 0.0, 0.0, 0.0,
         )  # fmt: skip
 
     call()

@@ -322,8 +322,8 @@ int64_t choose_threads(const std::vector<MlpLayer>& layers, int64_t rows) {
 
 Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& order,
                  int64_t batch_size, const Tensor& scale, const Tensor& shift,
-                 std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> first,
-                 std::vector<Tensor> second, std::vector<Tensor> steps, std::vector<bool> relu,
+                 std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<bool> relu,
+                 std::vector<Tensor> first, std::vector<Tensor> second, std::vector<Tensor> steps,
                  int64_t optimizer, double lr, double beta1, double beta2, double eps,
                  double weight_decay) {
   std::vector<MlpLayer> layers = check_mlp_layers(weights, biases, relu);
@@ -417,12 +417,14 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
         return training.run<MlpOptimizer::adam>(thread);
     }
   };
-  // Threads of our own: they wait for each other, which a pool's need not be able to.
-  std::vector<std::thread> others;
-  for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(run, thread);
-  run(0);
-  for (std::thread& other : others) other.join();
-
+  // One of torch's threads for each. They wait for each other, so where torch has fewer, being
+  // inside a parallel region already, the others are made here.
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<std::thread> others;
+    for (int64_t thread = begin + 1; thread < end; ++thread) others.emplace_back(run, thread);
+    run(begin);
+    for (std::thread& other : others) other.join();
+  });
   // Here, and not by the caller, whom an interrupt may keep from it.
   for (const Tensor& step : steps) {
     *floats(step) = static_cast<float>(steps_before + divide_up(order.size(0), batch_size));
