@@ -35,10 +35,10 @@ def cases(quick: bool = False) -> Iterator[Case]:
     yield _epoch("784-28-10", (784, 28, 10), digits, 64)
     if quick:
         return
-    yield _epoch("784-28-10", (784, 28, 10), digits, 16, tolerance=0.1)
+    yield _epoch("784-28-10", (784, 28, 10), digits, 16, tolerance=0.3)
     yield _epoch("784-28-10", (784, 28, 10), digits, 256)
     yield _epoch("784-10", (784, 10), digits, 64)
-    yield _epoch("784-300-100-10", (784, 300, 100, 10), digits, 64, tolerance=0.1)
+    yield _epoch("784-300-100-10", (784, 300, 100, 10), digits, 64, tolerance=0.3)
     colour = ImageSet(
         torch.randint(0, 256, (320, 3, 32, 32), dtype=torch.uint8),
         torch.randint(0, 10, (320,)),
