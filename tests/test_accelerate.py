@@ -1161,6 +1161,8 @@ def test_cuda_graph():
 
 
 def test_command_line():
+    pytest.importorskip("typer")
+
     def info(*arguments):
         return subprocess.run(
             [sys.executable, "-m", "fastnet", "info", "--model", *arguments],

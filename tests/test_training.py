@@ -128,6 +128,39 @@ def test_simple_cnn_takes_pictures_of_other_sizes(channels, size):
         CNN.model(channels, 7)
 
 
+@pytest.mark.parametrize("backend", ["fastnet", "torch"])
+@pytest.mark.parametrize(
+    ("name", "accuracy"),
+    [("logistic-regression", 0.8), ("softmax-regression", 0.85), ("activation-net", 0.55)],
+)
+def test_mlps_learn_digits(name, accuracy, backend, digits, tmp_path):
+    recipe = RECIPES[name].on("mnist")
+    chosen = settings(epochs=recipe.epochs if name != "activation-net" else 3, backend=backend)
+    result = train(recipe, chosen, *digits, tmp_path)
+    assert result.history[-1]["test_accuracy"] >= accuracy
+
+
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES.values() if r is not CNN], ids=lambda r: r.name
+)
+def test_native_training_is_the_same_training(recipe, few, tmp_path):
+    """The same batches in the same order: the losses agree as far as rounding lets them."""
+    recipe = recipe.on("mnist")
+    curves = [
+        [
+            (row["train_loss"], row["test_loss"])
+            for row in train(recipe, settings(native=native), *few, tmp_path / str(native)).history
+        ]
+        for native in (False, True)
+    ]
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-3, atol=1e-4)
+
+
+def test_native_training_of_other_networks(few, tmp_path):
+    with pytest.raises(FastnetError, match=r"--native cannot train simple-cnn: .*ConvReLUPool2d"):
+        train(CNN, settings(native=True), *few, tmp_path)
+
+
 def test_same_seed_same_run(few, tmp_path):
     first, again, other = (
         train(RECIPE, settings(seed=seed), *few, tmp_path / name)
@@ -137,12 +170,17 @@ def test_same_seed_same_run(few, tmp_path):
     assert not same(first.model.state_dict(), other.model.state_dict())
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, CNN], ids=lambda recipe: recipe.name)
-def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(recipe, few, tmp_path):
-    whole = train(recipe, settings(epochs=4), *few, tmp_path / "whole")
-    train(recipe, settings(epochs=2), *few, tmp_path / "parts")
+@pytest.mark.parametrize(
+    ("recipe", "native"),
+    [(RECIPE, False), (RECIPE, True), (CNN, False)],
+    ids=["mlp", "native", "cnn"],
+)
+def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(recipe, native, few, tmp_path):
+    whole = train(recipe, settings(epochs=4, native=native), *few, tmp_path / "whole")
+    train(recipe, settings(epochs=2, native=native), *few, tmp_path / "parts")
     torch.rand(7)  # whatever the process has drawn in between
-    parts = train(recipe, settings(epochs=4, resume=True), *few, tmp_path / "parts")
+    again = settings(epochs=4, resume=True, native=native)
+    parts = train(recipe, again, *few, tmp_path / "parts")
     contents = [load_checkpoint(r.checkpoint, recipe.name) for r in (whole, parts)]
     for content in contents:
         for row in content["history"]:
@@ -286,11 +324,13 @@ def test_train_command(tmp_path):
         (["train", "no-such-net"], "mnist-net"),
         (["train", "mnist-net", "--backend", "jax"], "'jax'"),
         (["train", "mnist-net", "--dataset", "cifar"], "'cifar'"),
+        (["train", "mnist-net", "--native", "--backend", "torch"], "--native"),
+        (["train", "simple-cnn", "--native"], "ConvReLUPool2d"),
         (["train", "mnist-net", "--data-dir", "nowhere"], "train-images-idx3-ubyte"),
         (["train", "mnist-net", "--resume"], "no checkpoint"),
         (["train", "mnist-net", "--out", "/proc/nowhere"], "no folder to write to"),
     ],
-    ids=["name", "backend", "dataset", "data", "resume", "out"],
+    ids=["name", "backend", "dataset", "native", "network", "data", "resume", "out"],
 )
 def test_bad_input_is_one_sentence(tmp_path, arguments, words):
     done = command(*arguments, cwd=tmp_path)
