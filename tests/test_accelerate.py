@@ -841,6 +841,26 @@ def test_names_that_collide():
     assert_same(model, fastnet.accelerate(model), torch.randn(3, 8))
 
 
+def test_infinite_constants(calls):
+    model = Calls(lambda m, x: F.relu(m.fc(x)).masked_fill(x > 0, float("-inf")), fc=linear())
+    accelerated = fastnet.accelerate(model)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(accelerated(x), model(x))
+    assert calls == ["linear_relu"]
+
+
+def test_functions_without_a_name():
+    """What a trace calls must be found again by its name, after pickling."""
+    apply = torch.vmap(torch.sin)
+    model = Calls(lambda m, x: F.relu(m.fc(apply(x))), fc=linear())
+    accelerated = fastnet.accelerate(model)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(accelerated(x), model(x))
+    report = fastnet.accelerate_report(accelerated)
+    assert "would fuse" not in str(report)
+    assert report.fused or report.untraceable
+
+
 def test_other_tracers():
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 8))
     accelerated = fastnet.accelerate(model.eval())

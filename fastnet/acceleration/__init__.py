@@ -12,8 +12,7 @@ import copy
 from torch import nn
 
 from fastnet import modules
-from fastnet.acceleration import chains, tracing
-from fastnet.acceleration.classes import TRACED, Accelerated, Forward, accelerated
+from fastnet.acceleration.classes import TRACED, class_for
 from fastnet.acceleration.guards import Untraceable
 from fastnet.acceleration.report import Report, accelerate_report
 
@@ -39,7 +38,8 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     A `forward` is traced only where a trace says it all: with no `with`, `try` or `print`, no
     random numbers of its own, no attribute set, no question about an input's type. What it read
     from attributes is kept; setting one of them later brings the written `forward` back, with a
-    warning. Globals, and attributes of submodules, that it read are kept without one.
+    warning. Globals, and attributes of submodules, that it read are kept without one. While this
+    runs no other thread may run a model: torch.fx takes hold of `nn.Module` meanwhile.
 
     Args:
         model: any module.
@@ -64,7 +64,12 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.CrossEntropyLoss:
             module.__class__ = modules.CrossEntropyLoss
-        elif (cls := _accelerated_class(module)) is not None:
+            continue
+        try:
+            cls = class_for(module)
+        except Untraceable:  # it stays as it is; accelerate_report says why
+            continue
+        if cls is not None:
             module.__class__ = cls
             vars(module)[TRACED] = True
     return model
@@ -82,26 +87,3 @@ def _copy(model: nn.Module) -> nn.Module:
             "accelerate(model, inplace=True) needs no copy"
         ) from error
     return copied
-
-
-def _accelerated_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class that it should have; None where nothing is gained."""
-    if isinstance(module, Accelerated):
-        return None
-    if chains.is_sequential(module):
-        flat = chains.flatten(module._modules.values())
-        gains = any(chains.fuse(flat, at).count for at in chains.layers(flat))
-        return accelerated(type(module), None) if gains else None
-    try:
-        tracing.check_is_ours(module)
-        traces = [tracing.trace(module, type(module), training) for training in (True, False)]
-        changed = [tracing.rewrite(trace) for trace in traces]
-        if not any(changed):
-            return None
-        reads = traces[0].reads | traces[1].reads
-        lists = (nn.ModuleList, nn.ModuleDict)
-        lengths = tuple((n, len(m)) for n, m in module.named_children() if isinstance(m, lists))
-        codes = [tracing.code(trace.graph) for trace in traces]
-        return accelerated(type(module), Forward(*codes, reads, lengths))
-    except Untraceable:
-        return None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fastnet.acceleration import chains, tracing
 from fastnet.acceleration.chains import sequential_forward
 from fastnet.acceleration.guards import Unregistered, subclass
 from fastnet.acceleration.tracing import Code, required_arguments
@@ -83,6 +84,29 @@ def accelerated(written: type[nn.Module], forward: Forward | None) -> type[nn.Mo
         "forward": sequential_forward if forward is None else _function(written, forward),
     }
     return subclass(written, Accelerated, members)
+
+
+def class_for(module: nn.Module) -> type[nn.Module] | None:
+    """The class that accelerates a module; None where nothing is gained.
+
+    Raises:
+        Untraceable: where its `forward` must stay as it is.
+    """
+    if isinstance(module, Accelerated):
+        return None
+    kind = type(module)
+    if chains.is_sequential(module):
+        flat = chains.flatten(module._modules.values())
+        gains = any(chains.fuse(flat, at).count for at in chains.layers(flat))
+        return accelerated(kind, None) if gains else None
+    tracing.check_is_ours(module)
+    traces = [tracing.trace(module, kind, training) for training in (True, False)]
+    if not any([tracing.rewrite(trace) for trace in traces]):  # noqa: C419  both are rewritten
+        return None
+    lists = (nn.ModuleList, nn.ModuleDict)
+    lengths = tuple((n, len(m)) for n, m in module.named_children() if isinstance(m, lists))
+    codes = [tracing.code(trace.graph) for trace in traces]
+    return accelerated(kind, Forward(*codes, traces[0].reads | traces[1].reads, lengths))
 
 
 def _function(written: type[nn.Module], forward: Forward) -> types.FunctionType:

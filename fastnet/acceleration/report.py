@@ -8,7 +8,7 @@ from torch import nn
 
 from fastnet import modules
 from fastnet.acceleration import chains, tracing
-from fastnet.acceleration.classes import TRACED, Accelerated
+from fastnet.acceleration.classes import TRACED, Accelerated, class_for
 from fastnet.acceleration.guards import Untraceable
 
 FUSED_MODULES = (modules.Linear, modules.ConvReLUPool2d, modules.CrossEntropyLoss)
@@ -69,7 +69,9 @@ def accelerate_report(model: nn.Module) -> Report:
         if not any(module.children()):
             continue
         try:
-            for steps, end in _chains(module):
+            found = _chains(module)
+            class_for(module)  # which may refuse what can be traced
+            for steps, end in found:
                 _judge(steps, end, isinstance(module, Accelerated), outcomes)
         except Untraceable as reason:
             if any(isinstance(child, LAYERS) for child in module.modules()):

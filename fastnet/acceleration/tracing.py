@@ -299,6 +299,8 @@ def code(graph: fx.Graph) -> Code:
             continue
         if isinstance(value, types.ModuleType):
             module, path = value.__name__, ""
+        elif isinstance(value, float):  # inf and nan, which torch.fx writes by name
+            module, path = "math", name
         else:
             module = getattr(value, "__module__", None) or ""
             path = getattr(value, "__qualname__", "")
