@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastnet import functional, modules
 from fastnet.acceleration import chains, tracing
@@ -80,6 +83,7 @@ class MLPTrainer:
     ) -> None:
         self.model = model
         self.layers = read_layers(model)
+        self._modules_read = _signature(model)
         parameters = list(model.parameters())
         if optimizer == "adam":
             if momentum:
@@ -130,17 +134,20 @@ class MLPTrainer:
         for name, value in (("batch_size", batch_size), ("epochs", epochs)):
             if operator.index(value) < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        network, (kind, options) = self._network(), self._read_optimizer()
         rows, scale, shift = self._read_images(images, mean, std)
         targets = self._read_targets(targets, len(rows))
         if len(rows) == 0:
             raise ValueError("there are no images to train on")
-        network, (kind, options) = self._network(), self._read_optimizer()
+        batch_size = min(batch_size, len(rows))
         state = self._state(kind)
         history = []
         for _ in range(epochs):
-            order = torch.randperm(len(rows), generator=generator) if shuffle else None
-            order = torch.arange(len(rows)) if order is None else order
-            total = torch.zeros(2, dtype=torch.float64)
+            if shuffle:
+                order = torch.randperm(len(rows), generator=generator, device="cpu")
+            else:
+                order = torch.arange(len(rows), device="cpu")
+            total = torch.zeros(2, dtype=torch.float64, device="cpu")
             done = 0
             while done < len(order):
                 part = order[done : done + self._batches_per_call * batch_size]
@@ -150,6 +157,8 @@ class MLPTrainer:
                 )
                 # As every in-place operator does: nobody must go back through an older graph.
                 torch.autograd.graph.increment_version(list(self.model.parameters()))
+                # As a step does, for the schedulers that ask whether there has been one.
+                self.optimizer._opt_called = True
                 done += len(part)
                 per_image = (time.perf_counter() - start) / len(part)
                 wanted = int(CALL_SECONDS / (per_image * batch_size))
@@ -168,6 +177,8 @@ class MLPTrainer:
         """The mean loss and the accuracy on images and targets as in `fit`."""
         logits = self._logits(images, mean, std)
         targets = self._read_targets(targets, len(logits))
+        if len(logits) == 0:
+            raise ValueError("there are no images to evaluate on")
         loss = functional.cross_entropy(logits, targets).item()
         return Epoch(loss, (logits.argmax(1) == targets).double().mean().item())
 
@@ -181,14 +192,18 @@ class MLPTrainer:
         return self._logits(images, mean, std).argmax(1)
 
     def _logits(self, images, mean, std) -> Tensor:
-        rows, scale, shift = self._read_images(images, mean, std)
-        return mlp.forward(rows, scale, shift, *self._network())
+        network = self._network()
+        return mlp.forward(*self._read_images(images, mean, std), *network)
 
     def _network(self) -> tuple[list[Tensor], list[Tensor], list[bool]]:
-        none = torch.empty(0)
+        if _signature(self.model) != self._modules_read:
+            self.layers = read_layers(self.model)
+            self._modules_read = _signature(self.model)
+        none = torch.empty(0, dtype=torch.float32, device="cpu")
         linears = [layer.linear for layer in self.layers]
         for linear in linears:
             _check_layer(linear)
+        _check_apart([p for linear in linears for p in linear.parameters()])
         return (
             [linear.weight.detach() for linear in linears],
             [none if linear.bias is None else linear.bias.detach() for linear in linears],
@@ -207,6 +222,10 @@ class MLPTrainer:
             raise ValueError(
                 f"MLPTrainer applies torch.optim.Adam and SGD, not {type(optimizer).__name__}"
             )
+        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        hooks += (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+        if any(hooks):
+            raise ValueError("the optimizer has hooks, which a native step does not call")
         if len(optimizer.param_groups) != 1:
             raise ValueError(
                 f"the optimizer must have one group of parameters, not "
@@ -229,27 +248,62 @@ class MLPTrainer:
         if kind == mlp.SGD:
             return [], [], []
         names = ("exp_avg", "exp_avg_sq") if kind == mlp.ADAM else ("momentum_buffer",)
+        self._check_state(kind, names)
+        none = torch.empty(0, dtype=torch.float32, device="cpu")
         lists: tuple[list[Tensor], ...] = ([], [])
         steps = []
         for layer in self.layers:
             for parameter in (layer.linear.weight, layer.linear.bias):
                 if parameter is None:
                     for states in lists[: len(names)]:
-                        states.append(torch.empty(0))
+                        states.append(none)
                     continue
                 state = self.optimizer.state[parameter]
-                if kind == mlp.ADAM:
-                    state.setdefault("step", torch.tensor(0.0))
-                    steps.append(state["step"])
-                for name, states in zip(names, lists, strict=False):
-                    if state.get(name) is None:
-                        state[name] = torch.zeros_like(parameter)
-                    states.append(state[name])
+                # Tensors that a step of torch's may write to, also under inference_mode.
+                with torch.inference_mode(False):
+                    if kind == mlp.ADAM:
+                        if "step" not in state:
+                            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                        steps.append(state["step"])
+                    for name, states in zip(names, lists, strict=False):
+                        if state.get(name) is None:
+                            state[name] = torch.zeros_like(parameter, requires_grad=False)
+                        states.append(state[name])
         return *lists, steps
+
+    def _check_state(self, kind: int, names: tuple[str, ...]) -> None:
+        """Raises ValueError for a state that is not as the optimizer itself would have it."""
+        taken = set()
+        for parameter in self.model.parameters():
+            state = self.optimizer.state.get(parameter, {})
+            if kind == mlp.ADAM:
+                step = state.get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
+                if not isinstance(step, Tensor) or step.dtype is not torch.float32:
+                    raise ValueError(f"the optimizer's step must be a float32 tensor, not {step!r}")
+                taken.add(step.item())
+            for name in names:
+                value = state.get(name)
+                if value is not None and not (
+                    value.shape == parameter.shape
+                    and value.dtype is torch.float32
+                    and value.device == parameter.device
+                    and value.is_contiguous()
+                ):
+                    raise ValueError(
+                        f"the optimizer's {name} must be {tuple(parameter.shape)}, float32 and "
+                        f"contiguous, but is {tuple(value.shape)}, {value.dtype}"
+                    )
+        if len(taken) > 1:
+            raise ValueError(
+                f"the optimizer has stepped some parameters {min(taken):.0f} times and others "
+                f"{max(taken):.0f} times"
+            )
 
     def _read_images(self, images, mean, std) -> tuple[Tensor, Tensor, Tensor]:
         """As rows, with a factor and an offset for each of their values."""
         width = self.layers[0].linear.in_features
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images must be a tensor, not {type(images).__name__}")
         values = images[0].numel() if images.dim() > 1 and len(images) else width
         if images.dtype not in (torch.uint8, torch.float32) or images.device.type != "cpu":
             raise ValueError(
@@ -261,20 +315,27 @@ class MLPTrainer:
             _by_channel(name, value, images.shape[1])
             for name, value in (("mean", mean), ("std", std))
         )
-        if not min(stds) > 0:
+        if min(stds) <= 0:
             raise ValueError(f"std must be above 0, not {std!r}")
         largest = 255 if images.dtype is torch.uint8 else 1
-        scale = torch.tensor([1 / (largest * s) for s in stds])
+        scale = [1 / (largest * s) for s in stds]
         channels = max(len(means), len(stds))  # of which one may be the same for all
         pairs = zip(means * (channels // len(means)), stds * (channels // len(stds)), strict=True)
-        shift = torch.tensor([-m / s for m, s in pairs])
+        shift = [-m / s for m, s in pairs]
         return (
             images.reshape(len(images), width).contiguous(),
-            *(values.repeat_interleave(width // len(values)) for values in (scale, shift)),
+            *(
+                torch.tensor(values, dtype=torch.float32, device="cpu").repeat_interleave(
+                    width // len(values)
+                )
+                for values in (scale, shift)
+            ),
         )
 
     def _read_targets(self, targets: Tensor, count: int) -> Tensor:
         classes = self.layers[-1].linear.out_features
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"targets must be a tensor, not {type(targets).__name__}")
         if targets.dtype is not torch.int64 or tuple(targets.shape) != (count,):
             raise ValueError(
                 f"targets must be ({count},), int64, but are {tuple(targets.shape)}, "
@@ -288,9 +349,12 @@ class MLPTrainer:
         return targets.contiguous()
 
 
-def _by_channel(name: str, value: float | Sequence[float], channels: int) -> list[float]:
-    values = [float(v) for v in value] if isinstance(value, Sequence | Tensor) else [float(value)]
-    if len(values) not in (1, channels):
+def _by_channel(name: str, value: float | Sequence[float] | Tensor, channels: int) -> list[float]:
+    try:
+        values = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        values = []
+    if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
         raise ValueError(
             f"{name} must be a number or one for each of {channels} channels, not {value!r}"
         )
@@ -353,8 +417,27 @@ def _check_layer(linear: nn.Linear) -> None:
                 f"{name} of {linear} is {parameter.dtype} on {parameter.device}, not float32 on "
                 "the CPU"
             )
-        if not parameter.is_contiguous() or not parameter.requires_grad:
-            raise _refusal(f"{name} of {linear} is frozen, or not contiguous")
+        if not parameter.requires_grad:
+            raise _refusal(f"{name} of {linear} is frozen")
+        if not parameter.is_contiguous():
+            raise _refusal(f"{name} of {linear} is not contiguous")
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise _refusal(f"{name} of {linear} has hooks on its gradient")
+    if linear.weight.shape != (linear.out_features, linear.in_features):
+        raise _refusal(f"the weight of {linear} is {tuple(linear.weight.shape)}")
+
+
+def _check_apart(parameters: list[nn.Parameter]) -> None:
+    """Refuses parameters that share memory: a gradient is applied where it is computed, and theirs
+    would have to be added first."""
+    ranges = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in parameters)
+    if any(before[1] > after[0] for before, after in itertools.pairwise(ranges)):
+        raise _refusal("two of its parameters share memory")
+
+
+def _signature(model: nn.Module) -> list[tuple]:
+    """What changes when a module is replaced, or given hooks."""
+    return [(name, id(m), type(m), chains.has_hooks(m)) for name, m in model.named_modules()]
 
 
 def _operations(module: nn.Module) -> Iterator[nn.Linear | str]:

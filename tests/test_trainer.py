@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -295,7 +296,7 @@ def test_a_graph_of_before_is_noticed():
 
 
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("n", [0, 1, 47, 48, 100])
+@pytest.mark.parametrize("n", [1, 47, 48, 100])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_evaluate_and_predict(n, dtype):
     images, targets = data(n, 30, 5, dtype)
@@ -306,10 +307,12 @@ def test_evaluate_and_predict(n, dtype):
     predicted = trainer.predict(images, 0.2, 0.4)
     assert predicted.dtype is torch.int64
     assert torch.equal(predicted, logits.argmax(1))
-    if n:
-        epoch = trainer.evaluate(images, targets, 0.2, 0.4)
-        assert epoch.loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
-        assert epoch.accuracy == pytest.approx((predicted == targets).double().mean().item())
+    epoch = trainer.evaluate(images, targets, 0.2, 0.4)
+    assert epoch.loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert epoch.accuracy == pytest.approx((predicted == targets).double().mean().item())
+    assert trainer.predict(images[:0]).shape == (0,)
+    with pytest.raises(ValueError, match="no images"):
+        trainer.evaluate(images[:0], targets[:0])
 
 
 def test_interrupt_stops_between_batches():
@@ -392,6 +395,21 @@ def _frozen():
     return model
 
 
+def _shared(data: bool):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    if data:
+        model[2].weight.data = model[0].weight.data
+    else:
+        model[2].weight = model[0].weight
+    return model
+
+
+def _gradient_hook():
+    model = mlp(4, 3, 2)
+    model[1].weight.register_hook(lambda grad: grad * 0)
+    return model
+
+
 TIED = nn.Linear(4, 4)
 
 
@@ -413,6 +431,7 @@ TIED = nn.Linear(4, 4)
         (nn.Sequential, "no linear layer"),
         (Residual, "used 2 times"),
         (Extra, "unused.weight"),
+        (_gradient_hook, "hooks on its gradient"),
         (_hooked, "hooks"),
         (_frozen, "frozen"),
         (lambda: mlp(4, 3, 2).double(), "float64"),
@@ -463,7 +482,11 @@ def test_bad_input():
         ((images, targets), {"batch_size": 0}, "batch_size"),
         ((images, targets), {"epochs": 0}, "epochs"),
         ((images, targets), {"std": 0.0}, "std"),
-        ((images, targets), {"mean": [0.1, 0.2]}, "mean"),
+        ((images, targets), {"mean": [0.1, 0.2, 0.3]}, "mean"),
+        ((images, targets), {"mean": None}, "mean"),
+        ((images, targets), {"mean": float("nan")}, "mean"),
+        ((images, targets), {"std": "wide"}, "std"),
+        ((images.numpy(), targets), {}, "tensor, not ndarray"),
         ((images[:0], targets[:0]), {}, "no images"),
     ):
         targets_ = arguments[1].clamp(-1, 3)
@@ -474,6 +497,103 @@ def test_bad_input():
     model[1].weight.requires_grad_(False)  # since
     with pytest.raises(ValueError, match="frozen"):
         trainer.fit(images, targets)
+
+
+@pytest.mark.parametrize("data_too", [True, False])
+def test_parameters_that_share_memory(data_too):
+    trainer = fastnet.MLPTrainer(_shared(data_too))
+    images, targets = data(10, 4, 4)
+    with pytest.raises(ValueError, match="share memory"):
+        trainer.fit(images, targets)
+
+
+def test_optimizer_states_that_do_not_fit():
+    images, targets = data(10, 12, 3)
+
+    def stepped():
+        model = plain(12, 6, 3)
+        trainer = fastnet.MLPTrainer(model)
+        trainer.fit(images, targets, 5)
+        return trainer, trainer.optimizer.state[model[1].weight]
+
+    trainer, state = stepped()
+    state["exp_avg"] = state["exp_avg"].double()
+    with pytest.raises(ValueError, match=r"exp_avg must be \(6, 12\), float32"):
+        trainer.fit(images, targets, 5)
+    trainer, state = stepped()
+    state["step"] += 1
+    with pytest.raises(ValueError, match="2 times and others 3 times"):
+        trainer.fit(images, targets, 5)
+    trainer, state = stepped()
+    state["step"] = 2
+    with pytest.raises(ValueError, match="float32 tensor, not 2"):
+        trainer.fit(images, targets, 5)
+    trainer, _ = stepped()
+    trainer.optimizer.register_step_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks"):
+        trainer.fit(images, targets, 5)
+
+
+def test_models_that_change_between_calls():
+    images, targets = data(20, 12, 3, torch.float32)
+    model = plain(12, 6, 3)
+    trainer = fastnet.MLPTrainer(model, "sgd")
+    trainer.fit(images, targets, 5)
+    model[2] = nn.Identity()
+    assert torch.equal(trainer.predict(images), model(images).argmax(1))
+    model[2] = nn.Tanh()
+    with pytest.raises(ValueError, match="Tanh"):
+        trainer.predict(images)
+    model[2] = nn.ReLU()
+    model.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks"):
+        trainer.fit(images, targets)
+
+
+def test_bits_do_not_depend_on_how_batches_fall_into_calls():
+    """A call of the small last batch alone, and of all."""
+    images, targets = data(259, 784, 10)
+    results = []
+    for batches in (1, 100):
+        torch.manual_seed(2)
+        model = networks.SoftmaxRegression()
+        trainer = fastnet.MLPTrainer(model)
+        trainer._batches_per_call = batches
+        trainer.fit(images, targets, 256, shuffle=False)
+        results.append(model.linear.weight.detach())
+    assert torch.equal(*results)
+
+
+def test_any_batch_size():
+    images, targets = data(20, 12, 3)
+    model = plain(12, 6, 3)
+    trainer = fastnet.MLPTrainer(model)
+    for batch_size in (20, 21, sys.maxsize):
+        trainer.fit(images, targets, batch_size)
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {3}
+
+
+def test_under_torchs_own_modes():
+    images, targets = data(20, 12, 3)
+    model = plain(12, 6, 3)
+    trainer = fastnet.MLPTrainer(model)
+    with torch.inference_mode():
+        trainer.fit(images, targets, 5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        trainer.fit(images, targets, 5)
+        with torch.device("meta"):
+            trainer.fit(images, targets, 5)
+            assert trainer.predict(images).device.type == "cpu"
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch_fit(model, trainer.optimizer, images, targets, 5)  # writes to that state
+    scheduler = torch.optim.lr_scheduler.StepLR(torch_optimizer(model, "sgd"), 1)
+    native = fastnet.MLPTrainer(model, scheduler.optimizer)
+    native.fit(images, targets, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
 
 
 def test_raw_op_refuses_what_would_be_read_past():

@@ -117,7 +117,7 @@ struct Training {
   }
 
   template <MlpOptimizer kOptimizer>
-  void run(int64_t thread);
+  void run(int64_t thread, struct Workspace& space) noexcept;
 };
 
 template <class Pixel>
@@ -156,19 +156,34 @@ void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_
   }
 }
 
-template <MlpOptimizer kOptimizer>
-void Training::run(int64_t thread) {
-  const int64_t L = static_cast<int64_t>(layers.size());
-  const int64_t rows_at_most = std::min(batch_size, count);
-  const MlpLayer& last = layers.back();
-  // Logits and their gradient are (C, rows), with vectors along the rows.
-  const int64_t C = last.out, stride = row_stride;
+// All that a thread writes to, made before there are threads: one that fails in its own would leave
+// the others waiting.
+struct Workspace {
+  std::vector<Part> parts;
+  Range pixels;  // the images' columns that the thread needs
+  Floats input;
+  Floats activations, grads;  // of its units of the last hidden layer
+  Floats dlogits;
+  std::vector<const float*> from_threads;
 
-  std::vector<Part> parts(L);
+  Workspace(const Training& training, int64_t thread);
+};
+
+// The last layer's tensors, in the order of Part's copies.
+std::array<const Tensor*, 6> tensors_of(const MlpLayer& layer) {
+  return {&layer.weight, &layer.weight_first, &layer.weight_second,
+          &layer.bias,   &layer.bias_first,   &layer.bias_second};
+}
+
+Workspace::Workspace(const Training& training, int64_t thread) {
+  const std::vector<MlpLayer>& layers = training.layers;
+  const int64_t L = static_cast<int64_t>(layers.size());
+  const int64_t rows_at_most = std::min(training.batch_size, training.count);
+  parts.resize(L);
   for (int64_t l = 0; l + 1 < L; ++l) {
     const MlpLayer& layer = layers[l];
     Part& part = parts[l];
-    part.units = share_of(layer.out, thread, threads);
+    part.units = share_of(layer.out, thread, training.threads);
     const int64_t from = part.units.begin * layer.in;
     part.weight = floats(layer.weight) + from;
     part.weight_first = floats(layer.weight_first) + from;
@@ -180,28 +195,44 @@ void Training::run(int64_t thread) {
     }
     part.dz = Floats(rows_at_most * part.units.size());
   }
+  const MlpLayer& last = layers.back();
+  const int64_t C = last.out;
   Part& own = parts[L - 1];
-  const Range columns = own.units = share_of(last.in, thread, threads);
-  const int64_t width = columns.size();
-  const Tensor* const whole[] = {&last.weight, &last.weight_first, &last.weight_second,
-                                 &last.bias,   &last.bias_first,   &last.bias_second};
+  own.units = share_of(last.in, thread, training.threads);
+  const int64_t width = own.units.size();
+  const std::array<const Tensor*, 6> whole = tensors_of(last);
   for (int i = 0; i < 3; ++i) {
     own.copies[i] = Floats(C * width);
-    copy_columns(floats(*whole[i]) + columns.begin, last.in, own.copies[i], width, C, width);
+    copy_columns(floats(*whole[i]) + own.units.begin, last.in, own.copies[i], width, C, width);
     own.copies[3 + i] = Floats(C);
-    if (last.bias.numel() > 0)
+    if (last.bias.numel() > 0) {
       std::copy_n(floats(*whole[3 + i]), C, own.copies[3 + i].operator float*());
+    }
   }
   own.weight = own.copies[0], own.weight_first = own.copies[1], own.weight_second = own.copies[2];
   own.bias = own.copies[3], own.bias_first = own.copies[4], own.bias_second = own.copies[5];
+  pixels = L == 1 ? own.units : Range{0, layers.front().in};
+  input = Floats(rows_at_most * pixels.size());
+  activations = Floats(L == 1 ? 0 : rows_at_most * width);
+  grads = Floats(rows_at_most * width);
+  dlogits = Floats(C * training.row_stride);
+  from_threads.resize(training.threads);
+}
 
-  // The images' columns that this thread needs, and its units of the last hidden layer.
-  const Range pixels = L == 1 ? columns : Range{0, layers.front().in};
-  const Floats input(rows_at_most * pixels.size());
-  const Floats activations(L == 1 ? 0 : rows_at_most * width), grads(rows_at_most * width);
-  const Floats dlogits(C * stride);
+template <MlpOptimizer kOptimizer>
+void Training::run(int64_t thread, Workspace& space) noexcept {
+  const int64_t L = static_cast<int64_t>(layers.size());
+  const MlpLayer& last = layers.back();
+  // Logits and their gradient are (C, rows), with vectors along the rows.
+  const int64_t C = last.out, stride = row_stride;
+  const std::vector<Part>& parts = space.parts;
+  const Range pixels = space.pixels;
+  float *const input = space.input, *const activations = space.activations;
+  float *const grads = space.grads, *const dlogits = space.dlogits;
+  std::vector<const float*>& from_threads = space.from_threads;
+  const Part& own = parts[L - 1];
+  const int64_t width = own.units.size();
   const bool is_uint8 = images.scalar_type() == ScalarType::Byte;
-  std::vector<const float*> from_threads(threads);
   double loss_sum = 0;
   int64_t right_sum = 0;
 
@@ -295,8 +326,9 @@ void Training::run(int64_t thread) {
   const int states = optimizer == MlpOptimizer::sgd        ? 1
                      : optimizer == MlpOptimizer::momentum ? 2
                                                            : 3;
+  const std::array<const Tensor*, 6> whole = tensors_of(last);
   for (int i = 0; i < states; ++i) {
-    copy_columns(own.copies[i], width, floats(*whole[i]) + columns.begin, last.in, C, width);
+    copy_columns(own.copies[i], width, floats(*whole[i]) + own.units.begin, last.in, C, width);
     if (thread == 0 && last.bias.numel() > 0) {
       std::copy_n(own.copies[3 + i].operator float*(), C, floats(*whole[3 + i]));
     }
@@ -336,6 +368,7 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
   check(order.scalar_type() == ScalarType::Long && order.dim() == 1 && order.is_contiguous(),
         "mlp: order must be int64, of one dimension and contiguous");
   check(batch_size > 0, "mlp: batch_size must be at least 1, not ", batch_size);
+  batch_size = std::min(batch_size, std::max<int64_t>(1, n));
   check(optimizer >= 0 && optimizer <= 2, "mlp: there is no optimizer ", optimizer);
   const auto kind = static_cast<MlpOptimizer>(optimizer);
   const auto* const classes = static_cast<const int64_t*>(targets.const_data_ptr());
@@ -345,6 +378,12 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
     const int64_t target = classes[chosen[i]];
     check(target >= 0 && target < layers.back().out, "mlp: target ", target, " is no class of ",
           layers.back().out);
+  }
+  // What is written to must be no copy-on-write view of somebody else's.
+  for (std::vector<Tensor>* tensors : {&weights, &biases, &first, &second, &steps}) {
+    for (Tensor& tensor : *tensors) {
+      if (tensor.numel() > 0) tensor.mutable_data_ptr();
+    }
   }
   const auto add_state = [&](const std::vector<Tensor>& states, Tensor MlpLayer::* weight,
                              Tensor MlpLayer::* bias) {
@@ -377,7 +416,9 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
   }
 
   const int64_t rows = std::min(batch_size, order.size(0));
-  const int64_t threads = choose_threads(layers, rows);
+  // By a whole batch, also where this call has a smaller one only: what comes out depends on how
+  // many threads there are, and must not on how batches fall into calls.
+  const int64_t threads = choose_threads(layers, std::min(batch_size, n));
   const int64_t stride = divide_up(rows, kWidestVector) * kWidestVector;
   Training training{.images = images,
                     .targets = classes,
@@ -407,14 +448,16 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
     training.hidden.emplace_back(rows * layers[l].out);
     for (int64_t p = 0; p < threads; ++p) training.hidden_grads.emplace_back(rows * layers[l].out);
   }
+  std::vector<Workspace> spaces;
+  for (int64_t thread = 0; thread < threads; ++thread) spaces.emplace_back(training, thread);
   const auto run = [&](int64_t thread) {
     switch (kind) {
       case MlpOptimizer::sgd:
-        return training.run<MlpOptimizer::sgd>(thread);
+        return training.run<MlpOptimizer::sgd>(thread, spaces[thread]);
       case MlpOptimizer::momentum:
-        return training.run<MlpOptimizer::momentum>(thread);
+        return training.run<MlpOptimizer::momentum>(thread, spaces[thread]);
       case MlpOptimizer::adam:
-        return training.run<MlpOptimizer::adam>(thread);
+        return training.run<MlpOptimizer::adam>(thread, spaces[thread]);
     }
   };
   // One of torch's threads for each. They wait for each other, so where torch has fewer, being

@@ -153,7 +153,10 @@ FASTNET_INLINE Vec<float> updated(Vec<float> w, Vec<float> gradient, Vec<float>&
     first = first * splat(step.beta1) + gradient;
     return w - splat(step.lr) * first;
   } else {
-    first += (gradient - first) * splat(step.beta1_rest);
+    // Of the two ways to go from one to the other, that which keeps the nearer.
+    const Vec<float> way = gradient - first;
+    first = step.beta1_rest < 0.5f ? first + way * splat(step.beta1_rest)
+                                   : gradient - way * splat(step.beta1);
     second = second * splat(step.beta2) + (gradient * gradient) * splat(step.beta2_rest);
     const Vec<float> deviation = square_root(second) * splat(step.second_scale) + splat(step.eps);
     return w - (first * splat(step.lr)) / deviation;

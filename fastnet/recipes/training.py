@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -158,6 +159,8 @@ def native_trainer(
     Raises:
         FastnetError: for a network that has none.
     """
+    if recipe.loss not in (F.cross_entropy, F.nll_loss):
+        raise FastnetError(f"--native trains with cross-entropy, which {recipe.name} does not.")
     try:
         return MLPTrainer(model, optimizer)
     except ValueError as reason:
@@ -246,10 +249,10 @@ def _restore(saved, path, identity, model, optimizer, shuffle) -> list[dict]:
     """Puts everything back as it was; returns the history."""
     try:
         for name, value in identity.items():
-            # A checkpoint of before there was --native lacks it.
-            if saved["settings"].get(name, False) != value:
+            before = saved["settings"].get(name, False)  # of before there was --native
+            if before != value:
                 raise FastnetError(
-                    f"{path} was trained with {name} {saved['settings'][name]}, not {value}: "
+                    f"{path} was trained with {name} {before}, not {value}: "
                     "resume with that, or name another folder with --out."
                 )
         model.load_state_dict(saved["model"])
