@@ -48,7 +48,7 @@ class SpinBarrier {
   }
 
  private:
-  static constexpr int kPatience = 20'000;
+  static constexpr int kPatience = 2'000;  // some 30 microseconds
   const int count_;
   alignas(64) std::atomic<int> arrived_ = 0;
   alignas(64) std::atomic<int> round_ = 0;
