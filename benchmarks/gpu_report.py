@@ -30,6 +30,7 @@ SHORT = "cuda and float64 and not no and (784 or 130 or 600)"  # a short list fo
 
 OPS = ("linear_relu", "cross_entropy", "conv_relu_pool")
 OP_TESTS = [f"tests/test_{op}.py" for op in (*OPS, "linear_cross_entropy")]
+OP_TESTS.append("tests/test_accelerate.py::test_cuda_graph")
 NEEDED = ("torch", "setuptools", "ninja", "pytest", "hypothesis", "typer", "matplotlib")
 
 
