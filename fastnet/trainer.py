@@ -442,7 +442,7 @@ def _signature(model: nn.Module) -> list[tuple]:
 
 def _operations(module: nn.Module) -> Iterator[nn.Linear | str]:
     """What a network does, one thing after the other."""
-    kind = getattr(module, "_fastnet_written", type(module))
+    kind = tracing.written_class(module)
     if chains.has_hooks(module):
         raise _refusal(f"{kind.__name__} has hooks")
     if chains.is_sequential(module):

@@ -99,10 +99,9 @@ def _chains(module: nn.Module) -> list[tuple[list[chains.Step], str]]:
     if chains.is_sequential(module):
         return [(chains.flatten(module._modules.values()), "nothing follows it")]
     tracing.check_is_ours(module)
-    written = module._fastnet_written if isinstance(module, Accelerated) else type(module)
     if isinstance(module, Accelerated) and TRACED not in vars(module):
         raise Untraceable("an attribute that it reads was set after accelerate(model)")
-    found = tracing.trace(module, written, module.training).chains
+    found = tracing.trace(module, tracing.written_class(module), module.training).chains
     return [(chains.flatten(chain.steps), chain.end) for chain in found]
 
 

@@ -63,9 +63,14 @@ class Trace:
     reads: frozenset[str]
 
 
+def written_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class, of an accelerated one the class as it was written."""
+    return getattr(module, "_fastnet_written", type(module))
+
+
 def check_is_ours(module: nn.Module) -> None:
     """Refuses modules whose `forward` is not for us to trace."""
-    kind = getattr(module, "_fastnet_written", type(module))
+    kind = written_class(module)
     if not any(module.children()):
         raise Untraceable("it has no submodules")
     if "forward" in vars(module):
