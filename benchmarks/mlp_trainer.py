@@ -18,7 +18,7 @@ from torch import nn
 import fastnet
 from benchmarks import mnist_net
 from benchmarks.harness import FASTNET, Case
-from fastnet.data import MNIST, Batches, ImageSet
+from fastnet.data import MNIST, Batches, Samples
 from fastnet.models import MnistNet
 
 LR = 1e-3
@@ -39,7 +39,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
     yield _epoch("784-28-10", (784, 28, 10), digits, 256)
     yield _epoch("784-10", (784, 10), digits, 64)
     yield _epoch("784-300-100-10", (784, 300, 100, 10), digits, 64, tolerance=0.3)
-    colour = ImageSet(
+    colour = Samples(
         torch.randint(0, 256, (320, 3, 32, 32), dtype=torch.uint8),
         torch.randint(0, 10, (320,)),
         MNIST.load()[0].classes,
@@ -60,14 +60,14 @@ def _network(widths: tuple[int, ...]) -> nn.Sequential:
 def _epoch(
     name: str,
     widths: tuple[int, ...],
-    images: ImageSet,
+    images: Samples,
     batch_size: int,
     tolerance: float = 1e-2,
 ) -> Case:
     """An epoch of whole batches in the set's own order, with Adam, on from where the last ended."""
     count = len(images) // batch_size * batch_size
-    pictures, labels = images.images[:count], images.labels[:count]
-    whole = ImageSet(pictures, labels, images.classes, images.source)
+    pictures, labels = images.inputs[:count], images.targets[:count]
+    whole = Samples(pictures, labels, images.classes, images.source)
     batches = list(Batches(whole, batch_size, MNIST.mean, MNIST.std))
     torch._dynamo.reset()
     sides: dict[str, Callable] = {}
@@ -124,7 +124,7 @@ def _jax_epoch(model, pictures, labels, batch_size):
 
     def step(state, chosen):
         parameters, first, second, count = state
-        x = (images[chosen].astype(jnp.float32) / 255 - MNIST.mean) / MNIST.std
+        x = (images[chosen].astype(jnp.float32) / 255 - MNIST.mean[0]) / MNIST.std[0]
         grads = jax.grad(log_likelihood)(parameters, x, classes[chosen])
         count = count + 1
         tree = jax.tree.map
@@ -167,7 +167,7 @@ def _document() -> Case:
         model.load_state_dict(start)
         trainer = fastnet.MLPTrainer(model, lr=LR)
         trainer.fit(
-            images.images, images.labels, 64, 1, MNIST.mean, MNIST.std, order.manual_seed(0)
+            images.inputs, images.targets, 64, 1, MNIST.mean, MNIST.std, order.manual_seed(0)
         )
         return []
 

@@ -11,16 +11,21 @@ import torch.nn.functional as F
 
 from benchmarks import networks
 from benchmarks.harness import FASTNET, Case
-from fastnet.data import Batches, ImageSet
+from fastnet.data import Batches, Samples
 from fastnet.recipes import RECIPES
-from fastnet.recipes.training import train_step
+from fastnet.recipes.runtime import ONE_PROCESS
+from fastnet.recipes.tasks import Task
 
 RECIPE = RECIPES["mnist-net"]
 
 
-def pictures(count: int) -> ImageSet:
+def task(backend: str) -> Task:
+    return RECIPE.task(RECIPE, RECIPE.settings(backend=backend), ONE_PROCESS, (1, 28, 28), 10)
+
+
+def pictures(count: int) -> Samples:
     images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
-    return ImageSet(images, torch.randint(0, 10, (count,)), tuple("0123456789"), "random")
+    return Samples(images, torch.randint(0, 10, (count,)), tuple("0123456789"), "random")
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
@@ -37,35 +42,33 @@ def _step(batch_size: int) -> Case:
     images = pictures(8 * batch_size)
     sides = {}
     torch._dynamo.reset()
-    for side, backend in (("eager", "torch"), ("compile", "torch"), (FASTNET, "fastnet")):
-        torch.manual_seed(0)
-        model = RECIPE.model(backend=backend)
-        optimizer = RECIPE.optimizer(model.parameters())
-        called = torch.compile(model, dynamic=False) if side == "compile" else model
+    for side, backend in (("eager", "torch"), ("compile", "compile"), (FASTNET, "fastnet")):
         batches = itertools.cycle(
             list(Batches(images, batch_size, RECIPE.data.mean, RECIPE.data.std))
         )
-        sides[side] = _one_step(called, optimizer, batches)
+        sides[side] = _one_step(task(backend), batches)
     # Errors grow from step to step as the weights part; verification takes three.
     return Case("mnist_net", f"batch {batch_size}", "step", sides, tolerance=1e-4)
 
 
-def _one_step(model, optimizer, batches):
+def _one_step(trained: Task, batches):
+    trained.network.train()
+
     def once():
-        return [train_step(RECIPE, model, optimizer, *next(batches)).detach()]
+        return [trained.step(*next(batches))["loss"]]
 
     return once
 
 
-def document_epoch(images: ImageSet):
+def document_epoch(images: Samples):
     """The tutorials' own loop: a DataLoader, one Python transform a picture, eager torch, Adam."""
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
-    arrays, labels = images.images[:, 0].numpy(), images.labels.tolist()
+    arrays, labels = images.inputs[:, 0].numpy(), images.targets.tolist()
     transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((RECIPE.data.mean,), (RECIPE.data.std,))]
+        [transforms.ToTensor(), transforms.Normalize(RECIPE.data.mean, RECIPE.data.std)]
     )
 
     class Mnist(Dataset):
@@ -97,12 +100,10 @@ def _epoch() -> Case:
 
     def ours(backend):
         def once():
-            torch.manual_seed(0)
-            model = RECIPE.model(backend=backend)
-            optimizer = RECIPE.optimizer(model.parameters())
+            trained = task(backend)
             order = torch.Generator().manual_seed(0)
             for batch in Batches(images, 64, RECIPE.data.mean, RECIPE.data.std, order):
-                train_step(RECIPE, model, optimizer, *batch)
+                trained.step(*batch)
             return []
 
         return once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,6 @@ import torch
 
 import fastnet
 from fastnet.errors import FastnetError
-from fastnet.models.layers import BACKENDS
 
 app = typer.Typer(
     help="Train the classic networks on fused kernels.",
@@ -30,107 +30,225 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+OF_DATA, OF_SPEED, OF_RATE = "Data", "Device and speed", "Learning rate"
+
 
 @app.command("train")
 def train_command(
     name: Annotated[str, typer.Argument(help="The training; `fastnet list` names them.")],
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes through the data.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures in a batch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples in a batch.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
-    backend: Annotated[str, typer.Option(help=f"One of: {', '.join(BACKENDS)}.")] = "fastnet",
-    dataset: Annotated[
-        str | None, typer.Option(help="The data set, for trainings that have several.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where the data set's files lie, or shall be downloaded to.")
-    ] = None,
-    download: Annotated[bool, typer.Option(help="Download the full data set.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Where results are written.", show_default="runs/NAME")
     ] = None,
-    native: Annotated[
-        bool, typer.Option(help="Train whole epochs in native code: fully connected networks.")
-    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
     log_every: Annotated[
         int, typer.Option(min=0, help="Batches from one log line to the next; 0: none.")
     ] = 10,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events, too.")] = False,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Of those that the training has.", rich_help_panel=OF_DATA),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the data set's files lie, or shall be downloaded to.",
+            rich_help_panel=OF_DATA,
+        ),
+    ] = None,
+    download: Annotated[
+        bool, typer.Option(help="Download the full data set.", rich_help_panel=OF_DATA)
+    ] = False,
+    augment: Annotated[
+        bool, typer.Option(help="Flip and turn pictures at random.", rich_help_panel=OF_DATA)
+    ] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="What transfer starts from: imagenet (downloads them), none, or a file.",
+            show_default="imagenet",
+            rich_help_panel=OF_DATA,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="One of: auto, cpu, cuda.", rich_help_panel=OF_SPEED)
+    ] = "auto",
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="fastnet, torch (its own layers), or compile (those, compiled).",
+            show_default="fastnet",
+            rich_help_panel=OF_SPEED,
+        ),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            help="Train on every backend, and time their steps.", rich_help_panel=OF_SPEED
+        ),
+    ] = False,
+    native: Annotated[
+        bool,
+        typer.Option(
+            help="Train whole epochs in native code: fully connected networks.",
+            rich_help_panel=OF_SPEED,
+        ),
+    ] = False,
+    amp: Annotated[
+        str | None,
+        typer.Option(help="Mixed precision: bf16 or fp16.", rich_help_panel=OF_SPEED),
+    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile the network.", rich_help_panel=OF_SPEED),
+    ] = False,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="none, StepLR, MultiStepLR, ExponentialLR or ReduceLROnPlateau.",
+            show_default="the training's own",
+            rich_help_panel=OF_RATE,
+        ),
+    ] = None,
+    step_size: Annotated[
+        int | None, typer.Option(min=1, help="Epochs, of StepLR.", rich_help_panel=OF_RATE)
+    ] = None,
+    milestones: Annotated[
+        str | None, typer.Option(help="Epochs, of MultiStepLR: 10,20.", rich_help_panel=OF_RATE)
+    ] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="What a rate is multiplied by.", rich_help_panel=OF_RATE)
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=0, help="Epochs, of ReduceLROnPlateau.", rich_help_panel=OF_RATE),
+    ] = None,
 ) -> None:
     """Run a named training."""
-    from fastnet.recipes import RECIPES, plots, training
-    from fastnet.recipes.files import write_whole
+    from fastnet.recipes import COMPARISONS, RECIPES, numpy_forward, run
+    from fastnet.recipes.runtime import start
 
-    if name not in RECIPES:
-        raise FastnetError(f"There is no training {name!r}; there are: {', '.join(RECIPES)}.")
-    if backend not in BACKENDS:
-        raise FastnetError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
-    if native and backend != "fastnet":
-        raise FastnetError(f"--native is fastnet's own loop, and has no --backend {backend}.")
-    recipe = RECIPES[name].on(dataset) if dataset else RECIPES[name]
-    settings = training.Settings(
-        epochs=epochs or recipe.epochs,
-        batch_size=batch_size or recipe.batch_size,
-        seed=seed,
-        backend=backend,
-        log_every=log_every,
-        resume=resume,
-        native=native,
-    )
+    if name == "numpy-forward":
+        print(numpy_forward.run())
+        return
+    if name not in RECIPES and name not in COMPARISONS:
+        known = ["numpy-forward", *RECIPES, *COMPARISONS]
+        raise FastnetError(f"There is no training {name!r}; there are: {', '.join(known)}.")
+    if compare and (backend or native or name in COMPARISONS):
+        raise FastnetError("--compare trains on every backend: leave out --backend and --native.")
+    recipes = COMPARISONS.get(name) or (RECIPES[name],)
+    if dataset:
+        recipes = tuple(recipe.on(dataset) for recipe in recipes)
+    choices = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "backend": backend,
+        "log_every": log_every,
+        "resume": resume,
+        "native": native,
+        "compile": compiled,
+        "tensorboard": tensorboard,
+        "augment": augment,
+        "weights": weights,
+    }
+    schedule = {
+        "name": scheduler,
+        "step_size": step_size,
+        "milestones": _numbers("--milestones", milestones),
+        "gamma": gamma,
+        "patience": patience,
+    }
+    chosen = [(recipe, recipe.settings(schedule=schedule, **choices)) for recipe in recipes]
     out = out or Path("runs") / name
-    train_set, test_set = recipe.data.load(data_dir, download=download)
-    print(f"{name}: {recipe.summary}")
-    print(f"data: {train_set.source}; {len(train_set):,} to train, {len(test_set):,} to test")
-    checkpoint = out / "checkpoint.pt"
+    began = time.time()
+    with start(device, amp) as runtime:
+        first, settings = chosen[0]
+        if (compare or name in COMPARISONS) and runtime.world_size > 1:
+            raise FastnetError(f"{name}: comparisons run in one process, without torchrun.")
+        data = first.data.load(data_dir, download=download)
+        if runtime.is_first:
+            print(f"{name}: {first.summary if len(chosen) == 1 else _names(recipes)}")
+            print(
+                f"data: {data[0].source}; {len(data[0]):,} to train, {len(data[1]):,} to test; "
+                f"on {runtime.device.type}"
+            )
+        try:
+            if compare:
+                run.compare_backends(first, settings, runtime, out, data)
+            elif name in COMPARISONS:
+                run.compare_recipes({r.name: (r, s) for r, s in chosen}, runtime, out, data)
+            else:
+                result = run.run(first, settings, runtime, out, data)
+                if runtime.is_first:
+                    run.report(first, settings, runtime, out, result)
+        except KeyboardInterrupt:
+            raise run.stopped(out, resume, began) from None
 
-    def saved_at() -> float:
-        return checkpoint.stat().st_mtime if checkpoint.exists() else 0
 
-    before = saved_at()
+def _names(recipes) -> str:
+    return ", ".join(recipe.name for recipe in recipes)
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
     try:
-        result = training.train(recipe, settings, train_set, test_set, out)
-    except KeyboardInterrupt:
-        kept = (
-            f"{checkpoint} holds the last finished epoch; --resume goes on from it."
-            if saved_at() > before or (resume and before)
-            else "No epoch was finished, so nothing was saved."
-        )
-        raise FastnetError(f"Stopped. {kept}") from None
-
-    shown = 18
-    figure = plots.overview(
-        f"{name} on {train_set.source}",
-        result.history,
-        test_set.images[:shown],
-        test_set.labels[:shown],
-        training.predict(recipe, result.model, test_set, shown),
-        test_set.classes,
-    )
-    picture = out / "overview.png"
-    write_whole(picture, lambda path: figure.savefig(path, dpi=120, format="png"))
-
-    print(f"final test accuracy: {result.history[-1]['test_accuracy']:.2%}")
-    times = training.step_times(recipe, settings, train_set, BACKENDS)
-    print(
-        f"a training step, batch {settings.batch_size}: fastnet {times['fastnet'] * 1e3:.3f} ms, "
-        f"native torch {times['torch'] * 1e3:.3f} ms "
-        f"({times['torch'] / times['fastnet']:.2f} times as long)"
-    )
-    if native and result.history:
-        batches = -(-len(train_set) // settings.batch_size)
-        seconds = min(row["seconds"] for row in result.history)
-        print(f"of the native loop: {seconds / batches * 1e3:.3f} ms")
-    print(f"checkpoint: {result.checkpoint}")
-    print(f"picture: {picture}")
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise FastnetError(f"{option} must be numbers such as 10,20, not {text!r}.") from None
 
 
 @app.command("list")
 def list_command() -> None:
     """Name the trainings."""
-    from fastnet.recipes import RECIPES
+    from fastnet.recipes import COMPARISONS, RECIPES
 
-    width = max(map(len, RECIPES))
-    for recipe in RECIPES.values():
-        print(f"{recipe.name:{width}}  {recipe.summary}")
+    rows = {
+        "numpy-forward": "a network of 2-2-2-1 units by hand in NumPy, and the same from torch",
+        **{recipe.name: recipe.summary for recipe in RECIPES.values()},
+        **{name: f"{_names(recipes)} in one figure" for name, recipes in COMPARISONS.items()},
+    }
+    width = max(map(len, rows))
+    for name, summary in rows.items():
+        print(f"{name:{width}}  {summary}")
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a training, such as runs/mnist-net.")],
+    file_format: Annotated[
+        str, typer.Option("--format", help="safetensors or onnx.")
+    ] = "safetensors",
+    out: Annotated[
+        Path | None, typer.Option(help="The file.", show_default="model.FORMAT in the folder")
+    ] = None,
+) -> None:
+    """Write a trained network for other programs."""
+    from fastnet.recipes.export import export
+
+    print(f"written: {export(run, file_format, out)}")
+
+
+@app.command("split")
+def split_command(
+    source: Annotated[Path, typer.Argument(help="A flat folder of cat.0.jpg, dog.0.jpg, ...")],
+    out: Annotated[Path, typer.Argument(help="Where training/ and validation/ shall be.")],
+    validation: Annotated[float, typer.Option(help="The share to validate with.")] = 0.2,
+    move: Annotated[
+        bool, typer.Option("--move/--copy", help="Move the files, or copy them.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same split.")] = 0,
+) -> None:
+    """Split a flat folder of pictures into training and validation, class by class."""
+    from fastnet.data import split_folder
+
+    counts = split_folder(source, out, validation=validation, move=move, seed=seed)
+    for name, (to_train, to_validate) in counts.items():
+        print(f"{name}: {to_train:,} to train, {to_validate:,} to validate")
+    print(f"fastnet train cats-dogs --data-dir {out}")
 
 
 @app.command("info")

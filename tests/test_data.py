@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision import transforms
 
-from fastnet.data import FASHION_MNIST, MNIST, Batches, ImageSet, load_fashion_mnist, load_mnist
+from fastnet.data import FASHION_MNIST, MNIST, Batches, Samples, load_fashion_mnist, load_mnist
 from fastnet.data.mnist import FILES
 from fastnet.errors import FastnetError
 
@@ -42,12 +42,12 @@ def test_idx_files_as_torchvision_reads_them(mnist_folder):
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     train, test = load_mnist(mnist_folder)
-    assert train.images.shape == (30, 1, 28, 28)
-    assert train.images.dtype == torch.uint8
-    assert train.labels.dtype == torch.int64
+    assert train.inputs.shape == (30, 1, 28, 28)
+    assert train.inputs.dtype == torch.uint8
+    assert train.targets.dtype == torch.int64
     images, labels = (str(mnist_folder / name) for name in FILES[False])
-    assert torch.equal(test.images[:, 0], read_image_file(images))
-    assert torch.equal(test.labels, read_label_file(labels))
+    assert torch.equal(test.inputs[:, 0], read_image_file(images))
+    assert torch.equal(test.targets, read_label_file(labels))
 
 
 def test_torchvisions_own_folder_layout(mnist_folder, tmp_path_factory):
@@ -94,9 +94,9 @@ def test_pixels_have_the_mean_and_deviation_that_are_subtracted(dataset):
         train, _ = dataset.load()
     except FastnetError as error:
         pytest.skip(str(error))
-    pixels = train.images.float() / 255
-    assert pixels.mean().item() == pytest.approx(dataset.mean, abs=5e-3)
-    assert pixels.std().item() == pytest.approx(dataset.std, abs=5e-3)
+    pixels = train.inputs.float() / 255
+    assert pixels.mean().item() == pytest.approx(dataset.mean[0], abs=5e-3)
+    assert pixels.std().item() == pytest.approx(dataset.std[0], abs=5e-3)
 
 
 def spoil(name, change):
@@ -163,33 +163,33 @@ def digits():
 def test_the_digits_that_are_always_there(digits):
     train, test = digits
     assert (len(train), len(test)) == (4000, 1000)
-    assert train.images.shape[1:] == (1, 28, 28)
-    assert 20 < train.images.float().mean() < 50  # mostly paper, some ink
-    counts = torch.bincount(torch.cat([train.labels, test.labels]))
+    assert train.inputs.shape[1:] == (1, 28, 28)
+    assert 20 < train.inputs.float().mean() < 50  # mostly paper, some ink
+    counts = torch.bincount(torch.cat([train.targets, test.targets]))
     assert counts.tolist() == [500] * 10
     # None is in both sets.
-    rows = torch.cat([train.images, test.images]).flatten(1)
+    rows = torch.cat([train.inputs, test.inputs]).flatten(1)
     assert len({bytes(row.numpy()) for row in rows}) >= 4990
 
 
 def test_batches_are_torchvisions_transforms_bit_for_bit(digits):
     _, test = digits
     transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((MNIST.mean,), (MNIST.std,))]
+        [transforms.ToTensor(), transforms.Normalize(MNIST.mean, MNIST.std)]
     )
     pictures, labels = next(iter(Batches(test, 100, MNIST.mean, MNIST.std)))
-    expected = torch.stack([transform(image[0].numpy()) for image in test.images[:100]])
+    expected = torch.stack([transform(image[0].numpy()) for image in test.inputs[:100]])
     assert torch.equal(pictures, expected)
-    assert torch.equal(labels, test.labels[:100])
+    assert torch.equal(labels, test.targets[:100])
 
 
-def small_set(count: int) -> ImageSet:
+def small_set(count: int) -> Samples:
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
-    return ImageSet(images, torch.arange(count), ("?",) * count, "test")
+    return Samples(images, torch.arange(count), ("?",) * count, "test")
 
 
 def test_batches_cover_the_set_once_in_a_new_order_each_epoch():
-    batches = Batches(small_set(10), 4, 0.0, 1.0, torch.Generator().manual_seed(3))
+    batches = Batches(small_set(10), 4, generator=torch.Generator().manual_seed(3))
     first, second = (torch.cat([labels for _, labels in batches]) for _ in range(2))
     assert [len(labels) for _, labels in batches] == [4, 4, 2]
     assert len(batches) == 3
@@ -201,12 +201,61 @@ def test_batches_cover_the_set_once_in_a_new_order_each_epoch():
 
 def test_batches_leave_the_set_as_it_was():
     images = small_set(10)
-    before = images.images.clone()
-    for pictures, _ in Batches(images, 10, 0.5, 0.5):
+    before = images.inputs.clone()
+    for pictures, _ in Batches(images, 10, (0.5,), (0.5,)):
         pictures.zero_()
-    assert torch.equal(images.images, before)
+    assert torch.equal(images.inputs, before)
 
 
 def test_batch_size_must_be_positive():
     with pytest.raises(ValueError, match="not 0"):
-        Batches(small_set(3), 0, 0.0, 1.0)
+        Batches(small_set(3), 0)
+
+
+def test_channels_are_normalised_as_torchvision_does():
+    transforms = pytest.importorskip("torchvision.transforms")
+    pictures = torch.randint(0, 256, (4, 3, 5, 6), dtype=torch.uint8)
+    samples = Samples(pictures, torch.arange(4), tuple("abcd"), "test")
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+    expected = torch.stack([transform(p.permute(1, 2, 0).numpy()) for p in pictures])
+    (batch,) = Batches(samples, 4, mean, std)
+    assert torch.equal(batch[0], expected)
+
+
+def test_features_stay_as_they_are():
+    samples = Samples(torch.randn(6, 2), torch.randn(6, 1), (), "test")
+    inputs = torch.cat([inputs for inputs, _ in Batches(samples, 4, (0.5,), (0.5,))])
+    assert torch.equal(inputs, samples.inputs)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("count", [12, 13, 9])
+def test_processes_share_the_batches_of_one(count, shuffled):
+    def batches(**share):
+        generator = torch.Generator().manual_seed(3) if shuffled else None
+        return Batches(small_set(count), 4, generator=generator, **share)
+
+    whole = batches()
+    shares = [batches(rank=rank, world_size=3) for rank in range(3)]
+    for number, ((_, targets), *parts) in enumerate(zip(whole, *shares, strict=True)):
+        weights = [share.weight(number) for share in shares]
+        held = [part for (_, part), weight in zip(parts, weights, strict=True) if weight]
+        assert sorted(torch.cat(held).tolist()) == sorted(targets.tolist())
+        # The mean over processes of weighted means is the mean over the batch.
+        means = [w * part.double().mean() for (_, part), w in zip(parts, weights, strict=True)]
+        assert sum(means).item() / 3 == pytest.approx(targets.double().mean().item())
+        assert all(len(part) for _, part in parts)
+
+
+def test_augmentation_sees_the_pixels():
+    seen = []
+
+    def turn_over(pictures):
+        seen.append(pictures.dtype)
+        return pictures.flip(3)
+
+    images = small_set(4)
+    (batch,) = Batches(images, 4, augment=turn_over)
+    assert seen == [torch.uint8]
+    assert torch.equal(batch[0], images.inputs.flip(3).float().div(255))

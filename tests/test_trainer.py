@@ -47,7 +47,7 @@ def digits():
     from fastnet.data import MNIST
 
     train_set, _ = MNIST.load()
-    return train_set.images[:3200], train_set.labels[:3200]
+    return train_set.inputs[:3200], train_set.targets[:3200]
 
 
 def data(n, width, classes, dtype=torch.uint8):
@@ -245,13 +245,13 @@ def test_learns_real_digits():
     torch.manual_seed(0)
     trainer = fastnet.MLPTrainer(MnistNet())
     history = trainer.fit(
-        train_set.images, train_set.labels, 64, 10, MNIST.mean, MNIST.std, torch.Generator()
+        train_set.inputs, train_set.targets, 64, 10, MNIST.mean, MNIST.std, torch.Generator()
     )
     assert history[-1].loss < history[0].loss / 3
-    result = trainer.evaluate(test_set.images, test_set.labels, MNIST.mean, MNIST.std)
+    result = trainer.evaluate(test_set.inputs, test_set.targets, MNIST.mean, MNIST.std)
     assert result.accuracy >= 0.9
-    predicted = trainer.predict(test_set.images, MNIST.mean, MNIST.std)
-    assert (predicted == test_set.labels).double().mean().item() == pytest.approx(result.accuracy)
+    predicted = trainer.predict(test_set.inputs, MNIST.mean, MNIST.std)
+    assert (predicted == test_set.targets).double().mean().item() == pytest.approx(result.accuracy)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,21 +2,20 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 
 import pytest
 import torch
 
-from fastnet.data import Batches, ImageSet
+from fastnet.data import Batches
 from fastnet.errors import FastnetError
 from fastnet.recipes import RECIPES, plots
+from fastnet.recipes.comparison import step_times
 from fastnet.recipes.files import load_checkpoint, write_whole
-from fastnet.recipes.training import Settings, evaluate, predict, step_times, train, train_step
+from fastnet.recipes.recipe import Settings
+from fastnet.recipes.runtime import ONE_PROCESS
+from fastnet.recipes.training import evaluate, train
 
 RECIPE, CNN = RECIPES["mnist-net"], RECIPES["simple-cnn"]
 
@@ -28,10 +27,10 @@ def digits():
 
 @pytest.fixture(scope="session")
 def few(digits):
-    def cut(images: ImageSet, count: int) -> ImageSet:
-        return replace(images, images=images.images[:count], labels=images.labels[:count])
+    return digits[0].first(640), digits[1].first(200)
 
-    return cut(digits[0], 640), cut(digits[1], 200)
+
+FILES = ["checkpoint.pt", "metrics.csv", "metrics.json"]
 
 
 def settings(**changes) -> Settings:
@@ -50,13 +49,10 @@ def test_reaches_ninety_percent_on_real_digits(digits, tmp_path):
     result = train(RECIPE, settings(epochs=10), *digits, tmp_path)
     assert result.history[-1]["test_accuracy"] >= 0.9
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] / 3
-    loss, accuracy = evaluate(RECIPE, result.model, digits[1])
-    assert (loss, accuracy) == (
-        result.history[-1]["test_loss"],
-        result.history[-1]["test_accuracy"],
-    )
-    predictions = predict(RECIPE, result.model, digits[1], 1000)
-    assert (predictions == digits[1].labels).float().mean().item() == pytest.approx(accuracy)
+    measures = evaluate(result.task, digits[1])
+    assert measures == {name: result.history[-1][f"test_{name}"] for name in ("loss", "accuracy")}
+    right = result.task.predict(digits[1]) == digits[1].targets
+    assert right.float().mean().item() == pytest.approx(measures["accuracy"])
 
 
 def test_simple_cnn_reaches_ninety_five_percent_on_real_digits(digits, tmp_path):
@@ -78,7 +74,9 @@ def test_simple_cnn_reaches_ninety_percent_on_clothes(tmp_path):
 def test_other_data_sets_are_named():
     assert CNN.data.name == "mnist"
     assert CNN.on("fashion-mnist").data.name == "fashion-mnist"
-    with pytest.raises(FastnetError, match="mnist, fashion-mnist for simple-cnn, not 'cifar'"):
+    with pytest.raises(
+        FastnetError, match="mnist, fashion-mnist, cifar-10 for simple-cnn, not 'cifar'"
+    ):
         CNN.on("cifar")
 
 
@@ -89,16 +87,15 @@ def test_same_loss_curve_as_native_torch(recipe, steps, digits):
     layout = torch.channels_last if recipe is CNN else torch.contiguous_format
 
     def losses(backend):
-        torch.manual_seed(1)
-        model = recipe.model(backend=backend).to(memory_format=layout)
-        optimizer = recipe.optimizer(model.parameters())
+        task = recipe.task(recipe, settings(backend=backend, seed=1), ONE_PROCESS, (1, 28, 28), 10)
+        task.network.to(memory_format=layout)
         order = torch.Generator().manual_seed(1)
         batches = Batches(digits[0], 64, recipe.data.mean, recipe.data.std, order)
         curve = []
         while len(curve) < steps:
             for pictures, labels in itertools.islice(batches, steps - len(curve)):
                 pictures = pictures.to(memory_format=layout)
-                curve.append(train_step(recipe, model, optimizer, pictures, labels).item())
+                curve.append(task.step(pictures, labels)["loss"].item())
         return torch.tensor(curve)
 
     fused, native = losses("fastnet"), losses("torch")
@@ -110,7 +107,7 @@ def test_same_loss_curve_as_native_torch(recipe, steps, digits):
     ("recipe", "layers"), [(RECIPE, ["fc1"]), (CNN, ["conv1", "conv2", "conv3", "fc1", "fc2"])]
 )
 def test_backends_have_the_same_parameters(recipe, layers):
-    fused, native = (recipe.model(backend=backend) for backend in ("fastnet", "torch"))
+    fused, native = (recipe.model((1, 28, 28), 10, backend) for backend in ("fastnet", "torch"))
     fused.load_state_dict(native.state_dict())
     for layer in layers:
         assert type(getattr(fused, layer)).__module__ == "fastnet.modules"
@@ -120,12 +117,12 @@ def test_backends_have_the_same_parameters(recipe, layers):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 28, 32])
 def test_simple_cnn_takes_pictures_of_other_sizes(channels, size):
-    fused, native = (CNN.model(channels, size, 7, backend=b) for b in ("fastnet", "torch"))
+    fused, native = (CNN.model((channels, size, size), 7, b) for b in ("fastnet", "torch"))
     fused.load_state_dict(native.state_dict())
     pictures = torch.randn(2, channels, size, size)
     torch.testing.assert_close(fused(pictures), native(pictures), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="at least 8 pixels"):
-        CNN.model(channels, 7)
+        CNN.model((channels, 7, 7), 7, "fastnet")
 
 
 @pytest.mark.parametrize("backend", ["fastnet", "torch"])
@@ -140,15 +137,22 @@ def test_mlps_learn_digits(name, accuracy, backend, digits, tmp_path):
     assert result.history[-1]["test_accuracy"] >= accuracy
 
 
-@pytest.mark.parametrize(
-    "recipe", [r for r in RECIPES.values() if r is not CNN], ids=lambda r: r.name
+NATIVE = (
+    "logistic-regression",
+    "softmax-regression",
+    "mnist-net",
+    "simple-net",
+    "activation-net",
 )
-def test_native_training_is_the_same_training(recipe, few, tmp_path):
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_training_is_the_same_training(name, few, tmp_path):
     """The same batches in the same order: the losses agree as far as rounding lets them."""
-    recipe = recipe.on("mnist")
+    recipe = RECIPES[name].on("mnist")
     curves = [
         [
-            (row["train_loss"], row["test_loss"])
+            (row["train_loss"], row["train_accuracy"], row["test_loss"])
             for row in train(recipe, settings(native=native), *few, tmp_path / str(native)).history
         ]
         for native in (False, True)
@@ -166,8 +170,8 @@ def test_same_seed_same_run(few, tmp_path):
         train(RECIPE, settings(seed=seed), *few, tmp_path / name)
         for seed, name in ((5, "a"), (5, "b"), (6, "c"))
     )
-    assert same(first.model.state_dict(), again.model.state_dict())
-    assert not same(first.model.state_dict(), other.model.state_dict())
+    assert same(first.task.network.state_dict(), again.task.network.state_dict())
+    assert not same(first.task.network.state_dict(), other.task.network.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -190,10 +194,13 @@ def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(recipe, native, f
 
 def test_files_of_a_run(few, tmp_path):
     train(RECIPE, settings(), *few, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "metrics.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert set(rows[0]) == {"epoch", "train_loss", "test_loss", "test_accuracy", "seconds"}
+    columns = "epoch train_loss train_accuracy test_loss test_accuracy learning_rate seconds"
+    assert list(rows[0]) == columns.split()
+    as_json = json.loads((tmp_path / "metrics.json").read_text())
+    assert [{name: str(value) for name, value in row.items()} for row in as_json] == rows
 
 
 def test_checkpoint_of_another_network(few, tmp_path):
@@ -225,7 +232,7 @@ def test_unusable_checkpoints(few, tmp_path, content, monkeypatch):
     elif content == "foreign":
         torch.save([1, 2, 3], path)
     else:
-        torch.save({"format": 1, "recipe": RECIPE.name, "model": Malicious()}, path)
+        torch.save({"format": 2, "recipe": RECIPE.name, "model": Malicious()}, path)
     with pytest.raises(FastnetError) as caught:
         train(RECIPE, settings(resume=True), *few, tmp_path / "run")
     assert str(path.relative_to(tmp_path)) in str(caught.value)
@@ -241,9 +248,8 @@ def test_resuming_with_other_settings(few, tmp_path):
     ):
         with pytest.raises(FastnetError, match=words):
             train(RECIPE, settings(resume=True, **changes), *few, tmp_path)
-    other = replace(few[0], images=few[0].images[:320], labels=few[0].labels[:320])
-    with pytest.raises(FastnetError, match=r"640 pictures of .*, not 320 pictures"):
-        train(RECIPE, settings(resume=True), other, few[1], tmp_path)
+    with pytest.raises(FastnetError, match=r"640 samples of .*, not 320 samples"):
+        train(RECIPE, settings(resume=True), few[0].first(320), few[1], tmp_path)
 
 
 def test_unwritable_folder_is_noticed_before_training(few, tmp_path):
@@ -278,93 +284,7 @@ def test_overview_shows_the_predictions(few):
     ]
     labels = torch.tensor([1, 2, 3])
     figure = plots.overview(
-        "title", history, few[1].images[:3], labels, torch.tensor([1, 2, 9]), few[1].classes
+        "title", history, few[1].inputs[:3], labels, torch.tensor([1, 2, 9]), few[1].classes
     )
     titles = [axes.get_title() for axes in figure.axes]
     assert [t for t in titles if t] == ["1 (1)", "2 (2)", "9 (3)"]
-
-
-# -------------------------------------------------------------------------------------------------
-# The command line, as a user meets it
-
-
-def command(*arguments: str, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "fastnet", *arguments], cwd=cwd, capture_output=True, text=True
-    )
-
-
-def test_train_command(tmp_path):
-    done = command("train", "mnist-net", "--epochs", "2", "--log-every", "20", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for words in (
-        "4,000 to train, 1,000 to test",
-        "epoch 1 [1280/4000] loss",
-        "epoch 2/2",
-        "test accuracy",
-        "a training step, batch 64: fastnet",
-        "native torch",
-        "runs/mnist-net/checkpoint.pt",
-        "runs/mnist-net/overview.png",
-    ):
-        assert words in done.stdout
-    run = tmp_path / "runs" / "mnist-net"
-    assert (run / "overview.png").read_bytes()[:4] == b"\x89PNG"
-    names = {"checkpoint.pt", "metrics.csv", "overview.png"}
-    assert {path.name for path in run.iterdir()} == names
-    more = command("train", "mnist-net", "--epochs", "3", "--resume", cwd=tmp_path)
-    assert more.returncode == 0, more.stderr
-    assert "going on from epoch 2" in more.stdout
-    assert "epoch 3/3" in more.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["train", "no-such-net"], "mnist-net"),
-        (["train", "mnist-net", "--backend", "jax"], "'jax'"),
-        (["train", "mnist-net", "--dataset", "cifar"], "'cifar'"),
-        (["train", "mnist-net", "--native", "--backend", "torch"], "--native"),
-        (["train", "simple-cnn", "--native"], "ConvReLUPool2d"),
-        (["train", "mnist-net", "--data-dir", "nowhere"], "train-images-idx3-ubyte"),
-        (["train", "mnist-net", "--resume"], "no checkpoint"),
-        (["train", "mnist-net", "--out", "/proc/nowhere"], "no folder to write to"),
-    ],
-    ids=["name", "backend", "dataset", "native", "network", "data", "resume", "out"],
-)
-def test_bad_input_is_one_sentence(tmp_path, arguments, words):
-    done = command(*arguments, cwd=tmp_path)
-    assert done.returncode == 1
-    assert words in done.stderr
-    assert done.stderr.startswith("fastnet: ")
-    assert done.stderr.count("\n") == 1
-    assert not list(tmp_path.rglob("*.pt"))
-
-
-def test_interrupt_keeps_the_last_finished_epoch(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastnet", "train", "mnist-net", "--epochs", "1000"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    checkpoint = tmp_path / "runs" / "mnist-net" / "checkpoint.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "--resume goes on" in errors.splitlines()[-1]
-    assert "Traceback" not in errors
-    done = load_checkpoint(checkpoint, RECIPE.name)["history"][-1]["epoch"]
-    assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["checkpoint.pt", "metrics.csv"]
-    more = command("train", "mnist-net", "--epochs", str(done + 1), "--resume", cwd=tmp_path)
-    assert more.returncode == 0, more.stderr
-    assert f"epoch {done + 1}/{done + 1}" in more.stdout
-
-
-def test_list_and_info(tmp_path):
-    assert "mnist-net" in command("list", cwd=tmp_path).stdout
-    assert "cpu_isa" in command("info", cwd=tmp_path).stdout

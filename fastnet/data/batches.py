@@ -2,60 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fastnet.data.images import ImageSet
+from fastnet.data.samples import Samples
 
 
 class Batches:
-    """Iterates once through a set, `(pictures, labels)` at a time; every `iter()` is an epoch.
+    """Iterates once through a set, `(inputs, targets)` at a time; every `iter()` is an epoch.
 
-    The pictures are what `ToTensor()` and `Normalize((mean,), (std,))` of torchvision make of them,
-    bit for bit: float32 `(batch, channels, height, width)`.
+    Pictures become what `ToTensor()` and `Normalize(mean, std)` of torchvision make of them, bit
+    for bit: float32 `(batch, channels, height, width)`. Features stay as they are. Both are where
+    the set is.
 
     Args:
-        images: the set.
-        batch_size: pictures in a batch; the last one may be smaller.
-        mean: subtracted, after scaling to 0...1.
-        std: divided by.
+        samples: the set.
+        batch_size: samples in a batch; the last one may be smaller.
+        mean: subtracted from pictures scaled to 0...1; one for each channel, or one for all.
+        std: divided by; as many.
         generator: draws a new order each epoch; None keeps the set's own.
+        augment: changes the uint8 pictures of a batch before they are normalised.
+        rank, world_size: of every batch this iterates over the share of one process among several:
+            each `world_size`-th sample, beginning with number `rank`.
     """
 
     def __init__(
         self,
-        images: ImageSet,
+        samples: Samples,
         batch_size: int,
-        mean: float,
-        std: float,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
         generator: torch.Generator | None = None,
+        *,
+        augment: Callable[[Tensor], Tensor] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        self.images = images
+        self.samples = samples
         self.batch_size = batch_size
-        self.mean = mean
-        self.std = std
+        self.mean, self.std = tuple(mean), tuple(std)
         self.generator = generator
+        self.augment = augment
+        self.rank, self.world_size = rank, world_size
+        device = samples.inputs.device
+        self._mean, self._std = (
+            # A number is subtracted faster than a tensor of one element.
+            values[0] if len(values) == 1 else torch.tensor(values, device=device).view(-1, 1, 1)
+            for values in (self.mean, self.std)
+        )
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = self.images.images, self.images.labels
+        inputs, targets = self.samples.inputs, self.samples.targets
+        if self.generator is None and self.world_size == 1:
+            parts = zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True)
+            for chosen, answers in parts:
+                yield self._prepare(chosen), answers
+            return
         if self.generator is None:
-            parts = zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True)
-            for pictures, targets in parts:
-                yield self._normalise(pictures), targets
+            order = torch.arange(len(self.samples))
         else:
-            order = torch.randperm(len(self.images), generator=self.generator)
-            for chosen in order.to(images.device).split(self.batch_size):
-                # Indexing would give the same, at six times the time.
-                pictures = images.index_select(0, chosen)
-                yield self._normalise(pictures), labels.index_select(0, chosen)
+            order = torch.randperm(len(self.samples), generator=self.generator)
+        for whole in order.to(inputs.device).split(self.batch_size):
+            # A process without a share takes part with a sample of weight 0.
+            part = whole[self.rank :: self.world_size] if self.rank < len(whole) else whole[:1]
+            # Indexing would give the same, at six times the time.
+            yield self._prepare(inputs.index_select(0, part)), targets.index_select(0, part)
 
-    def _normalise(self, pictures: Tensor) -> Tensor:
+    def weight(self, number: int) -> float:
+        """What the mean over this process's share of batch `number` counts, so that the mean over
+        the processes is the mean over the batch."""
+        whole = min(self.batch_size, len(self.samples) - number * self.batch_size)
+        return len(range(self.rank, whole, self.world_size)) * self.world_size / whole
+
+    def _prepare(self, inputs: Tensor) -> Tensor:
+        if inputs.dtype != torch.uint8:
+            return inputs
+        if self.augment is not None:
+            inputs = self.augment(inputs)
         # These three roundings, in this order, are torchvision's.
-        return pictures.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        return inputs.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)

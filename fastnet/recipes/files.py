@@ -12,7 +12,7 @@ import torch
 
 from fastnet.errors import FastnetError
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -47,12 +47,13 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     )
 
 
-def load_checkpoint(path: Path, recipe: str) -> dict[str, Any]:
-    """Reads a checkpoint that `save_checkpoint` wrote for this recipe. Runs no code from it."""
+def load_checkpoint(path: Path, recipe: str | None = None) -> dict[str, Any]:
+    """Reads a checkpoint that `save_checkpoint` wrote, for this recipe or for any. Runs no code
+    from it."""
     if not path.is_file():
         raise FastnetError(f"There is no checkpoint {path}: train without --resume first.")
     try:
-        content = torch.load(path, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         made_for = content["recipe"]
         known_format = content["format"] == CHECKPOINT_FORMAT
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
@@ -60,7 +61,7 @@ def load_checkpoint(path: Path, recipe: str) -> dict[str, Any]:
             f"{path} is not a checkpoint that fastnet wrote, or is damaged; delete it, or name "
             "another folder with --out."
         ) from error
-    if made_for != recipe:
+    if recipe not in (None, made_for):
         raise FastnetError(
             f"{path} is a checkpoint of {made_for}, not of {recipe}; name another folder with "
             "--out."

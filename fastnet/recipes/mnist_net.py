@@ -7,17 +7,18 @@ import torch.nn.functional as F
 
 from fastnet.data import MNIST
 from fastnet.models import MnistNet
-from fastnet.recipes.training import Recipe
+from fastnet.recipes.recipe import Recipe
+from fastnet.recipes.tasks import Classification
 
 MNIST_NET = Recipe(
     name="mnist-net",
     summary="784-28-10 with ReLU and log-softmax on MNIST; Adam, lr 0.001",
-    model=MnistNet,
+    task=Classification,
+    model=lambda shape, classes, backend: MnistNet(backend),  # noqa: ARG005
     # One kernel for all parameters, where the default makes a dozen calls for each.
     optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.001, fused=True),
     loss=F.nll_loss,
     datasets=(MNIST,),
     epochs=10,
     batch_size=64,
-    test_batch_size=1000,
 )

@@ -1,28 +1,74 @@
-"""Pictures of a training. Every function returns a matplotlib Figure."""
+"""Pictures of a training. Every function returns a matplotlib Figure, or fills a given one."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from matplotlib.figure import Figure, SubFigure
-from torch import Tensor
+from torch import Tensor, nn
+
+from fastnet.data import Dataset, Samples
 
 
-def learning_curves(history: Sequence[dict], figure: Figure | SubFigure | None = None) -> Figure:
-    """Loss and test accuracy over the epochs, one dict an epoch (see `training.train`)."""
+def learning_curves(
+    history: Sequence[dict], figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
+    """Losses on the left, shares (accuracies) on the right, where there are any.
+
+    Args:
+        history: one row an epoch (see `training.train`).
+        figure: to draw into.
+    """
     figure = figure or Figure(figsize=(9, 3.2), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    losses.plot(epochs, [row["train_loss"] for row in history], marker="o", label="training")
-    losses.plot(epochs, [row["test_loss"] for row in history], marker="o", label="test")
-    losses.set(xlabel="epoch", ylabel="loss")
-    losses.legend()
-    accuracies.plot(epochs, [100 * row["test_accuracy"] for row in history], marker="o")
-    accuracies.set(xlabel="epoch", ylabel="test accuracy, %")
-    for axes in (losses, accuracies):
+    names = list(history[0]) if history else []
+    losses = [name for name in names if name.endswith("loss")]
+    others = ("epoch", "learning_rate", "seconds")
+    shares = [name for name in names if name not in losses and name not in others]
+    panels = [("loss", losses, 1)] + ([("%", shares, 100)] if shares else [])
+    for axes, (label, columns, factor) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for name in columns:
+            axes.plot(
+                [row["epoch"] for row in history],
+                [factor * row[name] for row in history],
+                marker="o" if len(history) <= 30 else None,
+                markersize=4,
+                linestyle="--" if name.startswith("test") else "-",
+                label=name.replace("_", " "),
+            )
+        axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+        if columns:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def picture_grid(
+    pictures: Tensor,
+    titles: Sequence[str] = (),
+    colours: Sequence[str] = (),
+    figure: Figure | SubFigure | None = None,
+    columns: int = 9,
+) -> Figure | SubFigure:
+    """Pictures, uint8 `(N, channels, height, width)`, row by row, each under its title."""
+    rows = math.ceil(len(pictures) / columns)
+    height = 1.3 if titles else 1.0
+    figure = figure or Figure(figsize=(columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, picture, title, colour in itertools.zip_longest(
+        axes[: len(pictures)], pictures.cpu(), titles[: len(pictures)], colours[: len(pictures)]
+    ):
+        # Three channels are shown as they are, and need none of the three.
+        axis.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=255)
+        if title:
+            axis.set_title(title, fontsize=9, color=colour or "black")
     return figure
 
 
@@ -33,22 +79,17 @@ def image_grid(
     classes: Sequence[str],
     figure: Figure | SubFigure | None = None,
     columns: int = 9,
-) -> Figure:
+) -> Figure | SubFigure:
     """Pictures uint8 `(N, channels, height, width)`, each under its predicted and true class."""
-    rows = math.ceil(len(images) / columns)
-    figure = figure or Figure(figsize=(columns, 1.3 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.set_axis_off()
-    for axis, image, label, prediction in zip(axes, images, labels, predictions, strict=False):
-        axis.imshow(image.permute(1, 2, 0).squeeze(-1).cpu(), cmap="gray_r")
-        right = int(label) == int(prediction)
-        axis.set_title(
-            f"{classes[prediction]} ({classes[label]})",
-            fontsize=9,
-            color="black" if right else "tab:red",
-        )
-    return figure
+    pairs = [(int(p), int(t)) for p, t in zip(predictions, labels, strict=True)]
+    long = max((len(name) for name in classes), default=0) > 2
+    return picture_grid(
+        images,
+        [f"{classes[p]}{chr(10) if long else ' '}({classes[t]})" for p, t in pairs],
+        ["black" if p == t else "tab:red" for p, t in pairs],
+        figure,
+        columns,
+    )
 
 
 def overview(
@@ -59,11 +100,84 @@ def overview(
     predictions: Tensor,
     classes: Sequence[str],
 ) -> Figure:
-    """The curves above, the pictures below."""
+    """The curves above, the pictures with what the network made of them below."""
+    figure, below = _above_and_below(title, history)
+    image_grid(images, labels, predictions, classes, below)
+    below.suptitle("predicted (true)", fontsize=9)
+    return figure
+
+
+def with_pictures(title: str, history: Sequence[dict], pictures: Tensor, words: str) -> Figure:
+    """The curves above, uint8 pictures below."""
+    figure, below = _above_and_below(title, history)
+    picture_grid(pictures, figure=below, columns=min(10, len(pictures)))
+    below.suptitle(words, fontsize=9)
+    return figure
+
+
+def _above_and_below(title: str, history: Sequence[dict]) -> tuple[Figure, SubFigure]:
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     figure.suptitle(title)
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
     learning_curves(history, above)
-    image_grid(images, labels, predictions, classes, below)
-    below.suptitle("predicted (true)", fontsize=9)
+    return figure, below
+
+
+def comparison(histories: Mapping[str, Sequence[dict]]) -> Figure:
+    """Several trainings in one figure: one panel for each of their losses and accuracies."""
+    columns = [
+        name for name in next(iter(histories.values()))[0] if name.endswith(("loss", "accuracy"))
+    ]
+    rows = math.ceil(len(columns) / 2)
+    figure = Figure(figsize=(9, 3.0 * rows), layout="constrained")
+    for axes, column in zip(figure.subplots(rows, 2, squeeze=False).flat, columns, strict=False):
+        factor = 100 if column.endswith("accuracy") else 1
+        for name, history in histories.items():
+            epochs = [row["epoch"] for row in history]
+            axes.plot(epochs, [factor * row[column] for row in history], label=name)
+        axes.set(xlabel="epoch", ylabel=column.replace("_", " ") + (", %" if factor > 1 else ""))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    for axes in figure.axes[len(columns) :]:
+        axes.set_axis_off()
     return figure
+
+
+def batch_with_names(network: nn.Module, samples: Samples) -> Figure:  # noqa: ARG001
+    """The first pictures of a set, each under the name of its class."""
+    shown = samples.first(16)
+    names = [samples.classes[target] for target in shown.targets.tolist()]
+    return picture_grid(shown.inputs, names, columns=8)
+
+
+def weight_templates(network: nn.Module, samples: Samples) -> Figure:
+    """What a network without a hidden layer looks for: for each class its weights as a picture,
+    blue where ink speaks for the class, red where it speaks against."""
+    height, width = samples.inputs.shape[-2:]
+    (weight,) = (p.detach().cpu() for p in network.parameters() if p.ndim == 2)
+    if weight.shape[0] != len(samples.classes):
+        weight = weight.T
+    figure = Figure(figsize=(10, 2 * 2.2), layout="constrained")
+    limit = weight.abs().max().item()
+    for axes, template, name in zip(
+        figure.subplots(2, 5).flat, weight, samples.classes, strict=True
+    ):
+        axes.imshow(template.view(height, width).numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
+        axes.set_title(name, fontsize=9)
+        axes.set_axis_off()
+    return figure
+
+
+def to_pixels(pictures: Tensor, data: Dataset) -> Tensor:
+    """Normalised pictures as uint8 again, on the CPU."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    return pictures.float().cpu().mul(std).add(mean).mul(255).round().clamp(0, 255).byte()
+
+
+def live(history: Sequence[dict]) -> None:
+    """In a notebook: shows the curves in place of those that the cell showed before."""
+    from IPython.display import clear_output, display
+
+    clear_output(wait=True)
+    display(learning_curves(history))

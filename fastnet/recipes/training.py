@@ -3,269 +3,304 @@
 from __future__ import annotations
 
 import csv
-import statistics
+import json
+import random
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastnet.data import Batches, Dataset, ImageSet
+from fastnet.data import Batches, Samples
 from fastnet.errors import FastnetError
+from fastnet.recipes.events import event_log
 from fastnet.recipes.files import load_checkpoint, make_folder, save_checkpoint, write_whole
+from fastnet.recipes.graphs import step_in_graph
+from fastnet.recipes.recipe import Recipe, Settings
+from fastnet.recipes.runtime import ONE_PROCESS, Runtime
+from fastnet.recipes.tasks import Measures, Task
 from fastnet.trainer import MLPTrainer
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What makes one training different from another."""
-
-    name: str
-    summary: str
-    model: Callable[..., nn.Module]  # takes backend=
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    datasets: tuple[Dataset, ...]  # the first one is used unless another is chosen
-    epochs: int
-    batch_size: int
-    test_batch_size: int
-
-    @property
-    def data(self) -> Dataset:
-        return self.datasets[0]
-
-    def on(self, name: str) -> Recipe:
-        """The same on another of its data sets.
-
-        Raises:
-            FastnetError: where it has none of that name.
-        """
-        for dataset in self.datasets:
-            if dataset.name == name:
-                return replace(self, datasets=(dataset,))
-        names = ", ".join(dataset.name for dataset in self.datasets)
-        raise FastnetError(f"--dataset must be one of {names} for {self.name}, not {name!r}.")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a user chooses for one run."""
-
-    epochs: int
-    batch_size: int
-    seed: int = 0
-    backend: str = "fastnet"
-    log_every: int = 10
-    resume: bool = False
-    native: bool = False  # epochs as one native loop: see fastnet.MLPTrainer
-
-
-@dataclass(frozen=True)
 class Result:
-    model: nn.Module
-    history: list[dict]  # one row an epoch, as in metrics.csv
+    """What a training came to.
+
+    Attributes:
+        task: with the trained network; with the best weights, where the recipe keeps those.
+        history: one row an epoch, as in metrics.csv.
+        checkpoint: the file to resume from.
+        train_set, test_set: as the network takes them.
+    """
+
+    task: Task
+    history: list[dict]
     checkpoint: Path
+    train_set: Samples
+    test_set: Samples
 
 
 def train(
-    recipe: Recipe, settings: Settings, train_set: ImageSet, test_set: ImageSet, out: Path
+    recipe: Recipe,
+    settings: Settings,
+    train_set: Samples,
+    test_set: Samples,
+    out: Path,
+    runtime: Runtime = ONE_PROCESS,
+    on_epoch: Callable[[Task, list[dict], Samples], None] | None = None,
 ) -> Result:
-    """Trains, and after every epoch writes `out/checkpoint.pt` and `out/metrics.csv`.
+    """Trains, and after every epoch writes `checkpoint.pt` and the metrics into a folder.
 
     The same seed gives the same run, and a resumed one goes on bit for bit as if it had not
-    stopped.
+    stopped: whatever is random in an epoch follows from the seed, the epoch and the process.
+
+    Args:
+        recipe, settings, runtime: what to train, how and where.
+        train_set, test_set: as the recipe's data set has them.
+        out: the folder.
+        on_epoch: called with the task, the rows so far, and the test set, after every epoch, in
+            the first process.
 
     Raises:
-        FastnetError: for a folder or checkpoint that cannot be used.
+        FastnetError: for a folder, checkpoint or choice that cannot be used.
     """
-    make_folder(out)
-    checkpoint_path = out / "checkpoint.pt"
-    torch.manual_seed(settings.seed)
-    model = recipe.model(backend=settings.backend)
-    optimizer = recipe.optimizer(model.parameters())
-    shuffle = torch.Generator().manual_seed(settings.seed)
+    if runtime.is_first:
+        make_folder(out)
+    if recipe.prepare is not None:
+        train_set, test_set = (
+            recipe.prepare(recipe, settings, runtime, samples, out / f"{part}-features.safetensors")
+            for part, samples in (("training", train_set), ("test", test_set))
+        )
+    shape, classes = tuple(train_set.inputs.shape[1:]), len(train_set.classes)
+    task = recipe.task(recipe, settings, runtime, shape, classes)
+    shuffle = torch.Generator()
+    checkpoint, best = out / "checkpoint.pt", out / "best.pt"
+    identity = _identity(settings, train_set)
     history: list[dict] = []
     if settings.resume:
-        saved = load_checkpoint(checkpoint_path, recipe.name)
-        history = _restore(
-            saved, checkpoint_path, _identity(settings, train_set), model, optimizer, shuffle
-        )
-        tqdm.write(f"going on from epoch {len(history)} in {checkpoint_path}")
+        history = _restore(checkpoint, recipe.name, identity, task)
+        _say(runtime, f"going on from epoch {len(history)} in {checkpoint}")
         if len(history) >= settings.epochs:
-            tqdm.write(f"nothing to do: --epochs is {settings.epochs}")
+            _say(runtime, f"nothing to do: --epochs is {settings.epochs}")
+    trainer = native_trainer(task) if settings.native else None
+    step = step_in_graph(task, settings)
+    content = {
+        "recipe": recipe.name,
+        "dataset": recipe.data.name,
+        "settings": identity,
+        "input_shape": shape,
+        "classes": train_set.classes,
+    }
 
-    batches = Batches(train_set, settings.batch_size, recipe.data.mean, recipe.data.std, shuffle)
-    trainer = native_trainer(recipe, model, optimizer) if settings.native else None
-    for epoch in range(len(history) + 1, settings.epochs + 1):
-        start = time.perf_counter()
-        if trainer is None:
-            train_loss = _train_epoch(recipe, settings, model, optimizer, batches, epoch)
-        else:
-            train_loss = _native_epoch(trainer, batches)
-        seconds = time.perf_counter() - start
-        test_loss, test_accuracy = evaluate(recipe, model, test_set)
-        history.append(
-            {
+    train_batches = Batches(
+        train_set.to(runtime.device),
+        settings.batch_size,
+        recipe.data.mean,
+        recipe.data.std,
+        shuffle,
+        augment=recipe.augment if settings.augment else None,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
+    test_on_device = test_set.to(runtime.device)
+    events = out / "tensorboard" if settings.tensorboard and runtime.is_first else None
+    with event_log(events, len(history) + 1) as log:
+        for epoch in range(len(history) + 1, settings.epochs + 1):
+            shuffle.manual_seed(_derived(settings.seed, epoch))
+            torch.manual_seed(_derived(settings.seed, epoch, runtime.rank))
+            rates = [optimizer.param_groups[0]["lr"] for optimizer in task.optimizers]
+            start = time.perf_counter()
+            if trainer is None:
+                measures = _train_epoch(task, settings, step, train_batches, epoch)
+            else:
+                measures = _native_epoch(trainer, train_batches)
+            seconds = time.perf_counter() - start
+            row = {
                 "epoch": epoch,
-                "train_loss": train_loss,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
+                **{f"train_{name}": value for name, value in measures.items()},
+                **{f"test_{name}": value for name, value in evaluate(task, test_on_device).items()},
+                "learning_rate": rates[0],
                 "seconds": seconds,
             }
-        )
-        save_checkpoint(
-            checkpoint_path,
-            {
-                "recipe": recipe.name,
-                "settings": _identity(settings, train_set),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "shuffle": shuffle.get_state(),
-                "random": torch.get_rng_state(),
-                "history": history,
-            },
-        )
-        write_whole(out / "metrics.csv", lambda path: _write_metrics(path, history))
-        tqdm.write(
-            f"epoch {epoch}/{settings.epochs}: training loss {train_loss:.4f}, test loss "
-            f"{test_loss:.4f}, test accuracy {test_accuracy:.2%}, {seconds:.2f} s"
-        )
-    return Result(model, history, checkpoint_path)
+            history.append(row)
+            for scheduler in task.schedulers:
+                if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                    scheduler.step(row["test_loss"])
+                else:
+                    scheduler.step()
+            if not runtime.is_first:
+                continue
+            state = {**content, **task.state_dict(), "history": history}
+            if recipe.keep_best and row is max(history, key=lambda row: row["test_accuracy"]):
+                save_checkpoint(best, state)
+            save_checkpoint(checkpoint, state)
+            write_metrics(out, history)
+            log(row)
+            tqdm.write(f"epoch {epoch}/{settings.epochs}: {describe(row)}")
+            if on_epoch is not None:
+                on_epoch(task, history, test_set)
+    if recipe.keep_best and best.is_file() and runtime.is_first:
+        task.network.load_state_dict(load_checkpoint(best, recipe.name)["model"])
+    return Result(task, history, checkpoint, train_set, test_set)
 
 
-def _train_epoch(recipe, settings, model, optimizer, batches, epoch) -> float:
-    """One pass through the training set. Returns the mean loss over its pictures."""
-    model.train()
-    total = torch.zeros((), dtype=torch.float64)
-    with tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False) as bar:
-        for number, (pictures, targets) in enumerate(bar, 1):
-            loss = train_step(recipe, model, optimizer, pictures, targets)
-            total += loss.detach() * len(targets)
-            if settings.log_every and number % settings.log_every == 0:
-                done = min(number * settings.batch_size, len(batches.images))
-                bar.write(f"epoch {epoch} [{done}/{len(batches.images)}] loss {loss.item():.6f}")
-    return (total / len(batches.images)).item()
+def _train_epoch(task: Task, settings: Settings, step, batches: Batches, epoch: int):
+    """One pass through the training set. Returns the means over its samples."""
+    task.network.train()
+    means = _Means(task.runtime)
+    quiet = None if task.runtime.is_first else True
+    with tqdm(batches, desc=f"epoch {epoch}", unit="batch", leave=False, disable=quiet) as bar:
+        for number, (inputs, targets) in enumerate(bar):
+            weight = batches.weight(number)
+            measures = step(inputs, targets, weight)
+            means.add(measures, len(targets) if weight else 0)
+            due = settings.log_every and (number + 1) % settings.log_every == 0
+            if due and task.runtime.is_first:
+                done = min((number + 1) * settings.batch_size, len(batches.samples))
+                losses = ", ".join(
+                    f"{name.replace('_', ' ')} {value.item():.6f}"
+                    for name, value in measures.items()
+                    if name.endswith("loss")
+                )
+                bar.write(f"epoch {epoch} [{done}/{len(batches.samples)}] {losses}")
+    return means.values()
 
 
-def native_trainer(
-    recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> MLPTrainer:
-    """The recipe's training as a native loop.
+@torch.no_grad()
+def evaluate(task: Task, samples: Samples) -> dict[str, float]:
+    """The means over a test set."""
+    task.network.eval()
+    runtime, data = task.runtime, task.recipe.data
+    share = {"rank": runtime.rank, "world_size": runtime.world_size}
+    batches = Batches(samples, task.recipe.test_batch_size, data.mean, data.std, **share)
+    means = _Means(runtime)
+    for number, (inputs, targets) in enumerate(batches):
+        means.add(task.measure(inputs, targets), len(targets) if batches.weight(number) else 0)
+    return means.values()
+
+
+class _Means:
+    """Weighted means of measures, over batches and processes, with nothing read back before the
+    end."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.totals: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, measures: Measures, count: int) -> None:
+        self.count += count
+        for name, value in measures.items():
+            if name not in self.totals:
+                self.totals[name] = torch.zeros((), dtype=torch.float64, device=value.device)
+            # Of weight 0 it may be anything, also NaN.
+            if count:
+                self.totals[name].add_(value, alpha=count)
+
+    def values(self) -> dict[str, float]:
+        count = torch.tensor(float(self.count), dtype=torch.float64)
+        sums = torch.stack([*self.totals.values(), count.to(self.runtime.device)])
+        *sums, count = self.runtime.sum(sums).tolist()
+        return {name: total / count for name, total in zip(self.totals, sums, strict=True)}
+
+
+def native_trainer(task: Task) -> MLPTrainer:
+    """The task as a native loop.
 
     Raises:
-        FastnetError: for a network that has none.
+        FastnetError: for a task that has none.
     """
+    recipe, runtime = task.recipe, task.runtime
     if recipe.loss not in (F.cross_entropy, F.nll_loss):
         raise FastnetError(f"--native trains with cross-entropy, which {recipe.name} does not.")
+    if runtime.device.type != "cpu" or runtime.amp or runtime.world_size > 1:
+        raise FastnetError("--native trains on the CPU, in float32, in one process.")
     try:
-        return MLPTrainer(model, optimizer)
+        return MLPTrainer(task.network, task.optimizers[0])
     except ValueError as reason:
         raise FastnetError(f"--native cannot train {recipe.name}: {reason}.") from reason
 
 
-def _native_epoch(trainer: MLPTrainer, batches: Batches) -> float:
+def _native_epoch(trainer: MLPTrainer, batches: Batches) -> dict[str, float]:
     (epoch,) = trainer.fit(
-        batches.images.images,
-        batches.images.labels,
+        batches.samples.inputs,
+        batches.samples.targets,
         batches.batch_size,
         mean=batches.mean,
         std=batches.std,
         generator=batches.generator,
     )
-    return epoch.loss
+    return {"loss": epoch.loss, "accuracy": epoch.accuracy}
 
 
-def train_step(recipe, model, optimizer, pictures, targets) -> Tensor:
-    """Forward, loss, backward, optimizer step. Returns the loss."""
-    optimizer.zero_grad(set_to_none=True)
-    loss = recipe.loss(model(pictures), targets)
-    loss.backward()
-    optimizer.step()
-    return loss
+def describe(row: dict) -> str:
+    """A row of the metrics for people."""
+
+    def formatted(name: str, value: float) -> str:
+        words = name.replace("_", " ")
+        if name.endswith("loss"):
+            return f"{words} {value:.4f}"
+        return f"{words} {value:.2%}"
+
+    shown = [
+        formatted(name, value)
+        for name, value in row.items()
+        if name not in ("epoch", "learning_rate", "seconds")
+    ]
+    return ", ".join([*shown, f"{row['seconds']:.2f} s"])
 
 
-@torch.no_grad()
-def evaluate(recipe: Recipe, model: nn.Module, images: ImageSet) -> tuple[float, float]:
-    """The mean loss and the share of right answers."""
-    model.eval()
-    loss, right = 0.0, 0
-    for pictures, targets in Batches(
-        images, recipe.test_batch_size, recipe.data.mean, recipe.data.std
-    ):
-        output = model(pictures)
-        loss += recipe.loss(output, targets).item() * len(targets)
-        right += (output.argmax(1) == targets).sum().item()
-    return loss / len(images), right / len(images)
+def _derived(seed: int, *parts: int) -> int:
+    """A seed that differs wherever the parts do."""
+    return random.Random(f"{seed} {parts}").getrandbits(63)
 
 
-@torch.no_grad()
-def predict(recipe: Recipe, model: nn.Module, images: ImageSet, count: int) -> Tensor:
-    """The predicted classes of the first `count` pictures."""
-    model.eval()
-    pictures, _ = next(iter(Batches(images, count, recipe.data.mean, recipe.data.std)))
-    return model(pictures).argmax(1)
+def _say(runtime: Runtime, words: str) -> None:
+    if runtime.is_first:
+        tqdm.write(words)
 
 
-def step_times(
-    recipe: Recipe, settings: Settings, images: ImageSet, backends: Iterable[str], turns: int = 15
-) -> dict[str, float]:
-    """Seconds a training step takes on each backend: medians, the backends taking turns.
-
-    A turn is twenty steps long, as a training has its caches to itself too.
-    """
-    batches = list(Batches(images, settings.batch_size, recipe.data.mean, recipe.data.std))
-    batches = [batch for batch in batches if len(batch[1]) == settings.batch_size] or batches
-    times: dict[str, list[float]] = {backend: [] for backend in backends}
-    sides = []
-    for backend in times:
-        model = recipe.model(backend=backend)
-        sides.append((times[backend], model, recipe.optimizer(model.parameters())))
-    for turn in range(turns + 1):
-        for taken, model, optimizer in sides:
-            for step in range(20):
-                start = time.perf_counter()
-                train_step(recipe, model, optimizer, *batches[(20 * turn + step) % len(batches)])
-                if turn > 0:  # the first one warms up
-                    taken.append(time.perf_counter() - start)
-    return {backend: statistics.median(taken) for backend, taken in times.items()}
-
-
-def _identity(settings: Settings, train_set: ImageSet) -> dict[str, int | str]:
+def _identity(settings: Settings, train_set: Samples) -> dict[str, int | str]:
     """What must be the same for a resumed training to be the one that was begun."""
     return {
         "--seed": settings.seed,
         "--batch-size": settings.batch_size,
         "--backend": settings.backend,
         "--native": settings.native,
-        "data": f"{len(train_set):,} pictures of {train_set.source}",
+        "--augment": settings.augment,
+        "the schedule": str(settings.schedule),
+        "data": f"{len(train_set):,} samples of {train_set.source}",
     }
 
 
-def _restore(saved, path, identity, model, optimizer, shuffle) -> list[dict]:
+def _restore(path: Path, recipe: str, identity: dict, task: Task) -> list[dict]:
     """Puts everything back as it was; returns the history."""
+    saved = load_checkpoint(path, recipe)
     try:
         for name, value in identity.items():
-            before = saved["settings"].get(name, False)  # of before there was --native
-            if before != value:
+            if saved["settings"][name] != value:
                 raise FastnetError(
-                    f"{path} was trained with {name} {before}, not {value}: "
+                    f"{path} was trained with {name} {saved['settings'][name]}, not {value}: "
                     "resume with that, or name another folder with --out."
                 )
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        shuffle.set_state(saved["shuffle"])
-        torch.set_rng_state(saved["random"])
+        task.load_state_dict(saved)
         return saved["history"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise FastnetError(f"{path} holds another network than this recipe's ({error}).") from error
 
 
-def _write_metrics(path: Path, history: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
+def write_metrics(out: Path, history: list[dict]) -> None:
+    """The rows as `metrics.csv` and as `metrics.json`."""
+
+    def as_csv(path: Path) -> None:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(history[0]))
+            writer.writeheader()
+            writer.writerows(history)
+
+    write_whole(out / "metrics.csv", as_csv)
+    write_whole(out / "metrics.json", lambda path: path.write_text(json.dumps(history, indent=1)))

@@ -1,0 +1,207 @@
+"""What `fastnet train` does: data, training, pictures and words around them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import fastnet
+from fastnet.data import Samples
+from fastnet.errors import FastnetError
+from fastnet.recipes import plots
+from fastnet.recipes.comparison import step_times, table
+from fastnet.recipes.files import make_folder, write_whole
+from fastnet.recipes.recipe import BACKENDS, Recipe, Settings
+from fastnet.recipes.runtime import Runtime
+from fastnet.recipes.tasks import Task
+from fastnet.recipes.training import Result, train
+
+# Steps longer than this are compared on request only.
+QUICK = 0.05
+
+
+def run(
+    recipe: Recipe,
+    settings: Settings,
+    runtime: Runtime,
+    out: Path,
+    data: tuple[Samples, Samples],
+    title: str | None = None,
+) -> Result:
+    """Trains into a folder, and draws there what came of it."""
+    train_set, test_set = data
+    title = title or f"{recipe.name} on {train_set.source}"
+    if runtime.is_first:
+        make_folder(out)
+        _write_json(out / "config.json", configuration(recipe, settings, runtime, data))
+    result = train(
+        recipe, settings, train_set, test_set, out, runtime, Painter(title, test_set, out)
+    )
+    if runtime.is_first and result.history:
+        draw_overview(title, result.task, result.history, test_set, result.test_set, out)
+        for name, draw in recipe.pictures.items():
+            save_figure(draw(result.task.network, test_set), out / name)
+    return result
+
+
+def report(recipe: Recipe, settings: Settings, runtime: Runtime, out: Path, result: Result) -> None:
+    """Prints what a training came to, and how long a step takes with and without fastnet."""
+    last = result.history[-1]
+    if "test_accuracy" in last:
+        kept = max if recipe.keep_best else (lambda rows, key: rows[-1])  # noqa: ARG005
+        best = kept(result.history, key=lambda row: row["test_accuracy"])
+        print(f"final test accuracy: {best['test_accuracy']:.2%}")
+    if recipe.report is not None:
+        print(recipe.report(result.task.network))
+    steps = -(-len(result.train_set) // settings.batch_size)
+    fastest = min(row["seconds"] for row in result.history) / steps
+    if runtime.world_size == 1 and fastest < QUICK and has_fused_layers(result.task.network):
+        sides = ("fastnet", "torch")
+        times = step_times(recipe, settings, result.train_set, sides, runtime, seconds=3)
+        print(
+            f"a training step, batch {settings.batch_size}: fastnet {times['fastnet'] * 1e3:.3f} "
+            f"ms, native torch {times['torch'] * 1e3:.3f} ms "
+            f"({times['torch'] / times['fastnet']:.2f} times as long)"
+        )
+    if settings.native:
+        print(f"of the native loop: {fastest * 1e3:.3f} ms")
+    print(f"checkpoint: {result.checkpoint}")
+    pictures = [out / name for name in ("overview.png", *recipe.pictures)]
+    print(f"picture{'s' if len(pictures) > 1 else ''}: {', '.join(map(str, pictures))}")
+
+
+def compare_backends(
+    recipe: Recipe, settings: Settings, runtime: Runtime, out: Path, data: tuple[Samples, Samples]
+) -> None:
+    """The same training on every backend, each in its own folder; then their steps in turns."""
+    chosen = {backend: replace(settings, backend=backend) for backend in BACKENDS}
+    results = {
+        backend: run(recipe, own, runtime, out / backend, data, f"{recipe.name}, {backend}")
+        for backend, own in chosen.items()
+    }
+    prepared = results["fastnet"].train_set
+    times = step_times(recipe, settings, prepared, BACKENDS, runtime)
+    _tell(
+        out,
+        {backend: result.history for backend, result in results.items()},
+        {
+            backend: {
+                "ms a step": f"{times[backend] * 1e3:.3f}",
+                "times fastnet's": f"{times[backend] / times['fastnet']:.2f}",
+            }
+            for backend in BACKENDS
+        },
+        {backend: {"step_seconds": times[backend]} for backend in BACKENDS},
+    )
+
+
+def compare_recipes(
+    recipes: Mapping[str, tuple[Recipe, Settings]],
+    runtime: Runtime,
+    out: Path,
+    data: tuple[Samples, Samples],
+) -> None:
+    """Several trainings on the same data, each in a folder of its own."""
+    histories = {
+        name: run(recipe, settings, runtime, out / name, data).history
+        for name, (recipe, settings) in recipes.items()
+    }
+    _tell(out, histories, {name: {} for name in histories}, {name: {} for name in histories})
+
+
+def _tell(out: Path, histories: dict, columns: dict, numbers: dict) -> None:
+    """One table, one figure and one file of several trainings."""
+    rows, content = [], {}
+    for name, history in histories.items():
+        last = history[-1]
+        measures = {
+            column: f"{value:.4f}" if column.endswith("loss") else f"{value:.2%}"
+            for column, value in last.items()
+            if column not in ("epoch", "learning_rate", "seconds")
+        }
+        seconds = min(row["seconds"] for row in history)
+        named = {column.replace("_", " "): value for column, value in measures.items()}
+        rows.append({"": name, **named, "s an epoch": f"{seconds:.2f}", **columns[name]})
+        content[name] = {**last, **numbers[name]}
+    print(table(rows))
+    _write_json(out / "comparison.json", content)
+    save_figure(plots.comparison(histories), out / "comparison.png")
+    print(f"picture: {out / 'comparison.png'}")
+
+
+def configuration(
+    recipe: Recipe, settings: Settings, runtime: Runtime, data: tuple[Samples, Samples]
+) -> dict:
+    """Everything that a run follows from."""
+    return {
+        "recipe": recipe.name,
+        "dataset": recipe.data.name,
+        "train_set": f"{len(data[0]):,} of {data[0].source}",
+        "test_set": f"{len(data[1]):,} of {data[1].source}",
+        "settings": asdict(settings),
+        "device": str(runtime.device),
+        "amp": str(runtime.amp),
+        "processes": runtime.world_size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "fastnet": fastnet.__version__,
+    }
+
+
+def has_fused_layers(network: torch.nn.Module) -> bool:
+    return any(
+        isinstance(module, (fastnet.ConvReLUPool2d, fastnet.Linear)) for module in network.modules()
+    )
+
+
+class Painter:
+    """Draws while a training goes on: the overview, though never for more than a small part of the
+    time, and a picture of every epoch where the task has one."""
+
+    SHARE = 0.05
+
+    def __init__(self, title: str, test_set: Samples, out: Path) -> None:
+        self.title, self.test_set, self.out = title, test_set, out
+        self.next = 0.0
+
+    def __call__(self, task: Task, history: list[dict], prepared: Samples) -> None:
+        figure = task.epoch_picture(prepared.first(10))
+        if figure is not None:
+            folder = self.out / "samples"
+            make_folder(folder)
+            save_figure(figure, folder / f"epoch-{len(history):03}.png")
+        start = time.monotonic()
+        if start >= self.next:
+            draw_overview(self.title, task, history, self.test_set, prepared, self.out)
+            self.next = time.monotonic() + (time.monotonic() - start) / self.SHARE
+
+
+def draw_overview(
+    title: str, task: Task, history: list[dict], test_set: Samples, prepared: Samples, out: Path
+) -> None:
+    shown, same = test_set.first(task.shown), prepared.first(task.shown)
+    save_figure(task.overview(title, history, shown, same), out / "overview.png")
+
+
+def save_figure(figure, path: Path) -> None:
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+
+
+def _write_json(path: Path, content: dict) -> None:
+    write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def stopped(out: Path, resumed: bool, began: float) -> FastnetError:
+    """What to say after Ctrl-C."""
+    checkpoint = out / "checkpoint.pt"
+    kept = checkpoint.exists() and (resumed or checkpoint.stat().st_mtime > began)
+    return FastnetError(
+        f"Stopped. {checkpoint} holds the last finished epoch; --resume goes on from it."
+        if kept
+        else "Stopped. No epoch was finished, so nothing was saved."
+    )

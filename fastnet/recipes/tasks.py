@@ -1,0 +1,260 @@
+"""What a training step is: of classes, of values, of a copy of the input, of two adversaries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from fastnet.data import Batches, Samples
+from fastnet.recipes import plots
+from fastnet.recipes.recipe import Recipe, Settings
+from fastnet.recipes.runtime import Runtime
+
+Measures = dict[str, Tensor]  # means over a batch, by the name they get in the metrics
+
+
+class Task:
+    """A network in training: its parts with their optimizers, a step, a measurement, a picture.
+
+    Args:
+        recipe, settings, runtime: what is trained, how and where.
+        shape: of one input.
+        classes: how many there are.
+    """
+
+    shown = 18  # of the test set, in an overview
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: Settings,
+        runtime: Runtime,
+        shape: tuple[int, ...],
+        classes: int,
+    ) -> None:
+        self.recipe, self.runtime = recipe, runtime
+        torch.manual_seed(settings.seed)
+        backend = "torch" if settings.backend == "compile" else settings.backend
+        options = {"weights": settings.weights} if recipe.pretrained else {}
+        self.network = recipe.model(shape, classes, backend, **options).to(runtime.device)
+        compiled = settings.compile or settings.backend == "compile"
+        self.scaler = runtime.scaler()
+        # What steps call, and what evaluations do.
+        self.parallel: list[nn.Module] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        for part in self.parts():
+            if compiled:
+                part.compile()
+            self.parallel.append(runtime.parallel(part))
+            self.optimizers.append(
+                recipe.optimizer([p for p in part.parameters() if p.requires_grad])
+            )
+        schedules = (settings.schedule.of(optimizer) for optimizer in self.optimizers)
+        self.schedulers = [schedule for schedule in schedules if schedule is not None]
+
+    def parts(self) -> list[nn.Module]:
+        """The networks that have an optimizer each."""
+        return [self.network]
+
+    def step(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> Measures:
+        """Forward, loss, backward, optimizer step.
+
+        Args:
+            inputs, targets: a batch, or this process's share of it.
+            weight: of the share (see `Batches.weight`).
+        """
+        raise NotImplementedError
+
+    def measure(self, inputs: Tensor, targets: Tensor) -> Measures:
+        """What is told of a batch of the test set. Called without gradients, in eval mode."""
+        raise NotImplementedError
+
+    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+
+    def overview(
+        self, title: str, history: list[dict], pictures: Samples, samples: Samples
+    ) -> Figure:
+        """A picture of the whole training.
+
+        Args:
+            title: to stand above.
+            history: one row an epoch.
+            pictures: a few of the test set.
+            samples: the same as the network takes them.
+        """
+        raise NotImplementedError
+
+    def epoch_picture(self, samples: Samples) -> Figure | None:  # noqa: ARG002
+        """What the network makes of a few test samples, or of nothing, after an epoch."""
+        return None
+
+    @torch.no_grad()
+    def inputs(self, samples: Samples) -> Tensor:
+        """Normalised, on the device."""
+        data = self.recipe.data
+        batch, _ = next(iter(Batches(samples, len(samples), data.mean, data.std)))
+        return batch.to(self.runtime.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.network.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["model"])
+        for name in ("optimizers", "schedulers"):
+            for own, saved in zip(getattr(self, name), state[name], strict=True):
+                own.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+
+
+class Regression(Task):
+    """One network and one loss of its output and the targets."""
+
+    def step(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> Measures:
+        with self.runtime.autocast():
+            output = self.parallel[0](inputs)
+            loss = self.recipe.loss(output, targets)
+        self.update(self.optimizers[0], loss if weight == 1.0 else loss * weight)
+        self.scaler.update()
+        return self.judge(output.detach(), targets, loss.detach())
+
+    def measure(self, inputs: Tensor, targets: Tensor) -> Measures:
+        with self.runtime.autocast():
+            output = self.network(inputs)
+            loss = self.recipe.loss(output, targets)
+        return self.judge(output, targets, loss)
+
+    def judge(self, output: Tensor, targets: Tensor, loss: Tensor) -> Measures:  # noqa: ARG002
+        return {"loss": loss}
+
+    def overview(self, title, history, pictures, samples) -> Figure:  # noqa: ARG002
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        figure.suptitle(title)
+        plots.learning_curves(history, figure.subfigures(1, 1))
+        return figure
+
+
+class Classification(Regression):
+    """Targets are classes, and the largest output is the answer."""
+
+    def judge(self, output: Tensor, targets: Tensor, loss: Tensor) -> Measures:
+        right = output.argmax(1) == targets
+        return {"loss": loss, "accuracy": right.mean(dtype=torch.float32)}
+
+    @torch.no_grad()
+    def predict(self, samples: Samples) -> Tensor:
+        """The answers, `(N,)`."""
+        self.network.eval()
+        return self.network(self.inputs(samples)).argmax(1).cpu()
+
+    def overview(self, title, history, pictures, samples) -> Figure:
+        answers = self.predict(samples)
+        return plots.overview(
+            title, history, pictures.inputs, pictures.targets, answers, pictures.classes
+        )
+
+
+class Reconstruction(Regression):
+    """The network shall give its input back."""
+
+    shown = 10
+
+    def step(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> Measures:  # noqa: ARG002
+        return super().step(inputs, inputs, weight)
+
+    def measure(self, inputs: Tensor, targets: Tensor) -> Measures:  # noqa: ARG002
+        return super().measure(inputs, inputs)
+
+    @torch.no_grad()
+    def epoch_picture(self, samples: Samples) -> Figure:
+        self.network.eval()
+        copies = plots.to_pixels(self.network(self.inputs(samples)), self.recipe.data)
+        return plots.picture_grid(torch.cat([samples.inputs, copies]), columns=len(samples))
+
+    def overview(self, title, history, pictures, samples) -> Figure:  # noqa: ARG002
+        self.network.eval()
+        with torch.no_grad():
+            copies = plots.to_pixels(self.network(self.inputs(samples)), self.recipe.data)
+        return plots.with_pictures(
+            title, history, torch.cat([samples.inputs, copies]), "above: given, below: given back"
+        )
+
+
+class Adversaries(Task):
+    """A generator of pictures from noise, and a discriminator that shall tell them from real ones.
+
+    The recipe's loss has two halves: `discriminator` of the logits of real and of made pictures,
+    and `generator` of those of made ones.
+    """
+
+    SHOWN = 40
+
+    def parts(self) -> list[nn.Module]:
+        return [self.network.generator, self.network.discriminator]
+
+    def noise(self, count: int, seed: int | None = None) -> Tensor:
+        shape = (count, *self.network.latent_shape)
+        if seed is None:
+            return torch.randn(shape, device=self.runtime.device)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(
+            self.runtime.device
+        )
+
+    def step(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> Measures:  # noqa: ARG002
+        generator, discriminator = self.parallel
+        of_generator, of_discriminator = self.optimizers
+        with self.runtime.autocast():
+            made = generator(self.noise(len(inputs)))
+            real_logits, made_logits = discriminator(inputs), discriminator(made.detach())
+            discriminator_loss = self.recipe.loss.discriminator(real_logits, made_logits)
+        self.update(of_discriminator, discriminator_loss * weight)
+
+        # Its gradients are wanted for the pictures alone, and go to no other process.
+        judge = self.network.discriminator.requires_grad_(False)
+        with self.runtime.autocast():
+            generator_loss = self.recipe.loss.generator(judge(made))
+        self.update(of_generator, generator_loss * weight)
+        judge.requires_grad_(True)
+        self.scaler.update()
+        return {
+            "discriminator_loss": discriminator_loss.detach(),
+            "generator_loss": generator_loss.detach(),
+        }
+
+    def measure(self, inputs: Tensor, targets: Tensor) -> Measures:  # noqa: ARG002
+        """How many of the real and of the made pictures the discriminator takes for real."""
+        loss = self.recipe.loss
+        with self.runtime.autocast():
+            real = self.network.discriminator(inputs)
+            made = self.network.discriminator(self.network(self.noise(len(inputs))))
+        shares = {"real": real, "made": made}
+        return {
+            "discriminator_loss": loss.discriminator(real, made),
+            "generator_loss": loss.generator(made),
+            **{
+                f"{name}_taken_for_real": (logits > loss.threshold).mean(dtype=torch.float32)
+                for name, logits in shares.items()
+            },
+        }
+
+    @torch.no_grad()
+    def made(self) -> Tensor:
+        """Pictures of always the same noise, uint8."""
+        self.network.eval()
+        return plots.to_pixels(self.network(self.noise(self.SHOWN, seed=0)), self.recipe.data)
+
+    def epoch_picture(self, samples: Samples) -> Figure:  # noqa: ARG002
+        return plots.picture_grid(self.made(), columns=10)
+
+    def overview(self, title, history, pictures, samples) -> Figure:  # noqa: ARG002
+        return plots.with_pictures(title, history, self.made(), "made from noise")
