@@ -168,7 +168,8 @@ def train_command(
         first, settings = chosen[0]
         if (compare or name in COMPARISONS) and runtime.world_size > 1:
             raise FastnetError(f"{name}: comparisons run in one process, without torchrun.")
-        data = first.data.load(data_dir, download=download)
+        with runtime.in_turn():
+            data = first.data.load(data_dir, download=download)
         if runtime.is_first:
             print(f"{name}: {first.summary if len(chosen) == 1 else _names(recipes)}")
             print(

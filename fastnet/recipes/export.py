@@ -72,9 +72,10 @@ def export(folder: Path, file_format: str, out: Path | None = None) -> Path:
 
 
 def _write_safetensors(network: nn.Module, shape, about: dict[str, str], path: Path) -> None:  # noqa: ARG001
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path, metadata=about)
+    state = {name: value.contiguous() for name, value in network.state_dict().items()}
+    path.write_bytes(save(state, metadata=about))
 
 
 def _write_onnx(network: nn.Module, shape, about: dict[str, str], path: Path) -> None:

@@ -62,7 +62,7 @@ def report(recipe: Recipe, settings: Settings, runtime: Runtime, out: Path, resu
     fastest = min(row["seconds"] for row in result.history) / steps
     if runtime.world_size == 1 and fastest < QUICK and has_fused_layers(result.task.network):
         sides = ("fastnet", "torch")
-        times = step_times(recipe, settings, result.train_set, sides, runtime, seconds=3)
+        times = step_times(recipe, settings, result.train_set, sides, runtime, seconds=1.5)
         print(
             f"a training step, batch {settings.batch_size}: fastnet {times['fastnet'] * 1e3:.3f} "
             f"ms, native torch {times['torch'] * 1e3:.3f} ms "
@@ -160,14 +160,14 @@ def has_fused_layers(network: torch.nn.Module) -> bool:
 
 
 class Painter:
-    """Draws while a training goes on: the overview, though never for more than a small part of the
-    time, and a picture of every epoch where the task has one."""
+    """Draws while a training goes on: the overview, from the tenth second on and never for more
+    than a small part of the time; and a picture of every epoch where the task has one."""
 
     SHARE = 0.05
 
     def __init__(self, title: str, test_set: Samples, out: Path) -> None:
         self.title, self.test_set, self.out = title, test_set, out
-        self.next = 0.0
+        self.next = time.monotonic() + 10
 
     def __call__(self, task: Task, history: list[dict], prepared: Samples) -> None:
         figure = task.epoch_picture(prepared.first(10))

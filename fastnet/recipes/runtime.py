@@ -25,6 +25,7 @@ class Runtime:
     amp: torch.dtype | None = None
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0  # on this machine
 
     @property
     def is_first(self) -> bool:
@@ -41,8 +42,23 @@ class Runtime:
         """What to call in a step, so that gradients become the mean over the processes."""
         if self.world_size == 1 or not any(p.requires_grad for p in network.parameters()):
             return network
-        # A network called twice in a step may not have its buffers written to in between.
-        return DistributedDataParallel(network, broadcast_buffers=False)
+        return DistributedDataParallel(network)
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Gives all processes the first one's buffers, such as the statistics of BatchNorm."""
+        if self.world_size > 1:
+            for buffer in network.buffers():
+                distributed.broadcast(buffer, src=0)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """On each machine one process first, then the others: what it has downloaded or computed
+        they find."""
+        if self.world_size > 1 and self.local_rank > 0:
+            distributed.barrier()
+        yield
+        if self.world_size > 1 and self.local_rank == 0:
+            distributed.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes."""
@@ -86,7 +102,11 @@ def start(device: str = "auto", amp: str | None = None) -> Iterator[Runtime]:
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         yield Runtime(
-            torch.device(device), precision, distributed.get_rank(), distributed.get_world_size()
+            torch.device(device),
+            precision,
+            distributed.get_rank(),
+            distributed.get_world_size(),
+            local_rank,
         )
     finally:
         distributed.destroy_process_group()

@@ -39,7 +39,8 @@ class Task:
         torch.manual_seed(settings.seed)
         backend = "torch" if settings.backend == "compile" else settings.backend
         options = {"weights": settings.weights} if recipe.pretrained else {}
-        self.network = recipe.model(shape, classes, backend, **options).to(runtime.device)
+        with runtime.in_turn():
+            self.network = recipe.model(shape, classes, backend, **options).to(runtime.device)
         compiled = settings.compile or settings.backend == "compile"
         self.scaler = runtime.scaler()
         # What steps call, and what evaluations do.

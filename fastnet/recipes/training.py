@@ -70,11 +70,12 @@ def train(
     """
     if runtime.is_first:
         make_folder(out)
-    if recipe.prepare is not None:
-        train_set, test_set = (
-            recipe.prepare(recipe, settings, runtime, samples, out / f"{part}-features.safetensors")
-            for part, samples in (("training", train_set), ("test", test_set))
-        )
+    with runtime.in_turn():
+        if recipe.prepare is not None:
+            train_set, test_set = (
+                recipe.prepare(recipe, settings, runtime, samples, out / f"{part}-features")
+                for part, samples in (("training", train_set), ("test", test_set))
+            )
     shape, classes = tuple(train_set.inputs.shape[1:]), len(train_set.classes)
     task = recipe.task(recipe, settings, runtime, shape, classes)
     shuffle = torch.Generator()
@@ -118,7 +119,10 @@ def train(
                 measures = _train_epoch(task, settings, step, train_batches, epoch)
             else:
                 measures = _native_epoch(trainer, train_batches)
+            if runtime.device.type == "cuda":
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - start
+            runtime.share_buffers(task.network)
             row = {
                 "epoch": epoch,
                 **{f"train_{name}": value for name, value in measures.items()},

@@ -76,6 +76,7 @@ def features_once(
         raise FastnetError(
             f"Keeping the features needs a package ({error}): pip install 'fastnet[vision]'."
         ) from error
+    path = path.with_suffix(".safetensors")
     made_of = {
         "weights": settings.weights,
         # With no weights to start from, the features are those of the seed.
