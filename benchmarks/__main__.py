@@ -11,7 +11,15 @@ import typer
 
 from benchmarks import harness
 
-OPS = ("linear_relu", "cross_entropy", "conv_relu_pool", "accelerate", "mnist_net", "mlp_trainer")
+OPS = (
+    "linear_relu",
+    "cross_entropy",
+    "conv_relu_pool",
+    "accelerate",
+    "mnist_net",
+    "mlp_trainer",
+    "recipes",
+)
 
 
 def main(

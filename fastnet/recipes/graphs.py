@@ -40,10 +40,6 @@ class GraphedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.shape: torch.Size | None = None
         self.taken = 0
-        for optimizer in task.optimizers:
-            for group in optimizer.param_groups:
-                if "capturable" in group:
-                    group["capturable"] = True
 
     def __call__(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> Measures:
         if self.shape is None:
@@ -75,5 +71,15 @@ class GraphedStep:
             # Gradients shall be the graph's own memory.
             optimizer.zero_grad(set_to_none=True)
         self.graph = torch.cuda.CUDAGraph()
+        self._set_capturable(True)
         with torch.cuda.graph(self.graph):
             self.measures = self.task.step(self.inputs, self.targets)
+        self._set_capturable(False)
+
+    def _set_capturable(self, value: bool) -> None:
+        """Optimizers that count steps want to be told. Fused ones, as the recipes', count them on
+        the GPU in any case, and warn where they are told and step outside of a graph."""
+        for optimizer in self.task.optimizers:
+            for group in optimizer.param_groups:
+                if "capturable" in group:
+                    group["capturable"] = value
