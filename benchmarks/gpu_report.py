@@ -30,8 +30,11 @@ SHORT = "cuda and float64 and not no and (784 or 130 or 600)"  # a short list fo
 
 OPS = ("linear_relu", "cross_entropy", "conv_relu_pool")
 OP_TESTS = [f"tests/test_{op}.py" for op in (*OPS, "linear_cross_entropy")]
-OP_TESTS.append("tests/test_accelerate.py::test_cuda_graph")
-NEEDED = ("torch", "setuptools", "ninja", "pytest", "hypothesis", "typer", "matplotlib")
+OP_TESTS += [
+    "tests/test_accelerate.py::test_cuda_graph",
+    "tests/test_recipes.py::test_cuda_graphs_train_as_steps_do",
+]
+NEEDED = ("torch", "setuptools", "ninja", "pytest", "hypothesis", "typer", "matplotlib", "tqdm")
 
 
 @dataclass
@@ -195,7 +198,7 @@ def main() -> int:
     if parts[0].ok:
         tests = [sys.executable, "-m", "pytest", "-q", *OP_TESTS, "-k", "cuda"]
         parts.append(run("tests", tests, out))
-        benchmarks = [sys.executable, "-m", "benchmarks", *OPS, "--quick"]
+        benchmarks = [sys.executable, "-m", "benchmarks", *OPS, "recipes", "--quick"]
         benchmarks += ["--out", str(out)]
         parts.append(run("benchmarks", benchmarks, out))
         parts += [sanitize(tool, out) for tool in ("memcheck", "racecheck")]

@@ -38,7 +38,9 @@ def train_command(
     name: Annotated[str, typer.Argument(help="The training; `fastnet list` names them.")],
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes through the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples in a batch.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same run.")
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Where results are written.", show_default="runs/NAME")
     ] = None,
@@ -164,6 +166,8 @@ def train_command(
     chosen = [(recipe, recipe.settings(schedule=schedule, **choices)) for recipe in recipes]
     out = out or Path("runs") / name
     began = time.time()
+    if native and device == "auto":
+        device = "cpu"  # where the native loop is
     with start(device, amp) as runtime:
         first, settings = chosen[0]
         if (compare or name in COMPARISONS) and runtime.world_size > 1:

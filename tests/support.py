@@ -86,3 +86,12 @@ print(status("VmHWM") - before)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return int(run.stdout)
+
+
+def same(left, right) -> bool:
+    """Whether two nests of containers hold equal things, tensors bit for bit."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right

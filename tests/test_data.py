@@ -259,3 +259,17 @@ def test_augmentation_sees_the_pixels():
     (batch,) = Batches(images, 4, augment=turn_over)
     assert seen == [torch.uint8]
     assert torch.equal(batch[0], images.inputs.flip(3).float().div(255))
+
+
+def test_a_few_from_everywhere():
+    chosen = small_set(10).spread(4)
+    assert chosen.targets.tolist() == [0, 2, 5, 7]
+    assert small_set(3).spread(9).targets.tolist() == [0, 1, 2]
+
+
+def test_fingerprints_tell_content_and_order():
+    samples = small_set(10)
+    other = Samples(samples.inputs.flip(0), samples.targets, samples.classes, "test")
+    elsewhere = Samples(samples.inputs, samples.targets, samples.classes, "elsewhere")
+    assert samples.fingerprint() == elsewhere.fingerprint()
+    assert len({samples.fingerprint(), other.fingerprint(), samples.first(9).fingerprint()}) == 3

@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support import same
 
 from fastnet.data import Samples
 from fastnet.errors import FastnetError
 from fastnet.recipes import RECIPES, numpy_forward
 from fastnet.recipes.comparison import step_times
 from fastnet.recipes.files import load_checkpoint
+from fastnet.recipes.graphs import GraphedStep
 from fastnet.recipes.recipe import BACKENDS, Schedule
 from fastnet.recipes.regressions import TRUE_BIAS, TRUE_WEIGHT
 from fastnet.recipes.runtime import ONE_PROCESS, Runtime, start
@@ -62,14 +64,6 @@ def small(name: str, digits) -> tuple[Samples, Samples]:
 def settings(recipe, **changes):
     options = OPTIONS if recipe.pretrained else {}
     return recipe.settings(**{"epochs": 3, "log_every": 0, **options, **changes})
-
-
-def same(left, right) -> bool:
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
 def without_times(content: dict) -> dict:
@@ -275,6 +269,14 @@ def test_schedulers(schedule, rates, digits, tmp_path):
     [
         ("mnist-net", {"schedule": {"name": "Cosine"}}, "--scheduler must be one of .*'Cosine'"),
         ("mnist-net", {"schedule": {"name": "MultiStepLR"}}, "--milestones"),
+        ("mnist-net", {"schedule": {"gamma": 0.5}}, "--gamma is for other schedulers than none"),
+        ("mnist-net", {"schedule": {"name": "StepLR", "patience": 2}}, "--patience is for other"),
+        ("mnist-net", {"schedule": {"name": "StepLR", "gamma": -1.0}}, "--gamma must be above 0"),
+        (
+            "mnist-net",
+            {"schedule": {"name": "ReduceLROnPlateau", "gamma": 1.0}},
+            "--gamma must be above 0 and below 1, not 1.0",
+        ),
         ("mnist-net", {"augment": True}, "--augment"),
         ("mnist-net", {"weights": "none"}, "--weights"),
         ("mnist-net", {"backend": "jax"}, "--backend must be one of .*'jax'"),
@@ -285,6 +287,40 @@ def test_schedulers(schedule, rates, digits, tmp_path):
 def test_choices_that_do_not_fit(name, choices, words):
     with pytest.raises(FastnetError, match=words):
         RECIPES[name].settings(**choices)
+
+
+def test_plateaus_of_generators(digits, tmp_path):
+    recipe = RECIPES["gan"]
+    chosen = settings(recipe, epochs=1, schedule={"name": "ReduceLROnPlateau"})
+    assert train(recipe, chosen, *small("gan", digits), tmp_path).history
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(641, 64), (20, 1)])
+def test_batches_of_one_sample_are_none_for_batch_norm(samples, batch_size, digits, tmp_path):
+    recipe, data = RECIPES["batch-net"], (digits[0].first(samples), digits[1].first(10))
+    with pytest.raises(FastnetError, match=f"--batch-size {batch_size} leaves a batch of 1"):
+        train(recipe, settings(recipe, batch_size=batch_size), *data, tmp_path)
+
+
+def test_resuming_what_was_begun_otherwise(digits, tmp_path):
+    recipe, data = RECIPES["mnist-net"], small("mnist-net", digits)
+    train(recipe, settings(recipe, epochs=1), *data, tmp_path)
+    again = settings(recipe, epochs=2, resume=True)
+    with (
+        start("cpu", "fp16") as runtime,
+        pytest.raises(FastnetError, match="--amp None, not float16"),
+    ):
+        train(recipe, again, *data, tmp_path, runtime)
+    with pytest.raises(FastnetError, match=r"test data 100 samples .*, not 50 samples"):
+        train(recipe, again, data[0], data[1].first(50), tmp_path)
+    kept = (tmp_path / "config.json").read_text()
+    assert '"resume": false' in kept  # what was refused has left no trace
+    # Where the data lie does not matter, nor that a kill has cost the metrics.
+    (tmp_path / "metrics.csv").unlink()
+    elsewhere = (replace(part, source="elsewhere") for part in data)
+    done = settings(recipe, epochs=1, resume=True)
+    assert len(train(recipe, done, *elsewhere, tmp_path).history) == 1
+    assert (tmp_path / "metrics.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -331,39 +367,63 @@ def test_features_are_computed_once(tmp_path, monkeypatch):
         patch.setattr("fastnet.models.transfer.vgg16_features", forbidden)
         again = train(recipe, settings(recipe, epochs=2), *data, tmp_path)
         assert same(first.task.network.state_dict(), again.task.network.state_dict())
-        with pytest.raises(AssertionError, match="computed again"):  # of other pictures
-            train(recipe, settings(recipe), data[0].first(10), data[1], tmp_path)
+        others = Samples(data[0].inputs.flip(0), data[0].targets, data[0].classes, data[0].source)
+        with pytest.raises(AssertionError, match="computed again"):  # the same, in another order
+            train(recipe, settings(recipe), others, data[1], tmp_path)
     # Cut short, it is made anew.
     (tmp_path / kept[0]).write_bytes((tmp_path / kept[0]).read_bytes()[:500])
     anew = train(recipe, settings(recipe, epochs=2), *data, tmp_path)
     assert same(first.task.network.state_dict(), anew.task.network.state_dict())
 
 
-def test_best_weights_are_kept(tmp_path):
+def test_best_weights_are_kept(digits, tmp_path, monkeypatch):
     recipe, data = RECIPES["resnet18-transfer"], coloured(32, 2, 16)
-    result = train(recipe, settings(recipe, epochs=3), *data, tmp_path)
-    accuracies = [row["test_accuracy"] for row in result.history]
+    accuracies = iter([0.5, 0.9, 0.7, 0.9, 0.1])
+    monkeypatch.setattr(
+        "fastnet.recipes.training.evaluate",
+        lambda *_: {"loss": 1.0, "accuracy": next(accuracies)},
+    )
+    result = train(recipe, settings(recipe, epochs=4), *data, tmp_path)
     best = load_checkpoint(tmp_path / "best.pt")
-    assert len(best["history"]) == 1 + accuracies.index(max(accuracies))
-    assert same(result.task.network.state_dict(), best["model"])
+    assert len(best["history"]) == 2
+    kept = result.task.network.state_dict()
+    assert same(kept, best["model"])
+    assert not same(kept, load_checkpoint(tmp_path / "checkpoint.pt")["model"])
+    # It is of this run: a new one begins without.
+    train(RECIPES["mnist-net"], settings(RECIPES["mnist-net"], epochs=1), *digits, tmp_path)
+    assert not (tmp_path / "best.pt").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-@pytest.mark.parametrize("name", ["mnist-net", "simple-cnn", "gan", "softmax-regression"])
-def test_graphs_train_as_steps_do(name, digits, tmp_path, monkeypatch):
-    recipe, data = RECIPES[name].on("mnist"), small(name, digits)
+@pytest.mark.parametrize("amp", [None, "bf16"])
+@pytest.mark.parametrize("name", ["mnist-net", "simple-cnn", "gan", "cats-dogs"])
+def test_cuda_graphs_train_as_steps_do(name, amp, tmp_path, monkeypatch):
+    """Also with a last batch of another size, and a learning rate that falls."""
+    recipe = RECIPES[name]
+    if name == "cats-dogs":
+        data = coloured(150, 2, 90)
+    else:
+        data = tuple(
+            replace(samples, inputs=samples.inputs[:, :1, :28, :28].contiguous())
+            for samples in coloured(32, 10, 700)
+        )
     schedule = {"name": "ExponentialLR", "gamma": 0.9}
-    with start("cuda") as runtime:
-        graphed = train(
-            recipe, settings(recipe, schedule=schedule), *data, tmp_path / "graph", runtime
-        )
-        monkeypatch.setattr("fastnet.recipes.training.step_in_graph", lambda task, _: task.step)
-        plain = train(
-            recipe, settings(recipe, schedule=schedule), *data, tmp_path / "plain", runtime
-        )
-    for left, right in zip(graphed.history, plain.history, strict=True):
+    histories, captured = [], []
+    capture = GraphedStep._capture
+    monkeypatch.setattr(GraphedStep, "_capture", lambda *these: captured.append(capture(*these)))
+    for graphed in (True, False):
+        if not graphed:
+            monkeypatch.setattr("fastnet.recipes.training.step_in_graph", lambda task: task.step)
+        with start("cuda", amp) as runtime:
+            chosen = settings(recipe, schedule=schedule, epochs=3)
+            histories.append(train(recipe, chosen, *data, tmp_path / str(graphed), runtime).history)
+    assert len(captured) == 3  # one for each learning rate
+    for left, right in zip(*histories, strict=True):
         losses = [[v for k, v in row.items() if k.endswith("loss")] for row in (left, right)]
-        torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-3)
+        # With dropout or noise the numbers drawn are others than without a graph.
+        loose = name in ("gan", "cats-dogs") or amp
+        tolerance = {"rtol": 0.3, "atol": 0.3} if loose else {"rtol": 1e-3, "atol": 1e-3}
+        torch.testing.assert_close(*map(torch.tensor, losses), **tolerance)
 
 
 def test_one_process_is_the_first():

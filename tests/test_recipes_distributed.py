@@ -15,8 +15,9 @@ from fastnet.recipes.files import load_checkpoint
 
 def fastnet(*arguments: str, cwd, processes: int = 1) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    start = [sys.executable, *(launcher if processes > 1 else []), "-m", "fastnet"]
     return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), "-m", "fastnet", *arguments],
+        [*start, *arguments, "--device", "cpu"],
         cwd=cwd,
         capture_output=True,
         text=True,

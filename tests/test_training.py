@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from support import same
 
 from fastnet.data import Batches
 from fastnet.errors import FastnetError
@@ -30,19 +31,11 @@ def few(digits):
     return digits[0].first(640), digits[1].first(200)
 
 
-FILES = ["checkpoint.pt", "metrics.csv", "metrics.json"]
+FILES = ["checkpoint.pt", "config.json", "metrics.csv", "metrics.json"]
 
 
 def settings(**changes) -> Settings:
     return Settings(**{"epochs": 2, "batch_size": 64, "log_every": 0, **changes})
-
-
-def same(left, right) -> bool:
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
 def test_reaches_ninety_percent_on_real_digits(digits, tmp_path):
@@ -219,7 +212,9 @@ class Malicious:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("content", ["missing", "garbage", "cut", "foreign", "malicious"])
+@pytest.mark.parametrize(
+    "content", ["missing", "garbage", "cut", "flipped", "foreign", "tensor", "malicious"]
+)
 def test_unusable_checkpoints(few, tmp_path, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = train(RECIPE, settings(epochs=1), *few, tmp_path / "run").checkpoint
@@ -229,6 +224,12 @@ def test_unusable_checkpoints(few, tmp_path, content, monkeypatch):
         path.write_bytes(b"not a checkpoint")
     elif content == "cut":
         path.write_bytes(path.read_bytes()[:-2000])
+    elif content == "flipped":  # one bit of the weights
+        whole = bytearray(path.read_bytes())
+        whole[whole.index(b"data/0") + 400] ^= 1
+        path.write_bytes(whole)
+    elif content == "tensor":
+        torch.save(torch.zeros(3), path)
     elif content == "foreign":
         torch.save([1, 2, 3], path)
     else:
@@ -248,7 +249,7 @@ def test_resuming_with_other_settings(few, tmp_path):
     ):
         with pytest.raises(FastnetError, match=words):
             train(RECIPE, settings(resume=True, **changes), *few, tmp_path)
-    with pytest.raises(FastnetError, match=r"640 samples of .*, not 320 samples"):
+    with pytest.raises(FastnetError, match=r"640 samples .*, not 320 samples"):
         train(RECIPE, settings(resume=True), few[0].first(320), few[1], tmp_path)
 
 

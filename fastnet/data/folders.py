@@ -169,8 +169,19 @@ def split_folder(
                 )
         for folder in {target.parent for target in targets.values()}:
             folder.mkdir(parents=True, exist_ok=True)
-        for file, target in targets.items():
-            _bring(file, target, link=move)
+        brought: list[Path] = []
+        try:
+            for file, target in targets.items():
+                _bring(file, target, link=move)
+                brought.append(target)
+        except BaseException:  # a part of them would pass for the whole
+            for target in brought:
+                target.unlink(missing_ok=True)
+            for target in targets.values():
+                with suppress(OSError):  # empty folders only
+                    target.parent.rmdir()
+                    target.parent.parent.rmdir()
+            raise
         if move:
             for file in targets:
                 file.unlink()

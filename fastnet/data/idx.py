@@ -54,4 +54,5 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
             f"{path} should hold {math.prod(shape)} bytes of data after its header, but holds "
             f"{len(content) - header}; get it again."
         )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return values[header:].view(shape)

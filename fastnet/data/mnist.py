@@ -124,6 +124,11 @@ def _read_all(
 def _read(found: dict[str, Path], train: bool, name: str, classes: tuple[str, ...]) -> Samples:
     images_file, labels_file = (found[file] for file in FILES[train])
     images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
+    if images.shape[1:] != (28, 28) or len(images) == 0:
+        raise FastnetError(
+            f"{images_file} holds {' x '.join(map(str, images.shape))} pixels, not pictures of "
+            f"28 x 28, as {name}'s are; get it again."
+        )
     if len(images) != len(labels):
         raise FastnetError(
             f"{images_file} has {len(images)} pictures, but {labels_file} has {len(labels)} "

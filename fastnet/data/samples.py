@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,19 @@ class Samples:
     def first(self, count: int) -> Samples:
         """The first few of them."""
         return replace(self, inputs=self.inputs[:count], targets=self.targets[:count])
+
+    def spread(self, count: int) -> Samples:
+        """A few of them, from the first to the last, as sets may lie sorted by class."""
+        count = min(count, len(self))
+        chosen = torch.arange(count) * len(self) // max(count, 1)
+        return replace(self, inputs=self.inputs[chosen], targets=self.targets[chosen])
+
+    def fingerprint(self) -> str:
+        """Differs where inputs or targets do, or their order."""
+        digest = hashlib.sha256(str(tuple(self.inputs.shape)).encode())
+        for values in (self.inputs, self.targets):
+            digest.update(values.cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

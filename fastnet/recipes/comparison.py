@@ -30,7 +30,7 @@ def step_times(
     that all turns would take more than so many seconds.
     """
     backends = tuple(backends)
-    samples = samples.first(40 * settings.batch_size).to(runtime.device)
+    samples = samples.first(4 * settings.batch_size).to(runtime.device)
     batches = list(Batches(samples, settings.batch_size, recipe.data.mean, recipe.data.std))
     batches = [batch for batch in batches if len(batch[1]) == settings.batch_size] or batches
     shape, classes = tuple(samples.inputs.shape[1:]), len(samples.classes)
@@ -39,7 +39,7 @@ def step_times(
         chosen = replace(settings, backend=backend, native=False)
         task = recipe.task(recipe, chosen, runtime, shape, classes)
         task.network.train()
-        steps[backend] = step_in_graph(task, chosen)
+        steps[backend] = step_in_graph(task)
 
     def take(step, number: int) -> float:
         start = time.perf_counter()

@@ -25,12 +25,14 @@ def load_trained(folder: Path) -> tuple[nn.Module, tuple[int, ...], dict[str, st
     Raises:
         FastnetError: for a folder without a usable checkpoint.
     """
-    best = folder / "best.pt"
-    path = best if best.is_file() else folder / "checkpoint.pt"
+    path = folder / "checkpoint.pt"
     content = load_checkpoint(path)
     if content["recipe"] not in RECIPES:
         raise FastnetError(f"{path} is of {content['recipe']!r}, which this fastnet does not know.")
     recipe = RECIPES[content["recipe"]].on(content["dataset"])
+    if recipe.keep_best:
+        path = folder / "best.pt"
+        content = load_checkpoint(path, recipe.name)
     options = {"weights": "none"} if recipe.pretrained else {}
     shape, classes = tuple(content["input_shape"]), tuple(content["classes"])
     network = recipe.model(shape, len(classes), "torch", **options)

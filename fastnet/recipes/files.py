@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ import torch
 from fastnet.errors import FastnetError
 
 CHECKPOINT_FORMAT = 2
+# The files that every run writes.
+OURS = (
+    "best.pt",
+    "checkpoint.pt",
+    "config.json",
+    "metrics.csv",
+    "metrics.json",
+    "overview.png",
+)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -28,10 +38,17 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Any) -> None:
+    write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+
+
 def make_folder(path: Path) -> None:
     """Makes the folder and sees that files can be written there, before any work is done."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for name in OURS:  # what a run left that was killed while it wrote
+            for leftover in path.glob(f".[0-9]*-{name}"):
+                leftover.unlink(missing_ok=True)
         probe = path / f".{os.getpid()}-probe"
         probe.touch()
         probe.unlink()
@@ -53,10 +70,16 @@ def load_checkpoint(path: Path, recipe: str | None = None) -> dict[str, Any]:
     if not path.is_file():
         raise FastnetError(f"There is no checkpoint {path}: train without --resume first.")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:  # torch does not look
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"a {type(content).__name__}")
         made_for = content["recipe"]
         known_format = content["format"] == CHECKPOINT_FORMAT
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    # Of damaged bytes torch's reader, and pickle's, make errors of any kind.
+    except Exception as error:
         raise FastnetError(
             f"{path} is not a checkpoint that fastnet wrote, or is damaged; delete it, or name "
             "another folder with --out."

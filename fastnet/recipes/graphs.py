@@ -7,21 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastnet.recipes.recipe import Settings
 from fastnet.recipes.tasks import Measures, Task
 
 Step = Callable[[Tensor, Tensor, float], Measures]
 
 
-def step_in_graph(task: Task, settings: Settings) -> Step:
-    """The task's step, in a graph where one can be: on a GPU, in one process, not compiled (torch
-    makes its own graphs then), and without a scaler, which looks at gradients from the host."""
+def step_in_graph(task: Task) -> Step:
+    """The task's step, in a graph where one can be: on a GPU, in one process, and without a scaler,
+    which looks at gradients from the host."""
     possible = (
         task.runtime.device.type == "cuda"
         and task.runtime.world_size == 1
         and task.runtime.amp is not torch.float16
-        and not settings.compile
-        and settings.backend != "compile"
     )
     return GraphedStep(task) if possible else task.step
 
@@ -40,6 +37,7 @@ class GraphedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.shape: torch.Size | None = None
         self.taken = 0
+        self.side = torch.cuda.Stream()
 
     def __call__(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> Measures:
         if self.shape is None:
@@ -48,11 +46,10 @@ class GraphedStep:
             return self.task.step(inputs, targets, weight)
         if self.taken < self.WARM_UP:
             self.taken += 1
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
                 measures = self.task.step(inputs, targets, weight)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.side)
             return measures
         if self.graph is None or self.rates != self._rates():
             self._capture(inputs, targets)

@@ -57,8 +57,14 @@ def picture_grid(
 ) -> Figure | SubFigure:
     """Pictures, uint8 `(N, channels, height, width)`, row by row, each under its title."""
     rows = math.ceil(len(pictures) / columns)
-    height = 1.3 if titles else 1.0
-    figure = figure or Figure(figsize=(columns, height * rows), layout="constrained")
+    figure = figure or Figure(
+        figsize=(columns, (1.3 if titles else 1.0) * rows), layout="constrained"
+    )
+    if not titles:  # one picture of them all is drawn in a tenth of the time
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.imshow(_mosaic(pictures.cpu(), columns).numpy(), cmap="gray_r", vmin=0, vmax=255)
+        return figure
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
@@ -70,6 +76,19 @@ def picture_grid(
         if title:
             axis.set_title(title, fontsize=9, color=colour or "black")
     return figure
+
+
+def _mosaic(pictures: Tensor, columns: int) -> Tensor:
+    """Pictures `(N, channels, height, width)` side by side, as imshow takes them."""
+    count, channels, height, width = pictures.shape
+    gap = max(1, width // 14)
+    ground = 0 if channels == 1 else 255
+    rows = math.ceil(count / columns)
+    tiles = pictures.new_full((rows * columns, channels, height + gap, width + gap), ground)
+    tiles[:count, :, :height, :width] = pictures
+    tiles = tiles.view(rows, columns, channels, height + gap, width + gap)
+    whole = tiles.permute(0, 3, 1, 4, 2).reshape(rows * (height + gap), -1, channels)
+    return whole.squeeze(-1)
 
 
 def image_grid(
@@ -146,7 +165,7 @@ def comparison(histories: Mapping[str, Sequence[dict]]) -> Figure:
 
 def batch_with_names(network: nn.Module, samples: Samples) -> Figure:  # noqa: ARG001
     """The first pictures of a set, each under the name of its class."""
-    shown = samples.first(16)
+    shown = samples.spread(16)
     names = [samples.classes[target] for target in shown.targets.tolist()]
     return picture_grid(shown.inputs, names, columns=8)
 

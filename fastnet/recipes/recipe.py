@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 # fastnet's fused layers, torch's own, and torch's own under torch.compile.
 BACKENDS = ("fastnet", "torch", "compile")
-SCHEDULERS = ("none", "StepLR", "MultiStepLR", "ExponentialLR", "ReduceLROnPlateau")
+# What each of them is told.
+SCHEDULERS = {
+    "none": (),
+    "StepLR": ("step_size", "gamma"),
+    "MultiStepLR": ("milestones", "gamma"),
+    "ExponentialLR": ("gamma",),
+    "ReduceLROnPlateau": ("gamma", "patience"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,18 +48,25 @@ class Schedule:
             )
         if self.name == "MultiStepLR" and not self.milestones:
             raise FastnetError("--scheduler MultiStepLR needs --milestones, such as 10,20.")
+        if not self.gamma > 0 or (self.name == "ReduceLROnPlateau" and self.gamma >= 1):
+            above = " and below 1" if self.name == "ReduceLROnPlateau" else ""
+            raise FastnetError(f"--gamma must be above 0{above}, not {self.gamma}.")
 
     def of(self, optimizer: torch.optim.Optimizer):
         """The scheduler of an optimizer; None for none."""
-        options = {
-            "StepLR": {"step_size": self.step_size, "gamma": self.gamma},
-            "MultiStepLR": {"milestones": self.milestones, "gamma": self.gamma},
-            "ExponentialLR": {"gamma": self.gamma},
-            "ReduceLROnPlateau": {"factor": self.gamma, "patience": self.patience},
-        }
         if self.name == "none":
             return None
-        return getattr(torch.optim.lr_scheduler, self.name)(optimizer, **options[self.name])
+        options = {
+            "factor" if (self.name, option) == ("ReduceLROnPlateau", "gamma") else option: getattr(
+                self, option
+            )
+            for option in SCHEDULERS[self.name]
+        }
+        return getattr(torch.optim.lr_scheduler, self.name)(optimizer, **options)
+
+
+def share_of_right_answers(output: Tensor, targets: Tensor) -> Tensor:
+    return (output.argmax(1) == targets).mean(dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +79,9 @@ class Recipe:
         model: makes the network from the shape of an input, the number of classes and a backend
             ("fastnet" or "torch"); with `pretrained` also from `weights=`.
         optimizer: of the parameters.
-        loss: of the network's output and the targets; the mean over the batch.
+        loss: of the network's output and the targets; the mean over the batch. Of two adversaries
+            it has two halves (see `tasks.Adversaries`).
+        accuracy: of the same, where the targets are classes.
         datasets: the first one is used unless another is chosen.
         epochs, batch_size, test_batch_size: unless others are chosen.
         schedule: of the learning rate, unless another is chosen.
@@ -87,6 +103,7 @@ class Recipe:
     epochs: int
     batch_size: int
     test_batch_size: int = 1000
+    accuracy: Callable[[Tensor, Tensor], Tensor] = share_of_right_answers
     schedule: Schedule = Schedule()
     keep_best: bool = False
     pretrained: bool = False
@@ -125,8 +142,13 @@ class Recipe:
         given = {name: value for name, value in chosen.items() if value is not None}
         rates = {name: value for name, value in (schedule or {}).items() if value is not None}
         settings = Settings(**{**own, **given}, schedule=replace(self.schedule, **rates))
+        for option in rates.keys() - {"name", *SCHEDULERS[settings.schedule.name]}:
+            raise FastnetError(
+                f"--{option.replace('_', '-')} is for other schedulers than "
+                f"{settings.schedule.name}: choose one with --scheduler."
+            )
         if settings.augment and self.augment is None:
-            raise FastnetError(f"--augment is for pictures of things; {self.name} has none.")
+            raise FastnetError(f"--augment: there is nothing of the kind for {self.name}.")
         if "weights" in given and not self.pretrained:
             raise FastnetError(f"--weights: there are none to start {self.name} from.")
         return settings

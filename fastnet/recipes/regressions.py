@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,13 +46,18 @@ def estimation_errors(network: nn.Module) -> str:
     )
 
 
-def _drawn(network: nn.Sequential) -> nn.Sequential:
-    """With weights from N(0, 0.01) and no bias."""
-    for layer in network:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-    return network
+def _regression(std: Callable[[int], float]) -> Callable[..., nn.Sequential]:
+    """One linear layer, its weights drawn from a normal distribution of a deviation that follows
+    from the number of features, its biases 0."""
+
+    def model(shape: tuple[int, ...], classes: int, backend: str) -> nn.Sequential:
+        features = math.prod(shape)
+        network = mlp(features, classes, backend=backend)
+        nn.init.normal_(network[-1].weight, std=std(features))
+        nn.init.zeros_(network[-1].bias)
+        return network
+
+    return model
 
 
 def sgd(lr: float):
@@ -75,7 +81,7 @@ SOFTMAX_REGRESSION = Recipe(
     name="softmax-regression",
     summary="784-10 on Fashion-MNIST, or MNIST; SGD, lr 0.1",
     task=Classification,
-    model=lambda shape, classes, backend: _drawn(mlp(math.prod(shape), classes, backend=backend)),
+    model=_regression(lambda features: 0.01),  # noqa: ARG005
     optimizer=sgd(0.1),
     loss=F.cross_entropy,
     datasets=(CLOTHES, DIGITS),
@@ -89,13 +95,14 @@ SOFTMAX_REGRESSION_SCRATCH = replace(
     model=lambda shape, classes, backend: scratch.SoftmaxRegression(math.prod(shape), classes),  # noqa: ARG005
     optimizer=partial(scratch.SGD, lr=0.1),
     loss=scratch.cross_entropy,
+    accuracy=scratch.accuracy,
 )
 LOGISTIC_REGRESSION = replace(
     SOFTMAX_REGRESSION,
     name="logistic-regression",
     summary="784-10 on MNIST, one epoch; SGD, lr 0.1",
     datasets=(DIGITS,),
-    model=lambda shape, classes, backend: mlp(math.prod(shape), classes, backend=backend),
+    model=_regression(lambda features: 1 / math.sqrt(features)),
     epochs=1,
     batch_size=100,
     pictures={"templates.png": plots.weight_templates},
@@ -107,4 +114,5 @@ LOGISTIC_REGRESSION_SCRATCH = replace(
     model=lambda shape, classes, backend: scratch.LogisticRegression(math.prod(shape), classes),  # noqa: ARG005
     optimizer=partial(scratch.SGD, lr=0.1),
     loss=scratch.nll,
+    accuracy=scratch.accuracy,
 )

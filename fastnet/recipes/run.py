@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,11 +14,11 @@ from fastnet.data import Samples
 from fastnet.errors import FastnetError
 from fastnet.recipes import plots
 from fastnet.recipes.comparison import step_times, table
-from fastnet.recipes.files import make_folder, write_whole
+from fastnet.recipes.files import make_folder, write_json, write_whole
 from fastnet.recipes.recipe import BACKENDS, Recipe, Settings
 from fastnet.recipes.runtime import Runtime
 from fastnet.recipes.tasks import Task
-from fastnet.recipes.training import Result, train
+from fastnet.recipes.training import Result, native_trainer, train
 
 # Steps longer than this are compared on request only.
 QUICK = 0.05
@@ -38,7 +37,6 @@ def run(
     title = title or f"{recipe.name} on {train_set.source}"
     if runtime.is_first:
         make_folder(out)
-        _write_json(out / "config.json", configuration(recipe, settings, runtime, data))
     result = train(
         recipe, settings, train_set, test_set, out, runtime, Painter(title, test_set, out)
     )
@@ -79,16 +77,15 @@ def compare_backends(
     recipe: Recipe, settings: Settings, runtime: Runtime, out: Path, data: tuple[Samples, Samples]
 ) -> None:
     """The same training on every backend, each in its own folder; then their steps in turns."""
-    chosen = {backend: replace(settings, backend=backend) for backend in BACKENDS}
-    results = {
-        backend: run(recipe, own, runtime, out / backend, data, f"{recipe.name}, {backend}")
-        for backend, own in chosen.items()
-    }
-    prepared = results["fastnet"].train_set
+    histories, prepared = {}, None
+    for backend in BACKENDS:
+        own = _part(replace(settings, backend=backend), out / backend)
+        result = run(recipe, own, runtime, out / backend, data, f"{recipe.name}, {backend}")
+        histories[backend], prepared = result.history, result.train_set
     times = step_times(recipe, settings, prepared, BACKENDS, runtime)
     _tell(
         out,
-        {backend: result.history for backend, result in results.items()},
+        histories,
         {
             backend: {
                 "ms a step": f"{times[backend] * 1e3:.3f}",
@@ -100,6 +97,11 @@ def compare_backends(
     )
 
 
+def _part(settings: Settings, out: Path) -> Settings:
+    """Of several trainings, one that may have had no turn yet when they were stopped."""
+    return replace(settings, resume=settings.resume and (out / "checkpoint.pt").exists())
+
+
 def compare_recipes(
     recipes: Mapping[str, tuple[Recipe, Settings]],
     runtime: Runtime,
@@ -107,8 +109,12 @@ def compare_recipes(
     data: tuple[Samples, Samples],
 ) -> None:
     """Several trainings on the same data, each in a folder of its own."""
+    shape, classes = tuple(data[0].inputs.shape[1:]), len(data[0].classes)
+    for recipe, settings in recipes.values():
+        if settings.native:  # what cannot be, before any of them is trained
+            native_trainer(recipe.task(recipe, settings, runtime, shape, classes))
     histories = {
-        name: run(recipe, settings, runtime, out / name, data).history
+        name: run(recipe, _part(settings, out / name), runtime, out / name, data).history
         for name, (recipe, settings) in recipes.items()
     }
     _tell(out, histories, {name: {} for name in histories}, {name: {} for name in histories})
@@ -129,28 +135,9 @@ def _tell(out: Path, histories: dict, columns: dict, numbers: dict) -> None:
         rows.append({"": name, **named, "s an epoch": f"{seconds:.2f}", **columns[name]})
         content[name] = {**last, **numbers[name]}
     print(table(rows))
-    _write_json(out / "comparison.json", content)
+    write_json(out / "comparison.json", content)
     save_figure(plots.comparison(histories), out / "comparison.png")
     print(f"picture: {out / 'comparison.png'}")
-
-
-def configuration(
-    recipe: Recipe, settings: Settings, runtime: Runtime, data: tuple[Samples, Samples]
-) -> dict:
-    """Everything that a run follows from."""
-    return {
-        "recipe": recipe.name,
-        "dataset": recipe.data.name,
-        "train_set": f"{len(data[0]):,} of {data[0].source}",
-        "test_set": f"{len(data[1]):,} of {data[1].source}",
-        "settings": asdict(settings),
-        "device": str(runtime.device),
-        "amp": str(runtime.amp),
-        "processes": runtime.world_size,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastnet": fastnet.__version__,
-    }
 
 
 def has_fused_layers(network: torch.nn.Module) -> bool:
@@ -170,7 +157,7 @@ class Painter:
         self.next = time.monotonic() + 10
 
     def __call__(self, task: Task, history: list[dict], prepared: Samples) -> None:
-        figure = task.epoch_picture(prepared.first(10))
+        figure = task.epoch_picture(prepared.spread(10))
         if figure is not None:
             folder = self.out / "samples"
             make_folder(folder)
@@ -184,7 +171,7 @@ class Painter:
 def draw_overview(
     title: str, task: Task, history: list[dict], test_set: Samples, prepared: Samples, out: Path
 ) -> None:
-    shown, same = test_set.first(task.shown), prepared.first(task.shown)
+    shown, same = test_set.spread(task.shown), prepared.spread(task.shown)
     save_figure(task.overview(title, history, shown, same), out / "overview.png")
 
 
@@ -192,16 +179,15 @@ def save_figure(figure, path: Path) -> None:
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
-def _write_json(path: Path, content: dict) -> None:
-    write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
-
-
 def stopped(out: Path, resumed: bool, began: float) -> FastnetError:
     """What to say after Ctrl-C."""
-    checkpoint = out / "checkpoint.pt"
-    kept = checkpoint.exists() and (resumed or checkpoint.stat().st_mtime > began)
+    kept = [
+        checkpoint
+        for checkpoint in (out / "checkpoint.pt", *sorted(out.glob("*/checkpoint.pt")))
+        if checkpoint.exists() and (resumed or checkpoint.stat().st_mtime > began)
+    ]
     return FastnetError(
-        f"Stopped. {checkpoint} holds the last finished epoch; --resume goes on from it."
+        f"Stopped. {kept[0]} holds the last finished epoch; --resume goes on from it."
         if kept
         else "Stopped. No epoch was finished, so nothing was saved."
     )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
@@ -52,8 +53,8 @@ class Runtime:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """On each machine one process first, then the others: what it has downloaded or computed
-        they find."""
+        """On each machine one process first, then the others, who find the files that it has
+        downloaded or written."""
         if self.world_size > 1 and self.local_rank > 0:
             distributed.barrier()
         yield
@@ -99,7 +100,10 @@ def start(device: str = "auto", amp: str | None = None) -> Iterator[Runtime]:
                 "give it a smaller --nproc-per-node."
             )
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    # One process may load data or compute features for long, while the others wait.
+    distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12)
+    )
     try:
         yield Runtime(
             torch.device(device),

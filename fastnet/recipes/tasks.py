@@ -26,6 +26,7 @@ class Task:
     """
 
     shown = 18  # of the test set, in an overview
+    watched = "test_loss"  # what ReduceLROnPlateau looks at
 
     def __init__(
         self,
@@ -149,8 +150,7 @@ class Classification(Regression):
     """Targets are classes, and the largest output is the answer."""
 
     def judge(self, output: Tensor, targets: Tensor, loss: Tensor) -> Measures:
-        right = output.argmax(1) == targets
-        return {"loss": loss, "accuracy": right.mean(dtype=torch.float32)}
+        return {"loss": loss, "accuracy": self.recipe.accuracy(output, targets)}
 
     @torch.no_grad()
     def predict(self, samples: Samples) -> Tensor:
@@ -199,6 +199,7 @@ class Adversaries(Task):
     """
 
     SHOWN = 40
+    watched = "test_generator_loss"
 
     def parts(self) -> list[nn.Module]:
         return [self.network.generator, self.network.discriminator]

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import csv
-import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+import fastnet
 from fastnet.data import Batches, Samples
 from fastnet.errors import FastnetError
 from fastnet.recipes.events import event_log
-from fastnet.recipes.files import load_checkpoint, make_folder, save_checkpoint, write_whole
+from fastnet.recipes.files import (
+    load_checkpoint,
+    make_folder,
+    save_checkpoint,
+    write_json,
+    write_whole,
+)
 from fastnet.recipes.graphs import step_in_graph
 from fastnet.recipes.recipe import Recipe, Settings
 from fastnet.recipes.runtime import ONE_PROCESS, Runtime
@@ -31,7 +37,8 @@ class Result:
     """What a training came to.
 
     Attributes:
-        task: with the trained network; with the best weights, where the recipe keeps those.
+        task: with the trained network; in the first process with the best weights, where the
+            recipe keeps those.
         history: one row an epoch, as in metrics.csv.
         checkpoint: the file to resume from.
         train_set, test_set: as the network takes them.
@@ -55,8 +62,8 @@ def train(
 ) -> Result:
     """Trains, and after every epoch writes `checkpoint.pt` and the metrics into a folder.
 
-    The same seed gives the same run, and a resumed one goes on bit for bit as if it had not
-    stopped: whatever is random in an epoch follows from the seed, the epoch and the process.
+    The same seed gives the same run, and a resumed one goes on as if it had not stopped, on the CPU
+    bit for bit: whatever is random in an epoch follows from the seed, the epoch and the process.
 
     Args:
         recipe, settings, runtime: what to train, how and where.
@@ -70,6 +77,9 @@ def train(
     """
     if runtime.is_first:
         make_folder(out)
+        if not settings.resume:  # another run's would be taken for this one's
+            (out / "best.pt").unlink(missing_ok=True)
+    data = (train_set, test_set)
     with runtime.in_turn():
         if recipe.prepare is not None:
             train_set, test_set = (
@@ -78,9 +88,10 @@ def train(
             )
     shape, classes = tuple(train_set.inputs.shape[1:]), len(train_set.classes)
     task = recipe.task(recipe, settings, runtime, shape, classes)
+    _check_batches(task, len(train_set), settings.batch_size)
     shuffle = torch.Generator()
     checkpoint, best = out / "checkpoint.pt", out / "best.pt"
-    identity = _identity(settings, train_set)
+    identity = _identity(settings, runtime, train_set, test_set)
     history: list[dict] = []
     if settings.resume:
         history = _restore(checkpoint, recipe.name, identity, task)
@@ -88,7 +99,11 @@ def train(
         if len(history) >= settings.epochs:
             _say(runtime, f"nothing to do: --epochs is {settings.epochs}")
     trainer = native_trainer(task) if settings.native else None
-    step = step_in_graph(task, settings)
+    step = step_in_graph(task)
+    if runtime.is_first:
+        write_json(out / "config.json", configuration(recipe, settings, runtime, data))
+        if history:  # a run that was killed may have written the one and not the other
+            write_metrics(out, history)
     content = {
         "recipe": recipe.name,
         "dataset": recipe.data.name,
@@ -133,14 +148,14 @@ def train(
             history.append(row)
             for scheduler in task.schedulers:
                 if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                    scheduler.step(row["test_loss"])
+                    scheduler.step(row[task.watched])
                 else:
                     scheduler.step()
             if not runtime.is_first:
                 continue
             state = {**content, **task.state_dict(), "history": history}
             if recipe.keep_best and row is max(history, key=lambda row: row["test_accuracy"]):
-                save_checkpoint(best, state)
+                save_checkpoint(best, {**content, "model": state["model"], "history": history})
             save_checkpoint(checkpoint, state)
             write_metrics(out, history)
             log(row)
@@ -268,16 +283,54 @@ def _say(runtime: Runtime, words: str) -> None:
         tqdm.write(words)
 
 
-def _identity(settings: Settings, train_set: Samples) -> dict[str, int | str]:
+def _check_batches(task: Task, samples: int, batch_size: int) -> None:
+    """Of one sample BatchNorm1d has no statistics, and would say so in the midst of an epoch."""
+    if not any(isinstance(module, nn.BatchNorm1d) for module in task.network.modules()):
+        return
+    for size in {min(batch_size, samples), samples % batch_size} - {0}:
+        if size // task.runtime.world_size < 2:
+            raise FastnetError(
+                f"--batch-size {batch_size} leaves a batch of {size} of {samples} samples, and "
+                "BatchNorm needs two or more in each process: choose another."
+            )
+
+
+def configuration(
+    recipe: Recipe, settings: Settings, runtime: Runtime, data: tuple[Samples, Samples]
+) -> dict:
+    """What was chosen for a run, and what it ran on, for `config.json`."""
+    return {
+        "recipe": recipe.name,
+        "dataset": recipe.data.name,
+        "train_set": f"{len(data[0]):,} of {data[0].source}",
+        "test_set": f"{len(data[1]):,} of {data[1].source}",
+        "settings": asdict(settings),
+        "device": str(runtime.device),
+        "amp": None if runtime.amp is None else str(runtime.amp),
+        "processes": runtime.world_size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "fastnet": fastnet.__version__,
+    }
+
+
+def _identity(
+    settings: Settings, runtime: Runtime, train_set: Samples, test_set: Samples
+) -> dict[str, int | str]:
     """What must be the same for a resumed training to be the one that was begun."""
     return {
+        "data": f"{len(train_set):,} samples (sha256 {train_set.fingerprint()})",
+        "test data": f"{len(test_set):,} samples (sha256 {test_set.fingerprint()})",
         "--seed": settings.seed,
         "--batch-size": settings.batch_size,
         "--backend": settings.backend,
         "--native": settings.native,
         "--augment": settings.augment,
+        "--weights": settings.weights,
+        "--compile": settings.compile,
+        "--amp": str(runtime.amp).removeprefix("torch."),
         "the schedule": str(settings.schedule),
-        "data": f"{len(train_set):,} samples of {train_set.source}",
+        "processes": runtime.world_size,
     }
 
 
@@ -307,4 +360,4 @@ def write_metrics(out: Path, history: list[dict]) -> None:
             writer.writerows(history)
 
     write_whole(out / "metrics.csv", as_csv)
-    write_whole(out / "metrics.json", lambda path: path.write_text(json.dumps(history, indent=1)))
+    write_json(out / "metrics.json", history)

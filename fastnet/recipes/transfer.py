@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -78,11 +79,11 @@ def features_once(
         ) from error
     path = path.with_suffix(".safetensors")
     made_of = {
-        "weights": settings.weights,
+        "weights": _fingerprint(settings.weights),
         # With no weights to start from, the features are those of the seed.
         "seed": str(settings.seed),
-        "pictures": f"{len(samples)} {tuple(samples.inputs.shape[1:])} {samples.source}",
-        "sum": str(samples.inputs.sum(dtype=torch.int64).item()),
+        "backend": settings.backend,
+        "pictures": samples.fingerprint(),
     }
     if path.is_file():
         try:
@@ -101,8 +102,25 @@ def features_once(
         bar = tqdm(batches, desc="features", unit="batch", leave=False)
         features = torch.cat([convolutions(pictures).float().cpu() for pictures, _ in bar])
     if runtime.is_first:
-        write_whole(path, lambda file: save_file({"features": features}, file, metadata=made_of))
+
+        def write(file: Path) -> None:
+            try:
+                save_file({"features": features}, file, metadata=made_of)
+            except SafetensorError as error:  # a full disk, for one
+                raise OSError(str(error)) from error
+
+        write_whole(path, write)
     return _of(features, samples)
+
+
+def _fingerprint(weights: str) -> str:
+    if not Path(weights).is_file():
+        return weights
+    digest = hashlib.sha256()
+    with open(weights, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _of(features: Tensor, samples: Samples) -> Samples:
