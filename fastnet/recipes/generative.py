@@ -74,5 +74,6 @@ DCGAN_RECIPE = replace(
     summary="a convolutional generator against a discriminator, on MNIST or Fashion-MNIST; Adam, "
     "lr 0.0002",
     model=lambda shape, classes, backend: DCGAN(backend=backend),  # noqa: ARG005
+    channels_last=True,
     epochs=20,
 )

@@ -85,6 +85,7 @@ class Recipe:
         datasets: the first one is used unless another is chosen.
         epochs, batch_size, test_batch_size: unless others are chosen.
         schedule: of the learning rate, unless another is chosen.
+        channels_last: whether to keep filters so, which suits convolutions that stay torch's.
         keep_best: whether the weights of the best test accuracy are what a run results in.
         pretrained: whether there are weights to start from (`--weights`).
         augment: changes uint8 pictures `(batch, ...)`, on request (`--augment`).
@@ -105,6 +106,7 @@ class Recipe:
     test_batch_size: int = 1000
     accuracy: Callable[[Tensor, Tensor], Tensor] = share_of_right_answers
     schedule: Schedule = Schedule()
+    channels_last: bool = False
     keep_best: bool = False
     pretrained: bool = False
     augment: Callable[[Tensor], Tensor] | None = None

@@ -42,6 +42,8 @@ class Task:
         options = {"weights": settings.weights} if recipe.pretrained else {}
         with runtime.in_turn():
             self.network = recipe.model(shape, classes, backend, **options).to(runtime.device)
+        if recipe.channels_last:
+            self.network.to(memory_format=torch.channels_last)
         compiled = settings.compile or settings.backend == "compile"
         self.scaler = runtime.scaler()
         # What steps call, and what evaluations do.
