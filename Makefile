@@ -19,7 +19,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu 
 SOURCES := $(CXX_FILES) setup.py pyproject.toml fastnet/_version.py $(wildcard build_backend/*.py)
 BUILT := $(VENV)/.built
 
-.PHONY: help train test build bench gallery lint format emulation sanitize gpu-report test-abi test-install clean
+.PHONY: help train test build bench plot gallery lint format emulation sanitize gpu-report test-abi test-install clean
 
 train: build ## train MnistNet on real digits (ARGS="--epochs 3")
 	$(BIN)/fastnet train mnist-net $(ARGS)
@@ -36,6 +36,9 @@ sanitize: build $(foreach kind,address thread,build/emulation/$(kind)/library.so
 
 bench: build ## time the ops against native torch (ARGS=linear_relu)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+plot: build ## draw what was measured (ARGS=benchmarks/results/DEVICE.csv)
+	$(BIN)/python -m benchmarks.plot $(ARGS)
 
 gallery: build ## run every training, and draw the README's pictures of them (ARGS="gan dcgan")
 	$(BIN)/python docs/gallery.py $(ARGS)

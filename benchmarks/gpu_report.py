@@ -144,27 +144,6 @@ def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:
     return path
 
 
-def plot(rows: list[dict], title: str, path: Path) -> None:
-    """Bars of fastnet's ratio to the best alternative, one a case, a panel a mode."""
-    from matplotlib.figure import Figure
-
-    ours = [row for row in rows if row["side"] == "fastnet"]
-    modes = sorted({row["mode"] for row in ours})
-    cases = list(dict.fromkeys(row["case"] for row in ours))
-    figure = Figure(figsize=(4 * len(modes), 1 + 0.22 * len(cases)), layout="constrained")
-    figure.suptitle(title)
-    for axes, mode in zip(
-        figure.subplots(1, len(modes), squeeze=False, sharey=True)[0], modes, strict=True
-    ):
-        ratios = {row["case"]: float(row["ratio"]) for row in ours if row["mode"] == mode}
-        colours = ["tab:green" if ratios.get(c, 1) >= 1 else "tab:red" for c in cases]
-        axes.barh(cases, [ratios.get(c, 0) for c in cases], color=colours)
-        axes.axvline(1, color="black", linewidth=1)
-        axes.set(xlabel="times as fast", title=mode)
-    axes.invert_yaxis()  # the panels share it
-    figure.savefig(path, dpi=110)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-report")
@@ -206,13 +185,16 @@ def main() -> int:
             import csv
 
             from benchmarks import harness
+            from benchmarks.plot import speed_ups
 
             table = out / f"{harness.device_slug()}.csv"
             if table.exists():
                 rows = list(csv.DictReader(table.read_text().splitlines()))
                 card["copy"], card["float32"], card["bfloat16"] = limits_of_the_card()
                 shutil.copy(table, harness.RESULTS)
-                plot(rows, f"fastnet on {card['name']}", out / "speed-up.png")
+                modes = tuple(dict.fromkeys(row["mode"] for row in rows))
+                figure = speed_ups(rows, f"fastnet on {card['name']}", modes)
+                figure.savefig(out / "speed-up.png", dpi=110)
         except Exception as error:  # whatever it is, the report of the other parts is still due
             parts.append(Part("summary", False, 0, f"{type(error).__name__}: {error}"))
             rows = rows if "bfloat16" in card else []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import conv_relu_pool, cross_entropy, gpu_report, harness, linear_relu
+from benchmarks import conv_relu_pool, cross_entropy, gpu_report, harness, linear_relu, plot
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,5 +112,31 @@ def test_parts_that_fail_are_reported_and_stop_nothing(tmp_path, monkeypatch):
         assert words in text
     assert "| linear_relu | a | forward | 10.0 | 1.50 | 10.0% | 50.0% |" in text
     assert "| 10.0% | 10.0% |" in text  # bfloat16, against its own rate
-    gpu_report.plot(rows, "Card", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bars_tell_every_ratio():
+    rows = [
+        {"op": op, "case": case, "mode": mode, "side": side, "threads": threads, "ratio": ratio}
+        for op, case, mode, side, threads, ratio in (
+            ("linear_relu", "a", "forward+backward", "fastnet", "2", "1.5"),
+            ("linear_relu", "a", "forward+backward", "fastnet", "1", "0.8"),
+            ("linear_relu", "a", "forward+backward", "eager", "2", "nan"),
+            ("linear_relu", "b", "forward+backward", "fastnet", "2", "4.0"),
+            ("linear_relu", "b", "forward", "fastnet", "2", "9.0"),
+            ("recipes", "c", "step", "fastnet", "2", "0.9"),
+        )
+    ]
+    figure = plot.speed_ups(rows, "title")
+    assert [axes.get_title() for axes in figure.axes] == [
+        "linear_relu, forward+backward",
+        "recipes, step",
+    ]
+    # From the line at 1 to the ratio, the losing ones in red.
+    bars = {
+        round(1 + bar.get_width(), 3): bar.get_facecolor()
+        for axes in figure.axes
+        for bar in axes.patches
+        if bar.get_width() == bar.get_width()
+    }
+    assert set(bars) == {1.5, 0.8, 4.0, 0.9}
+    assert bars[0.8][:3] == bars[0.9][:3] != bars[1.5][:3]

@@ -121,6 +121,15 @@ def test_resumed_trainings_are_bit_for_bit_the_uninterrupted_ones(name, digits, 
         assert same(*best)
 
 
+def test_native_training_on_three_channels_is_the_same_training(tmp_path):
+    recipe, data = RECIPES["cifar-mlp"], coloured(*SMALL["cifar-mlp"])
+    curves = []
+    for native in (False, True):
+        history = train(recipe, settings(recipe, native=native), *data, tmp_path / str(native))
+        curves.append([(row["train_loss"], row["test_loss"]) for row in history.history])
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-3, atol=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------
 # What the documents promise
 

@@ -49,11 +49,10 @@ def run(
 
 def report(recipe: Recipe, settings: Settings, runtime: Runtime, out: Path, result: Result) -> None:
     """Prints what a training came to, and how long a step takes with and without fastnet."""
-    last = result.history[-1]
-    if "test_accuracy" in last:
-        kept = max if recipe.keep_best else (lambda rows, key: rows[-1])  # noqa: ARG005
-        best = kept(result.history, key=lambda row: row["test_accuracy"])
-        print(f"final test accuracy: {best['test_accuracy']:.2%}")
+    accuracies = [row["test_accuracy"] for row in result.history if "test_accuracy" in row]
+    if accuracies:
+        kept = max(accuracies) if recipe.keep_best else accuracies[-1]
+        print(f"final test accuracy: {kept:.2%}")
     if recipe.report is not None:
         print(recipe.report(result.task.network))
     steps = -(-len(result.train_set) // settings.batch_size)
