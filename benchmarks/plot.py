@@ -59,7 +59,7 @@ def speed_ups(rows: list[dict], title: str, modes: tuple[str, ...] = MODES) -> F
         axes.grid(axis="x", alpha=0.3)
         axes.invert_yaxis()
         axes.legend(fontsize=7, loc="lower right")
-    figure.axes[-1].set_xlabel("times as fast as the best of eager torch and torch.compile")
+    figure.axes[-1].set_xlabel("times as fast as the best alternative")
     return figure
 
 
