@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import harness
+from benchmarks import accelerate, harness
 
 OPS = (
     "linear_relu",
@@ -28,7 +28,26 @@ def main(
     quick: Annotated[bool, typer.Option(help="The most important shapes only.")] = False,
     save: Annotated[bool, typer.Option(help="Write the results file.")] = True,
     out: Annotated[Path, typer.Option(help="Where the results file is.")] = harness.RESULTS,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Write nothing; fail where a ratio is a fifth below the file's."
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Time a network of yours: torchvision:NAME, or MODULE:CALLABLE."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in a batch, for --model.")] = 8,
+    size: Annotated[int, typer.Option(min=1, help="Their height and width.")] = 224,
+    channels: Annotated[int, typer.Option(min=1, help="And their channels.")] = 3,
 ) -> None:
+    """Time the ops, or a network, against native torch."""
+    if model is not None:
+        shape = (batch, channels, size, size)
+        case = accelerate.step_of(f"{model}, {'x'.join(map(str, shape))}", model, shape)
+        print(harness.table(harness.run(case)))
+        return
     unknown = set(ops or ()) - set(OPS)
     if unknown:
         raise typer.BadParameter(f"no benchmark {', '.join(unknown)}; there are: {', '.join(OPS)}")
@@ -47,10 +66,15 @@ def main(
                     failed = True
                     continue
                 print(harness.table(rows), flush=True)
-                if save:
+                if check:
+                    fallen = harness.fallen(rows, out)
+                    print("".join(f"FALLEN  {line}\n" for line in fallen), end="", flush=True)
+                    failed = failed or bool(fallen)
+                elif save:
                     harness.save(rows, out)
     if failed:
         raise typer.Exit(1)
 
 
-typer.run(main)
+if __name__ == "__main__":
+    typer.run(main)

@@ -11,6 +11,8 @@ from torch import nn
 import fastnet
 from benchmarks import networks
 from benchmarks.harness import FASTNET, Case
+from fastnet.cli import named_network
+from fastnet.errors import FastnetError
 
 SIDES = ("eager", "eager, channels_last", "compile", "compile, channels_last", FASTNET)
 
@@ -36,18 +38,44 @@ def cases(quick: bool = False) -> Iterator[Case]:
         )
 
 
+def step_of(name: str, model: str, shape: tuple[int, ...]) -> Case:
+    """A step of a network that is named as `fastnet info --model` takes it, without its dropout:
+    the sides would draw other numbers, and are compared.
+
+    Raises:
+        FastnetError: for a name that is no network, or one that does not give classes.
+    """
+
+    def network() -> nn.Module:
+        made = named_network(model)
+        for module in made.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+        return made
+
+    try:
+        logits = network().eval()(torch.zeros(shape))
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise FastnetError(f"--model {model} does not take pictures {shape} ({reason}).") from error
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise FastnetError(f"--model {model} does not give logits, (batch, classes), for pictures.")
+    return _step(name, network, shape, seconds=12.0, classes=logits.shape[1])
+
+
 def _step(
     name: str,
     network: Callable[[], nn.Module],
     shape: tuple[int, ...],
     seconds: float = 6.0,
     channels_last: bool = False,
+    classes: int = 10,
 ) -> Case:
     """Forward, loss, backward and a step of SGD; fastnet's in channels_last where that is told."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pictures = torch.randn(shape, device=device)
-    target = torch.randint(10, shape[:1], device=device)
+    target = torch.randint(classes, shape[:1], device=device)
     torch._dynamo.reset()
     sides = {}
     for side in SIDES:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import fastnet
+from fastnet.errors import FastnetError
 
 RESULTS = Path(__file__).parent / "results"
 FASTNET = "fastnet"
@@ -230,6 +231,28 @@ def save(rows: list[Row], folder: Path = RESULTS) -> Path:
         writer.writeheader()
         writer.writerows(kept.values())
     return path
+
+
+def fallen(rows: list[Row], folder: Path = RESULTS, share: float = 0.8) -> list[str]:
+    """Says which of fastnet's ratios have fallen below a share of those in this device's file.
+
+    Cases that the file does not have are no news.
+    """
+    path = folder / f"{device_slug()}.csv"
+    if not path.exists():
+        raise FastnetError(f"There is no {path} to compare with: run without --check first.")
+    with path.open(newline="") as file:
+        before = {
+            tuple(old[name] for name in ("op", "case", "mode", "threads", "side")): old["ratio"]
+            for old in csv.DictReader(file)
+        }
+    return [
+        f"{row.op} {row.case} {row.mode}, {row.threads} threads: {row.ratio:.2f}, was "
+        f"{float(before[row.key]):.2f}"
+        for row in rows
+        if row.side == FASTNET and row.key in before
+        if row.ratio < share * float(before[row.key])
+    ]
 
 
 def device_name() -> str:

@@ -256,6 +256,25 @@ def split_command(
     print(f"fastnet train cats-dogs --data-dir {out}")
 
 
+@app.command(
+    "bench",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench_command(context: typer.Context) -> None:
+    """Time the ops, or a network of yours, against native torch (in a checkout)."""
+    sys.path.insert(0, "")
+    try:
+        from benchmarks.__main__ import main as bench
+    except ImportError as error:
+        raise FastnetError(
+            f"The benchmarks are in fastnet's sources, not in what pip installs ({error}): run "
+            "`fastnet bench` in a checkout."
+        ) from error
+    sys.argv = ["fastnet bench", *context.args]
+    typer.run(bench)
+
+
 @app.command("info")
 def info_command(
     model: Annotated[
@@ -268,7 +287,7 @@ def info_command(
 ) -> None:
     """Tell what this build is, and what of it runs here; or what it would do for a network."""
     if model is not None:
-        print(fastnet.accelerate_report(fastnet.accelerate(_network(model))))
+        print(fastnet.accelerate_report(fastnet.accelerate(named_network(model))))
         return
     information = {**fastnet.build_info(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
@@ -278,7 +297,12 @@ def info_command(
         print(f"{key:{width}}  {value}")
 
 
-def _network(name: str) -> torch.nn.Module:
+def named_network(name: str) -> torch.nn.Module:
+    """What `torchvision:NAME` or `MODULE:CALLABLE` makes.
+
+    Raises:
+        FastnetError: for a name that makes no network.
+    """
     module, _, function = name.partition(":")
     if not function:
         raise FastnetError(f"--model must be torchvision:NAME or MODULE:CALLABLE, not {name!r}.")

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import conv_relu_pool, cross_entropy, gpu_report, harness, linear_relu, plot
+from benchmarks import (
+    accelerate,
+    conv_relu_pool,
+    cross_entropy,
+    gpu_report,
+    harness,
+    linear_relu,
+    plot,
+)
+from fastnet.errors import FastnetError
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +62,52 @@ def test_measuring_again_replaces_rows(tmp_path):
     assert len(rows) == 6
     assert {row["case"] for row in rows} == {"5", "6"}
     assert all(row["commit"] and row["torch"] == torch.__version__ for row in rows)
+
+
+def test_ratios_that_have_fallen_are_told(tmp_path, monkeypatch):
+    def rows(seconds):
+        times = {"eager": [4.0] * 5, "compile": [3.0] * 5, "fastnet": [seconds] * 5}
+        monkeypatch.setattr(harness, "measure", lambda *_: times)
+        return harness.run(case()) + harness.run(case(case="6"))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FastnetError, match="without --check first"):
+        harness.fallen(rows(1.0), tmp_path)
+    harness.save(rows(1.0)[:3], tmp_path)
+    assert harness.fallen(rows(1.2), tmp_path) == []
+    (told,) = harness.fallen(rows(1.3), tmp_path)  # of the case that the file has
+    assert "op 5 forward" in told
+    assert told.endswith("2.31, was 3.00")
+
+
+def test_a_network_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def network():\n"
+        "    layers = nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout()\n"
+        "    return nn.Sequential(*layers, nn.Linear(36, 3))\n"
+        "def encoder():\n"
+        "    return nn.Sequential(nn.Conv2d(2, 4, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    timed = accelerate.step_of("mine", "mine:network", (4, 2, 8, 8))
+    harness.verify(timed)
+    assert tuple(timed.sides) == accelerate.SIDES
+    with pytest.raises(FastnetError, match="does not take pictures"):
+        accelerate.step_of("mine", "mine:network", (4, 2, 9, 30))
+    with pytest.raises(FastnetError, match="does not give logits"):
+        accelerate.step_of("mine", "mine:encoder", (4, 2, 8, 8))
+
+
+def test_bench_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastnet", "bench", "no_such_op"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "no benchmark no_such_op" in done.stderr
 
 
 def test_operators_compute_what_autograd_does():
