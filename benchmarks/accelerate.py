@@ -47,11 +47,7 @@ def step_of(name: str, model: str, shape: tuple[int, ...]) -> Case:
     """
 
     def network() -> nn.Module:
-        made = named_network(model)
-        for module in made.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
-        return made
+        return networks.without_dropout(named_network(model))
 
     try:
         logits = network().eval()(torch.zeros(shape))

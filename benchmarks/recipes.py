@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from benchmarks import networks
 from benchmarks.harness import FASTNET, Case
 from fastnet.data import Batches, Samples
 from fastnet.recipes import RECIPES, Recipe
@@ -59,9 +60,7 @@ def _task(recipe: Recipe, backend: str, samples: Samples) -> Task:
     shape, classes = tuple(samples.inputs.shape[1:]), len(samples.classes)
     with start() as runtime:
         task = recipe.task(recipe, recipe.settings(backend=backend), runtime, shape, classes)
-    for module in task.network.train().modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the sides would draw other numbers, and are compared
+    networks.without_dropout(task.network.train())
     return task
 
 

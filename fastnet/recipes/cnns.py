@@ -3,6 +3,8 @@ cats from dogs."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -13,11 +15,6 @@ from fastnet.recipes.augmentation import flips_and_turns
 from fastnet.recipes.recipe import Recipe
 from fastnet.recipes.tasks import Classification
 
-
-def adam(parameters) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.001, fused=True)
-
-
 # Above 95 % on 5,000 digits, above 90 % on the whole of Fashion-MNIST.
 SIMPLE_CNN = Recipe(
     name="simple-cnn",
@@ -25,7 +22,7 @@ SIMPLE_CNN = Recipe(
     "MNIST, Fashion-MNIST or CIFAR-10; Adam, lr 0.001",
     task=Classification,
     model=lambda shape, classes, backend: SimpleCNN(shape[0], shape[1], classes, backend),
-    optimizer=adam,
+    optimizer=partial(torch.optim.Adam, lr=0.001, fused=True),
     loss=F.cross_entropy,  # of 64 x 10 logits, where the fused one would go to this one, too
     datasets=(MNIST, FASHION_MNIST, CIFAR10),
     epochs=5,
@@ -37,7 +34,7 @@ CATS_DOGS = Recipe(
     "pictures at 150x150; Adam, lr 0.001",
     task=Classification,
     model=lambda shape, classes, backend: CatsDogsCNN(shape[1], classes, backend),
-    optimizer=adam,
+    optimizer=partial(torch.optim.Adam, lr=0.001, fused=True),
     loss=F.cross_entropy,
     datasets=(CATS_DOGS_150,),
     epochs=10,

@@ -42,9 +42,7 @@ AUTOENCODER = Recipe(
     summary="784-128-64-12-3 and back on MNIST or Fashion-MNIST; Adam, lr 0.001",
     task=Reconstruction,
     model=lambda shape, classes, backend: Autoencoder(backend=backend),  # noqa: ARG005
-    optimizer=lambda parameters: torch.optim.Adam(
-        parameters, lr=0.001, weight_decay=1e-5, fused=True
-    ),
+    optimizer=partial(torch.optim.Adam, lr=0.001, weight_decay=1e-5, fused=True),
     loss=F.mse_loss,
     datasets=DATASETS,
     epochs=20,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from fastnet.data import CIFAR10, MNIST
 from fastnet.models import mlp
 from fastnet.recipes import plots
 from fastnet.recipes.recipe import Recipe
-from fastnet.recipes.regressions import sgd
 from fastnet.recipes.tasks import Classification
 
 
@@ -27,7 +27,7 @@ SIMPLE_NET = Recipe(
     summary="784-300-100-10 without activations on MNIST; SGD, lr 0.01",
     task=Classification,
     model=_mlp(300, 100, relu=False),
-    optimizer=sgd(0.01),
+    optimizer=partial(torch.optim.SGD, lr=0.01, fused=True),
     loss=F.cross_entropy,
     datasets=(replace(MNIST, mean=(0.5,), std=(0.5,)),),  # pixels in -1...1
     epochs=20,
@@ -50,7 +50,7 @@ CIFAR_MLP = Recipe(
     summary="3072-1000-500-10 with ReLU on CIFAR-10; Adam, lr 0.0001",
     task=Classification,
     model=_mlp(1000, 500),
-    optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-4, fused=True),
+    optimizer=partial(torch.optim.Adam, lr=1e-4, fused=True),
     loss=F.cross_entropy,
     datasets=(CIFAR10,),
     epochs=10,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +18,7 @@ MNIST_NET = Recipe(
     task=Classification,
     model=lambda shape, classes, backend: MnistNet(backend),  # noqa: ARG005
     # One kernel for all parameters, where the default makes a dozen calls for each.
-    optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.001, fused=True),
+    optimizer=partial(torch.optim.Adam, lr=0.001, fused=True),
     loss=F.nll_loss,
     datasets=(MNIST,),
     epochs=10,

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, nn
 
 from fastnet.data import Dataset, Samples
+from fastnet.recipes.recipe import NO_MEASURES
 
 
 def learning_curves(
@@ -25,8 +26,7 @@ def learning_curves(
     figure = figure or Figure(figsize=(9, 3.2), layout="constrained")
     names = list(history[0]) if history else []
     losses = [name for name in names if name.endswith("loss")]
-    others = ("epoch", "learning_rate", "seconds")
-    shares = [name for name in names if name not in losses and name not in others]
+    shares = [name for name in names if name not in losses and name not in NO_MEASURES]
     panels = [("loss", losses, 1)] + ([("%", shares, 100)] if shares else [])
     for axes, (label, columns, factor) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -164,7 +164,7 @@ def comparison(histories: Mapping[str, Sequence[dict]]) -> Figure:
 
 
 def batch_with_names(network: nn.Module, samples: Samples) -> Figure:  # noqa: ARG001
-    """The first pictures of a set, each under the name of its class."""
+    """A few pictures of a set, each under the name of its class."""
     shown = samples.spread(16)
     names = [samples.classes[target] for target in shown.targets.tolist()]
     return picture_grid(shown.inputs, names, columns=8)

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 # fastnet's fused layers, torch's own, and torch's own under torch.compile.
 BACKENDS = ("fastnet", "torch", "compile")
-# What each of them is told.
+# What each of them is told, and what it calls that.
 SCHEDULERS = {
-    "none": (),
-    "StepLR": ("step_size", "gamma"),
-    "MultiStepLR": ("milestones", "gamma"),
-    "ExponentialLR": ("gamma",),
-    "ReduceLROnPlateau": ("gamma", "patience"),
+    "none": {},
+    "StepLR": {"step_size": "step_size", "gamma": "gamma"},
+    "MultiStepLR": {"milestones": "milestones", "gamma": "gamma"},
+    "ExponentialLR": {"gamma": "gamma"},
+    "ReduceLROnPlateau": {"gamma": "factor", "patience": "patience"},
 }
+# The columns of the metrics that measure no network.
+NO_MEASURES = ("epoch", "learning_rate", "seconds")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Schedule:
     name: str = "none"
     step_size: int = 7  # StepLR
     milestones: tuple[int, ...] = ()  # MultiStepLR
-    gamma: float = 0.1  # all of them; ReduceLROnPlateau calls it factor
+    gamma: float = 0.1  # all of them
     patience: int = 10  # ReduceLROnPlateau
 
     def __post_init__(self) -> None:
@@ -56,12 +58,7 @@ class Schedule:
         """The scheduler of an optimizer; None for none."""
         if self.name == "none":
             return None
-        options = {
-            "factor" if (self.name, option) == ("ReduceLROnPlateau", "gamma") else option: getattr(
-                self, option
-            )
-            for option in SCHEDULERS[self.name]
-        }
+        options = {theirs: getattr(self, ours) for ours, theirs in SCHEDULERS[self.name].items()}
         return getattr(torch.optim.lr_scheduler, self.name)(optimizer, **options)
 
 

@@ -60,11 +60,6 @@ def _regression(std: Callable[[int], float]) -> Callable[..., nn.Sequential]:
     return model
 
 
-def sgd(lr: float):
-    # One kernel for all parameters.
-    return lambda parameters: torch.optim.SGD(parameters, lr=lr, fused=True)
-
-
 LINEAR_REGRESSION = Recipe(
     name="linear-regression",
     summary="a line through synthetic points, all by hand; batches of 10, SGD, lr 0.03",
@@ -82,7 +77,7 @@ SOFTMAX_REGRESSION = Recipe(
     summary="784-10 on Fashion-MNIST, or MNIST; SGD, lr 0.1",
     task=Classification,
     model=_regression(lambda features: 0.01),  # noqa: ARG005
-    optimizer=sgd(0.1),
+    optimizer=partial(torch.optim.SGD, lr=0.1, fused=True),
     loss=F.cross_entropy,
     datasets=(CLOTHES, DIGITS),
     epochs=10,

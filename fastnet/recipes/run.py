@@ -18,7 +18,7 @@ from fastnet.recipes.files import make_folder, write_json, write_whole
 from fastnet.recipes.recipe import BACKENDS, Recipe, Settings
 from fastnet.recipes.runtime import Runtime
 from fastnet.recipes.tasks import Task
-from fastnet.recipes.training import Result, native_trainer, train
+from fastnet.recipes.training import Result, measures_of, native_trainer, train
 
 # Steps longer than this are compared on request only.
 QUICK = 0.05
@@ -35,8 +35,6 @@ def run(
     """Trains into a folder, and draws there what came of it."""
     train_set, test_set = data
     title = title or f"{recipe.name} on {train_set.source}"
-    if runtime.is_first:
-        make_folder(out)
     result = train(
         recipe, settings, train_set, test_set, out, runtime, Painter(title, test_set, out)
     )
@@ -82,18 +80,7 @@ def compare_backends(
         result = run(recipe, own, runtime, out / backend, data, f"{recipe.name}, {backend}")
         histories[backend], prepared = result.history, result.train_set
     times = step_times(recipe, settings, prepared, BACKENDS, runtime)
-    _tell(
-        out,
-        histories,
-        {
-            backend: {
-                "ms a step": f"{times[backend] * 1e3:.3f}",
-                "times fastnet's": f"{times[backend] / times['fastnet']:.2f}",
-            }
-            for backend in BACKENDS
-        },
-        {backend: {"step_seconds": times[backend]} for backend in BACKENDS},
-    )
+    _tell(out, histories, times)
 
 
 def _part(settings: Settings, out: Path) -> Settings:
@@ -116,23 +103,22 @@ def compare_recipes(
         name: run(recipe, _part(settings, out / name), runtime, out / name, data).history
         for name, (recipe, settings) in recipes.items()
     }
-    _tell(out, histories, {name: {} for name in histories}, {name: {} for name in histories})
+    _tell(out, histories)
 
 
-def _tell(out: Path, histories: dict, columns: dict, numbers: dict) -> None:
-    """One table, one figure and one file of several trainings."""
+def _tell(
+    out: Path, histories: Mapping[str, list[dict]], times: Mapping[str, float] | None = None
+) -> None:
+    """One table, one figure and one file of several trainings, with seconds a step of each."""
     rows, content = [], {}
     for name, history in histories.items():
-        last = history[-1]
-        measures = {
-            column: f"{value:.4f}" if column.endswith("loss") else f"{value:.2%}"
-            for column, value in last.items()
-            if column not in ("epoch", "learning_rate", "seconds")
-        }
         seconds = min(row["seconds"] for row in history)
-        named = {column.replace("_", " "): value for column, value in measures.items()}
-        rows.append({"": name, **named, "s an epoch": f"{seconds:.2f}", **columns[name]})
-        content[name] = {**last, **numbers[name]}
+        rows.append({"": name, **measures_of(history[-1]), "s an epoch": f"{seconds:.2f}"})
+        content[name] = dict(history[-1])
+        if times is not None:
+            rows[-1]["ms a step"] = f"{times[name] * 1e3:.3f}"
+            rows[-1]["times fastnet's"] = f"{times[name] / times['fastnet']:.2f}"
+            content[name]["step_seconds"] = times[name]
     print(table(rows))
     write_json(out / "comparison.json", content)
     save_figure(plots.comparison(histories), out / "comparison.png")

@@ -179,18 +179,18 @@ class Reconstruction(Regression):
         return super().measure(inputs, inputs)
 
     @torch.no_grad()
-    def epoch_picture(self, samples: Samples) -> Figure:
+    def with_copies(self, samples: Samples) -> Tensor:
+        """Pictures, and after them what the network makes of them, uint8."""
         self.network.eval()
         copies = plots.to_pixels(self.network(self.inputs(samples)), self.recipe.data)
-        return plots.picture_grid(torch.cat([samples.inputs, copies]), columns=len(samples))
+        return torch.cat([samples.inputs, copies])
+
+    def epoch_picture(self, samples: Samples) -> Figure:
+        return plots.picture_grid(self.with_copies(samples), columns=len(samples))
 
     def overview(self, title, history, pictures, samples) -> Figure:  # noqa: ARG002
-        self.network.eval()
-        with torch.no_grad():
-            copies = plots.to_pixels(self.network(self.inputs(samples)), self.recipe.data)
-        return plots.with_pictures(
-            title, history, torch.cat([samples.inputs, copies]), "above: given, below: given back"
-        )
+        both = self.with_copies(samples)
+        return plots.with_pictures(title, history, both, "above: given, below: given back")
 
 
 class Adversaries(Task):

@@ -26,7 +26,7 @@ from fastnet.recipes.files import (
     write_whole,
 )
 from fastnet.recipes.graphs import step_in_graph
-from fastnet.recipes.recipe import Recipe, Settings
+from fastnet.recipes.recipe import NO_MEASURES, Recipe, Settings
 from fastnet.recipes.runtime import ONE_PROCESS, Runtime
 from fastnet.recipes.tasks import Measures, Task
 from fastnet.trainer import MLPTrainer
@@ -256,20 +256,18 @@ def _native_epoch(trainer: MLPTrainer, batches: Batches) -> dict[str, float]:
     return {"loss": epoch.loss, "accuracy": epoch.accuracy}
 
 
-def describe(row: dict) -> str:
-    """A row of the metrics for people."""
-
-    def formatted(name: str, value: float) -> str:
-        words = name.replace("_", " ")
-        if name.endswith("loss"):
-            return f"{words} {value:.4f}"
-        return f"{words} {value:.2%}"
-
-    shown = [
-        formatted(name, value)
+def measures_of(row: dict) -> dict[str, str]:
+    """What a row of the metrics measures, for people."""
+    return {
+        name.replace("_", " "): f"{value:.4f}" if name.endswith("loss") else f"{value:.2%}"
         for name, value in row.items()
-        if name not in ("epoch", "learning_rate", "seconds")
-    ]
+        if name not in NO_MEASURES
+    }
+
+
+def describe(row: dict) -> str:
+    """A row of the metrics as words."""
+    shown = [f"{name} {value}" for name, value in measures_of(row).items()]
     return ", ".join([*shown, f"{row['seconds']:.2f} s"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,7 @@ from fastnet.recipes.recipe import Recipe, Schedule, Settings
 from fastnet.recipes.runtime import Runtime
 from fastnet.recipes.tasks import Classification
 
-
-def sgd(parameters) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.001, momentum=0.9, fused=True)
+SGD = partial(torch.optim.SGD, lr=0.001, momentum=0.9, fused=True)
 
 
 RESNET18_TRANSFER = Recipe(
@@ -30,7 +29,7 @@ RESNET18_TRANSFER = Recipe(
     "SGD, lr 0.001, a tenth after every 7 epochs; the best weights are kept",
     task=Classification,
     model=lambda shape, classes, backend, weights: transfer.resnet18(classes, backend, weights),  # noqa: ARG005
-    optimizer=sgd,
+    optimizer=SGD,
     loss=F.cross_entropy,
     datasets=(IMAGENET_224,),
     epochs=25,
@@ -48,7 +47,7 @@ VGG16_TRANSFER = Recipe(
     "SGD, lr 0.001",
     task=Classification,
     model=lambda shape, classes, backend, weights: transfer.vgg16(classes, backend, weights),  # noqa: ARG005
-    optimizer=sgd,
+    optimizer=SGD,
     loss=F.cross_entropy,
     datasets=(IMAGENET_224,),
     epochs=10,
@@ -136,7 +135,7 @@ VGG16_FEATURES = Recipe(
     task=Classification,
     # What the weights are for is behind it.
     model=lambda shape, classes, backend, weights: transfer.classifier(shape[0], classes, backend),  # noqa: ARG005
-    optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.001, fused=True),
+    optimizer=partial(torch.optim.Adam, lr=0.001, fused=True),
     loss=F.cross_entropy,
     datasets=(IMAGENET_150,),
     epochs=30,
