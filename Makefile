@@ -34,8 +34,8 @@ emulation: build/emulation/plain/library.so build/emulation/plain/faults ## the 
 sanitize: build $(foreach kind,address thread,build/emulation/$(kind)/library.so build/emulation/$(kind)/faults) ## run the CUDA kernels under sanitizers
 	sh tests/sanitize.sh $(ARGS)
 
-bench: build ## time the ops against native torch (ARGS=linear_relu)
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: build ## time everything against native torch (ARGS=linear_relu)
+	$(BIN)/fastnet bench $(ARGS)
 
 plot: build ## draw what was measured (ARGS=benchmarks/results/DEVICE.csv)
 	$(BIN)/python -m benchmarks.plot $(ARGS)

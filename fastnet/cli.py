@@ -1,4 +1,4 @@
-"""The command line: fastnet train | list | info."""
+"""The command line: fastnet train | list | export | split | bench | info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ except ImportError as error:
 import torch
 
 import fastnet
+from fastnet.bench import OPS
 from fastnet.errors import FastnetError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 
 OF_DATA, OF_SPEED, OF_RATE = "Data", "Device and speed", "Learning rate"
+OF_MODEL = "A network of yours"
 
 
 @app.command("train")
@@ -256,23 +258,57 @@ def split_command(
     print(f"fastnet train cats-dogs --data-dir {out}")
 
 
-@app.command(
-    "bench",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def bench_command(context: typer.Context) -> None:
-    """Time the ops, or a network of yours, against native torch (in a checkout)."""
-    sys.path.insert(0, "")
-    try:
-        from benchmarks.__main__ import main as bench
-    except ImportError as error:
-        raise FastnetError(
-            f"The benchmarks are in fastnet's sources, not in what pip installs ({error}): run "
-            "`fastnet bench` in a checkout."
-        ) from error
-    sys.argv = ["fastnet bench", *context.args]
-    typer.run(bench)
+@app.command("bench")
+def bench_command(
+    ops: Annotated[
+        list[str] | None, typer.Argument(help=f"Of: {', '.join(OPS)}.", show_default="all")
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="Thread counts: 2,1.", show_default="all cores, and 1")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The most important shapes only.")] = False,
+    save: Annotated[bool, typer.Option(help="Write the results file.")] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The results file's folder.", show_default="benchmarks/results"),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Write nothing; fail where a ratio is a fifth below the file's."
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Time a network of yours instead: torchvision:NAME, or MODULE:CALLABLE.",
+            rich_help_panel=OF_MODEL,
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Pictures in a batch.", rich_help_panel=OF_MODEL)
+    ] = 8,
+    size: Annotated[
+        int, typer.Option(min=1, help="Their height and width.", rich_help_panel=OF_MODEL)
+    ] = 224,
+    channels: Annotated[
+        int, typer.Option(min=1, help="And their channels.", rich_help_panel=OF_MODEL)
+    ] = 3,
+) -> None:
+    """Time the ops, the trainings, or a network of yours, against native torch."""
+    from fastnet.bench import results, run
+
+    counts = _numbers("--threads", threads) or ()
+    if model is not None:
+        if ops or check:
+            raise FastnetError("--model times that network alone: leave out --check and the ops.")
+        for count in counts or (torch.get_num_threads(),):
+            torch.set_num_threads(count)
+            run.bench_network(model, batch, channels, size)
+        return
+    out = out or results.RESULTS
+    if not run.bench(ops or (), counts, quick, out if save or check else None, check):
+        raise typer.Exit(1)
 
 
 @app.command("info")

@@ -23,8 +23,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import fastnet
-from benchmarks import networks
 from fastnet import functional
+from fastnet.bench import networks
 
 # Network, shape of its input, and how many layers are fused.
 DOCUMENTS = (
@@ -1190,12 +1190,12 @@ def test_command_line():
             text=True,
         )
 
-    run = info("benchmarks.networks:SimpleCNN")
+    run = info("fastnet.bench.networks:SimpleCNN")
     assert run.returncode == 0, run.stderr
     assert "5 of 6 layers are fused." in run.stdout
     for wrong, message in (
         ("vgg16", "torchvision:NAME"),
-        ("benchmarks.networks:Missing", "no attribute"),
+        ("fastnet.bench.networks:Missing", "no attribute"),
         ("missing_package:Net", "No module"),
         ("builtins:dict", "not a module"),
     ):

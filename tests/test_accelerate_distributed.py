@@ -12,8 +12,8 @@ from support import spied
 from torch import nn
 
 import fastnet
-from benchmarks import networks
 from fastnet import functional
+from fastnet.bench import networks
 
 STEPS = 3
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastnet
-from benchmarks import networks
+from fastnet.bench import networks
 from fastnet.errors import FastnetError
 from fastnet.models import (
     DCGAN,

@@ -19,7 +19,7 @@ from support import run_on_isa
 from torch import nn
 
 import fastnet
-from benchmarks import networks
+from fastnet.bench import networks
 from fastnet.functional import build_info
 from fastnet.models import MnistNet, mlp
 

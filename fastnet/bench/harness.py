@@ -8,26 +8,20 @@ a training. What is reported is the median, with the 20th and 80th percentile.
 
 from __future__ import annotations
 
-import csv
-import datetime
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-import fastnet
-from fastnet.errors import FastnetError
-
-RESULTS = Path(__file__).parent / "results"
-FASTNET = "fastnet"
+from fastnet.bench import machine, memory
+from fastnet.bench.results import FASTNET, Row
 
 # A compiled side that silently went on as eager would be no rival.
 torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+# A call this long, in seconds, finds the caches as it leaves them, whoever ran before it.
+LONG = 0.05
 
 
 @dataclass
@@ -41,8 +35,11 @@ class Case:
         sides: name → function without arguments that does it once and returns tensors to compare.
         flops: floating-point operations of one call; 0 where they say little.
         bytes: what one call must at least read and write; 0 where it says little.
+        dtype: in which the machine's limit for `flops` is measured.
         tolerance: largest difference allowed, relative to the largest value.
-        seconds: how long to measure, all sides together.
+        seconds: how long to measure, all sides together; by default about forty calls of each.
+        series: what this is a point of ("ladder", "width", "784->28"), to be drawn as a curve.
+        x: where on that curve: bytes, units, pictures in a batch.
     """
 
     op: str
@@ -51,44 +48,24 @@ class Case:
     sides: dict[str, Callable[[], Iterable[torch.Tensor]]]
     flops: float = 0
     bytes: float = 0
+    dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
-    seconds: float = 2.0
-
-
-@dataclass
-class Row:
-    """A line of the results file: one side of one case. Times are in microseconds."""
-
-    op: str
-    case: str
-    mode: str
-    threads: int
-    side: str
-    median_us: float
-    p20_us: float
-    p80_us: float
-    gflops: float
-    gbs: float  # GB/s, from the bytes that must be moved
-    ratio: float  # the best other side's median over this one's; only for fastnet
-    calls: int
-    device: str
-    torch: str
-    fastnet: str
-    commit: str
-    date: str
-
-    @property
-    def key(self) -> tuple:
-        return (self.op, self.case, self.mode, str(self.threads), self.side)
+    seconds: float | None = None
+    series: str = ""
+    x: float = 0
 
 
 def run(case: Case) -> list[Row]:
     """Verifies and times a case."""
-    verify(case)
+    seconds = verify(case)
+    if case.seconds is not None:
+        seconds = case.seconds
+    spaces = {side: _space(case, function) for side, function in case.sides.items()}
     timer = measure_cuda if torch.cuda.is_available() else measure
-    taken = timer(case.sides, case.seconds)
+    taken = timer(case.sides, seconds)
     medians = {side: percentile(times, 0.5) for side, times in taken.items()}
     best_other = min((m for side, m in medians.items() if side != FASTNET), default=float("nan"))
+    limits = machine.limits(case.dtype)
     return [
         Row(
             op=case.op,
@@ -101,18 +78,41 @@ def run(case: Case) -> list[Row]:
             p80_us=round(percentile(times, 0.8) * 1e6, 2),
             gflops=round(case.flops / medians[side] / 1e9, 1),
             gbs=round(case.bytes / medians[side] / 1e9, 1),
+            gflops_limit=round(limits.gflops, 1),
+            gbs_limit=round(limits.gbs, 1),
+            peak_mb=spaces[side][0],
+            saved_mb=spaces[side][1],
             ratio=round(best_other / medians[side], 3) if side == FASTNET else float("nan"),
             calls=len(times),
-            **_where(),
+            series=case.series,
+            x=case.x,
+            **machine.versions(),
         )
         for side, times in taken.items()
     ]
 
 
-def verify(case: Case) -> None:
-    """Compares every side's result with the first one's, several times, as inputs rotate."""
+def _space(case: Case, once: Callable) -> tuple[float, float]:
+    """Megabytes at the peak, and kept by autograd; NaN for what torch does not allocate, and for
+    epochs, which would be many thousand allocations to count."""
+    if case.mode == "epoch":
+        return float("nan"), float("nan")
+    both = memory.peak_bytes(once), memory.saved_bytes(once)
+    return tuple(round(b / 1e6, 6) if both[0] else float("nan") for b in both)
+
+
+def verify(case: Case) -> float:
+    """Compares every side's result with the first one's, several times, as inputs rotate.
+
+    Returns the seconds that a case of such calls should be measured for.
+
+    Raises:
+        AssertionError: where they differ by more than the case allows.
+    """
     for _ in range(3):
+        start = time.perf_counter()
         results = {side: list(function()) for side, function in case.sides.items()}
+        seconds = time.perf_counter() - start
         (first, expected), *others = results.items()
         for side, actual in others:
             for got, wanted in zip(actual, expected, strict=True):
@@ -123,6 +123,7 @@ def verify(case: Case) -> None:
                         f"{case.op} {case.case} {case.mode}: {side} differs from {first} by "
                         f"{error:.3g}, more than {case.tolerance:.3g}; not timed"
                     )
+    return min(max(0.4 if torch.cuda.is_available() else 1.2, 40 * seconds), 6.0)
 
 
 def measure(sides: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
@@ -136,13 +137,13 @@ def measure(sides: dict[str, Callable], seconds: float) -> dict[str, list[float]
         warm = turn > 0 and clock() > warm_until
         for side, function in sides.items():
             turn_end = clock() + 0.01
-            calls = 0
-            while calls < 2 or clock() < turn_end:
+            calls, elapsed = 0, 0.0
+            while clock() < turn_end or (calls < 2 and elapsed < LONG):
                 start = clock()
                 function()
                 elapsed = clock() - start
                 # The first call of a turn finds the caches as the other side left them.
-                if warm and calls > 0:
+                if warm and (calls > 0 or elapsed >= LONG):
                     taken[side].append(elapsed)
                 calls += 1
         turn += 1
@@ -199,99 +200,3 @@ def graphed(once: Callable[[], Iterable[torch.Tensor]]) -> Callable[[], Iterable
 
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(int(len(values) * share), len(values) - 1)]
-
-
-def table(rows: list[Row]) -> str:
-    """One line a case: every side's median, and fastnet's ratio to the best of the others."""
-    lines = []
-    cases: dict[tuple, list[Row]] = {}
-    for row in rows:
-        cases.setdefault(row.key[:4], []).append(row)
-    for (op, case, mode, threads), sides in cases.items():
-        times = "  ".join(f"{row.side} {_time(row.median_us)}" for row in sides)
-        ratio = next((row.ratio for row in sides if row.side == FASTNET), float("nan"))
-        lines.append(f"{op:14} {case:34} {mode:17} {threads} threads  {ratio:5.2f}x  {times}")
-    return "\n".join(lines)
-
-
-def save(rows: list[Row], folder: Path = RESULTS) -> Path:
-    """Puts the rows into this device's file, in place of earlier ones of the same case and side."""
-    path = folder / f"{device_slug()}.csv"
-    kept: dict[tuple, dict] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for old in csv.DictReader(file):
-                key = tuple(old[name] for name in ("op", "case", "mode", "threads", "side"))
-                kept[key] = old
-    for row in rows:
-        kept[row.key] = asdict(row)
-    folder.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept.values())
-    return path
-
-
-def fallen(rows: list[Row], folder: Path = RESULTS, share: float = 0.8) -> list[str]:
-    """Says which of fastnet's ratios have fallen below a share of those in this device's file.
-
-    Cases that the file does not have are no news.
-    """
-    path = folder / f"{device_slug()}.csv"
-    if not path.exists():
-        raise FastnetError(f"There is no {path} to compare with: run without --check first.")
-    with path.open(newline="") as file:
-        before = {
-            tuple(old[name] for name in ("op", "case", "mode", "threads", "side")): old["ratio"]
-            for old in csv.DictReader(file)
-        }
-    return [
-        f"{row.op} {row.case} {row.mode}, {row.threads} threads: {row.ratio:.2f}, was "
-        f"{float(before[row.key]):.2f}"
-        for row in rows
-        if row.side == FASTNET and row.key in before
-        if row.ratio < share * float(before[row.key])
-    ]
-
-
-def device_name() -> str:
-    """The GPU where there is one, else the processor and its cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        name = found.group(1).strip() if found else name
-    isa = fastnet.build_info()["cpu_isa"]
-    return f"{name}, {torch.get_num_threads()} cores, {isa}"
-
-
-_DEVICE = device_name()
-
-
-def device_slug() -> str:
-    return re.sub(r"[^a-z0-9]+", "-", _DEVICE.lower()).strip("-")
-
-
-def _where() -> dict[str, str]:
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "device": _DEVICE,
-        "torch": torch.__version__,
-        "fastnet": fastnet.__version__,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _time(microseconds: float) -> str:
-    if microseconds < 1e3:
-        return f"{microseconds:.1f} µs"
-    if microseconds < 1e6:
-        return f"{microseconds / 1e3:.2f} ms"
-    return f"{microseconds / 1e6:.2f} s"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastnet
-from benchmarks import networks
-from benchmarks.harness import FASTNET, Case
+from fastnet.bench import machine, networks
+from fastnet.bench.harness import FASTNET, Case
+from fastnet.bench.passes import rotation
 from fastnet.cli import named_network
 from fastnet.errors import FastnetError
 
@@ -32,7 +35,6 @@ def cases(quick: bool = False) -> Iterator[Case]:
             f"{model.__name__}, 8x3x64x64",
             lambda model=model: model(weights=None, num_classes=10, dropout=0.0),
             (8, 3, 64, 64),
-            seconds=30.0,
             # Most of their convolutions have no pooling to fuse, and torch's own are faster there.
             channels_last=True,
         )
@@ -56,42 +58,46 @@ def step_of(name: str, model: str, shape: tuple[int, ...]) -> Case:
         raise FastnetError(f"--model {model} does not take pictures {shape} ({reason}).") from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         raise FastnetError(f"--model {model} does not give logits, (batch, classes), for pictures.")
-    return _step(name, network, shape, seconds=12.0, classes=logits.shape[1])
+    return _step(name, network, shape, classes=logits.shape[1])
 
 
 def _step(
     name: str,
     network: Callable[[], nn.Module],
     shape: tuple[int, ...],
-    seconds: float = 6.0,
     channels_last: bool = False,
     classes: int = 10,
 ) -> Case:
     """Forward, loss, backward and a step of SGD; fastnet's in channels_last where that is told."""
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pictures = torch.randn(shape, device=device)
-    target = torch.randint(classes, shape[:1], device=device)
+    where = machine.device()
+
+    def draw():
+        target = torch.randint(classes, shape[:1], device=where)
+        return torch.randn(shape, device=where), target
+
+    batches = rotation(draw, 4 * math.prod(shape))
     torch._dynamo.reset()
     sides = {}
     for side in SIDES:
         torch.manual_seed(1)
-        model = network().to(device)
-        called, x = model, pictures
+        model = network().to(where)
+        called, its_batches = model, batches
         if "channels_last" in side or (side == FASTNET and channels_last):
             model.to(memory_format=torch.channels_last)
-            x = pictures.contiguous(memory_format=torch.channels_last)
+            its_batches = [(x.to(memory_format=torch.channels_last), t) for x, t in batches]
         if side == FASTNET:
             called = fastnet.accelerate(model)
         elif side.startswith("compile"):
             called = torch.compile(model, dynamic=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-        sides[side] = _once(called, optimizer, x, target)
-    return Case("accelerate", name, "step", sides, tolerance=1e-3, seconds=seconds)
+        sides[side] = _once(called, optimizer, itertools.cycle(its_batches))
+    return Case("accelerate", name, "step", sides, tolerance=1e-3)
 
 
-def _once(called, optimizer, pictures, target):
+def _once(called, optimizer, batches):
     def once():
+        pictures, target = next(batches)
         optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(called(pictures), target)
         loss.backward()

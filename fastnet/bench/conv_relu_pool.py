@@ -1,0 +1,167 @@
+"""convolution+ReLU+max-pool at the blocks of the document networks, around them, and from 1 KB to
+1 GB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastnet.bench import machine
+from fastnet.bench.harness import FASTNET, Case
+from fastnet.bench.passes import compiled, passes, rotation
+from fastnet.functional import conv_relu_pool2d
+
+
+class Block(NamedTuple):
+    """A convolution of square pictures and filters, with ReLU and 2 x 2 pooling."""
+
+    in_channels: int
+    size: int
+    out_channels: int
+    kernel: int = 3
+    padding: int = 1
+    needs_input: bool = True  # whether the input wants a gradient: not in a first block
+    trained: bool = True
+
+
+BATCHES = (16, 64, 256, 1024)
+LAYERS = (
+    Block(1, 28, 32, needs_input=False),  # simple-cnn, on 28 x 28
+    Block(32, 14, 64),
+    Block(64, 7, 128),
+    Block(3, 32, 32, needs_input=False),  # on 32 x 32
+    Block(32, 16, 64),
+    Block(64, 8, 128),
+    Block(3, 150, 32, needs_input=False),  # cats-dogs
+    Block(32, 75, 64),
+    Block(64, 37, 128),
+    Block(128, 18, 128),
+    # vgg16-transfer, whose convolutions are frozen
+    Block(64, 224, 64, needs_input=False, trained=False),
+    Block(128, 112, 128, needs_input=False, trained=False),
+    Block(256, 56, 256, needs_input=False, trained=False),
+    Block(512, 28, 512, needs_input=False, trained=False),
+    Block(512, 14, 512, needs_input=False, trained=False),
+)
+OTHERS = (
+    *((1, block) for block in LAYERS[:6]),
+    (64, Block(1, 28, 6, 5, 2, needs_input=False)),  # LeNet
+    (64, Block(6, 14, 16, 5, 0)),
+    (64, Block(32, 14, 64, 5, 2)),
+    (64, Block(3, 27, 32, needs_input=False)),  # odd sizes
+    (16, Block(64, 27, 64)),
+    (4, Block(64, 56, 128)),  # a block of a larger network
+    (2, Block(3, 224, 64, needs_input=False)),
+    (2, Block(256, 28, 512)),
+)
+WIDTHS = (8, 16, 32, 64, 128, 256)  # channels in and out, for 64 pictures of 8 x 8
+# Pictures of 16 channels that take 1 KB to 1 GB: how many, and their size.
+LADDER = ((1, 4), (1, 8), (1, 16), (1, 32), (8, 32), (64, 32), (512, 32), (4096, 32), (16384, 32))
+QUICK = tuple((64, LAYERS[i]) for i in (0, 3, 1, 5))
+# Floating-point operations of a forward pass, beyond which a call takes seconds on a CPU.
+MOST = 2e10
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    """On the GPU where there is one, in float32 and bfloat16, each case also as a CUDA graph."""
+    for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,):
+        for shape, series, x in _shapes(dtype):
+            if not quick or shape in QUICK:
+                yield from _cases(*shape, dtype, series, x)
+
+
+def _shapes(dtype: torch.dtype) -> Iterator[tuple[tuple[int, Block], str, float]]:
+    for block in LAYERS:
+        for batch in BATCHES:
+            if _flops(batch, block) <= MOST or torch.cuda.is_available():
+                name = f"{block.in_channels}->{block.out_channels}, {block.size}x{block.size}"
+                yield (batch, block), name, batch
+    for shape in OTHERS:
+        yield shape, "", 0
+    for width in WIDTHS:
+        yield (64, Block(width, 8, width)), "width", width
+    for batch, size in LADDER:
+        yield (batch, Block(16, size, 16)), "ladder", batch * 16 * size * size * dtype.itemsize
+
+
+def _flops(batch: int, block: Block) -> float:
+    """Of the direct form of the convolution."""
+    elements = batch * block.out_channels * (block.size + 2 * block.padding - block.kernel + 1) ** 2
+    return 2.0 * elements * block.in_channels * block.kernel**2
+
+
+def eager(input, weight, bias, padding):
+    return F.max_pool2d(torch.relu(F.conv2d(input, weight, bias, padding=padding)), 2)
+
+
+def fused(input, weight, bias, padding):
+    return conv_relu_pool2d(input, weight, bias, padding=padding)
+
+
+def _cases(
+    batch: int,
+    block: Block,
+    dtype: torch.dtype = torch.float32,
+    series: str = "",
+    x: float = 0,
+) -> Iterator[Case]:
+    C, size, K, kernel, padding, needs_input, trained = block
+    torch.manual_seed(0)
+    where = machine.device()
+
+    def draw(*sizes: int) -> torch.Tensor:
+        # Multiples of 1/8, whose sums of products are exact in float32, in Winograd's form too: the
+        # sides find the same winners, in whatever order they add.
+        return torch.randint(-8, 9, sizes, device=where, dtype=torch.int8).to(dtype).div_(8)
+
+    pooled = (size + 2 * padding - kernel + 1) // 2
+    weight, bias = draw(K, C, kernel, kernel), draw(K).requires_grad_(trained)
+    elements = batch * (C * size * size + K * pooled * pooled)
+    drawn = rotation(
+        lambda: (draw(batch, C, size, size), draw(batch, K, pooled, pooled)),
+        2 * elements * dtype.itemsize,  # in two formats
+    )
+
+    def batches(layout):
+        its_weight = weight.detach().to(memory_format=layout).requires_grad_(trained)
+        return [
+            (
+                (
+                    input.detach().to(memory_format=layout).requires_grad_(needs_input),
+                    its_weight,
+                    bias,
+                    padding,
+                ),
+                grad.to(memory_format=layout),
+            )
+            for input, grad in drawn
+        ]
+
+    plain, last = batches(torch.contiguous_format), batches(torch.channels_last)
+    compiled_ = compiled(eager)
+    name = f"{batch}x{C}->{K}, {size}x{size}, {kernel}x{kernel}"
+    name += ", input gradient" if needs_input else ""
+    name += "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    case = Case(
+        op="conv_relu_pool",
+        case=name,
+        mode="",
+        sides={},
+        flops=_flops(batch, block),
+        bytes=(elements + weight.numel()) * dtype.itemsize,
+        dtype=dtype,
+        tolerance=1e-5 if dtype is torch.float32 and where.type == "cpu" else 2e-2,
+        series=series,
+        x=x,
+    )
+    sides = {
+        "eager": (eager, plain),
+        "eager, channels_last": (eager, last),
+        "compile": (compiled_, plain),
+        "compile, channels_last": (compiled_, last),
+        FASTNET: (fused, plain),
+    }
+    yield from passes(case, sides, 1 + needs_input, trained)

@@ -1,0 +1,154 @@
+"""linear+ReLU at the layers of the document networks, and from 1 KB to 1 GB."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from fastnet.bench import machine
+from fastnet.bench.harness import FASTNET, Case
+from fastnet.bench.passes import compiled, passes, rotation
+from fastnet.functional import linear_relu
+
+BATCHES = (16, 64, 256, 1024)
+# (in_features, out_features, whether the input wants a gradient: not in a first layer)
+LAYERS = (
+    (784, 28, False),  # mnist-net
+    (784, 300, False),  # activation-net
+    (300, 100, True),
+    (1152, 512, True),  # simple-cnn, on 28 x 28
+    (2048, 512, True),  # on 32 x 32
+    (512, 64, True),
+    (3072, 1000, False),  # cifar-mlp
+    (1000, 500, True),
+    (10368, 512, True),  # cats-dogs
+    (784, 128, False),  # autoencoder
+    (128, 64, True),
+    (64, 12, True),
+    (3, 12, True),
+    (12, 64, True),
+    (64, 128, True),
+    (100, 256, False),  # gan
+    (256, 256, True),
+    (96, 1024, False),  # dcgan
+    (1024, 6272, True),
+    (8192, 256, False),  # vgg16-features
+    (25088, 4096, False),  # vgg16-transfer
+    (4096, 4096, True),
+)
+# In the middle of a network, where the first layers of the above would be.
+INSIDE = ((64, 784, 28, True), (64, 784, 300, True))
+WIDTHS = (32, 128, 512, 1024, 2048, 4096)  # in and out, for 256 rows
+# Rows of 64 values, 256 bytes: from 1 KB to 1 GB.
+LADDER = (4, 32, 256, 2048, 16384, 131_072, 1_048_576, 4_194_304)
+QUICK = (
+    (64, 784, 28, False),
+    (64, 784, 28, True),
+    (64, 784, 300, False),
+    (64, 784, 300, True),
+    (64, 300, 100, True),
+    (256, 1024, 1024, True),
+)
+# Floating-point operations of a forward pass, beyond which a call takes seconds on a CPU.
+MOST = 6e10
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    """On the GPU where there is one, in float32 and bfloat16, each case also as a CUDA graph."""
+    for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,):
+        for shape, series, x in _shapes(dtype):
+            if not quick or shape in QUICK:
+                yield from _cases(*shape, dtype, series, x)
+
+
+def _shapes(dtype: torch.dtype) -> Iterator[tuple[tuple[int, int, int, bool], str, float]]:
+    for K, N, needs_input in LAYERS:
+        for M in BATCHES:
+            if 2.0 * M * K * N <= MOST or torch.cuda.is_available():
+                yield (M, K, N, needs_input), f"{K}->{N}", M
+    for shape in INSIDE:
+        yield shape, "", 0
+    for width in WIDTHS:
+        yield (256, width, width, True), "width", width
+    for rows in LADDER:
+        yield (rows, 64, 64, True), "ladder", rows * 64 * dtype.itemsize
+
+
+def eager(input, weight, bias):
+    return torch.relu(F.linear(input, weight, bias))
+
+
+def _cases(
+    M: int,
+    K: int,
+    N: int,
+    needs_input: bool,
+    dtype: torch.dtype = torch.float32,
+    series: str = "",
+    x: float = 0,
+) -> Iterator[Case]:
+    torch.manual_seed(0)
+    where = machine.device()
+
+    def draw(*size: int) -> torch.Tensor:
+        # Multiples of 1/8, whose sums of products are exact in float32: the sides have the same
+        # signs before the ReLU, and so the same masks, in whatever order they add.
+        return torch.randint(-8, 9, size, device=where, dtype=torch.int8).to(dtype).div_(8)
+
+    weight, bias = draw(N, K).requires_grad_(), draw(N).requires_grad_()
+    size = weight.element_size()
+    batches = rotation(
+        lambda: ((draw(M, K).requires_grad_(needs_input), weight, bias), draw(M, N)),
+        M * (K + N) * size,
+    )
+    name = f"{M}x{K}->{N}" + (", input gradient" if needs_input else "")
+    name += "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    case = Case(
+        op="linear_relu",
+        case=name,
+        mode="operators",
+        sides=_operators(batches),
+        flops=2.0 * M * K * N,
+        bytes=(M * K + N * K + M * N) * size,  # as each of the two or three products has, at least
+        dtype=dtype,
+        # Sums of hundreds of products in another order, rounded to the dtype.
+        tolerance=1e-5 if where.type == "cpu" else 2e-2,
+        series=series,
+        x=x,
+    )
+    sides = {"eager": eager, "compile": compiled(eager), FASTNET: linear_relu}
+    backward = 1 + needs_input
+    yield from passes(case, {side: (f, batches) for side, f in sides.items()}, backward)
+    times = 1 + backward
+    yield replace(case, flops=times * case.flops, bytes=times * case.bytes)
+
+
+def _operators(batches):
+    """Forward and backward as calls of operators, without autograd's own cost on either side."""
+    plain = [tuple(t.detach() for t in (*arguments, grad)) for arguments, grad in batches]
+    needs_input = batches[0][0][0].requires_grad
+    turns = [itertools.cycle(plain) for _ in range(2)]
+    forward = torch.ops.fastnet.linear_relu_forward.default
+    backward = torch.ops.fastnet.linear_relu_backward.default
+
+    def native():
+        input, weight, bias, grad = next(turns[0])
+        output = torch.relu(F.linear(input, weight, bias))
+        grad_z = torch.ops.aten.threshold_backward(grad, output, 0)
+        results = [output, grad_z.t() @ input, grad_z.sum(0)]
+        return [*results, grad_z @ weight] if needs_input else results
+
+    def fused():
+        input, weight, bias, grad = next(turns[1])
+        output = forward(input, weight, bias)
+        grad_input, grad_weight, grad_bias = backward(
+            grad, output, input, weight if needs_input else None, True
+        )
+        results = [output, grad_weight, grad_bias]
+        return [*results, grad_input] if needs_input else results
+
+    return {"eager": native, FASTNET: fused}

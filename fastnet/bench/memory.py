@@ -1,0 +1,59 @@
+"""What a call takes of memory: at its peak, and kept by autograd for the backward pass.
+
+Counted is what torch's allocator gives out. What libraries take for themselves (MKL, oneDNN, and
+the scratch of fastnet's convolution, 8 MB at most) is not.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+# The profiler tells of its own start and end otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def peak_bytes(once: Callable[[], object]) -> int:
+    """How much more is allocated while this runs than before, at most."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        once()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        once()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def saved_bytes(once: Callable[[], object]) -> int:
+    """How much autograd keeps from forward to backward, beyond the tensors that were there before:
+    the inputs and parameters."""
+    before = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in gc.get_objects()
+        if type(tensor) in (torch.Tensor, nn.Parameter)
+    }
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in before:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        once()
+    return sum(saved.values())

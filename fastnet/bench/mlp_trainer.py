@@ -1,0 +1,142 @@
+"""Epochs of fully connected networks: one native loop against torch's own loops.
+
+Eager torch and torch.compile are given batches that are gathered and normalised already; fastnet
+gathers and normalises in the loop, from uint8.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastnet
+from fastnet.bench import recipes
+from fastnet.bench.harness import FASTNET, Case
+from fastnet.data import MNIST, Batches, Samples
+from fastnet.models import MnistNet
+from fastnet.recipes import RECIPES
+
+LR = 1e-3
+# Another way to train: of a network, whole batches of pictures and labels, and their size, a
+# function that trains an epoch, and gives the parameters.
+Trainer = Callable[[nn.Sequential, Samples, int], Callable[[], list[torch.Tensor]]]
+
+
+def cases(quick: bool = False, others: dict[str, Trainer] | None = None) -> Iterator[Case]:
+    """On the CPU: there is no native loop on a GPU yet.
+
+    Args:
+        quick: the most important one only.
+        others: further sides (`benchmarks/peers.py` has some).
+    """
+    if torch.cuda.is_available():
+        return
+    digits, _ = MNIST.load()
+    yield _epoch((784, 28, 10), digits, 64, others)
+    if quick:
+        return
+    yield _epoch((784, 28, 10), digits, 16, others, tolerance=0.3)
+    yield _epoch((784, 28, 10), digits, 256, others)
+    yield _epoch((784, 28, 10), digits, 1024, others)
+    yield _epoch((784, 10), digits, 64, others)
+    yield _epoch((784, 300, 100, 10), digits, 64, others, tolerance=0.3)
+    colour = recipes.pictures(recipes.COLOUR, 10, 320)
+    yield _epoch((3072, 1000, 500, 10), colour, 16, others, tolerance=1.0)
+    if not others:
+        yield _document()
+
+
+def _network(widths: tuple[int, ...]) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _epoch(
+    widths: tuple[int, ...],
+    images: Samples,
+    batch_size: int,
+    others: dict[str, Trainer] | None,
+    tolerance: float = 1e-2,
+) -> Case:
+    """An epoch of whole batches in the set's own order, with Adam, on from where the last ended."""
+    whole = images.first(len(images) // batch_size * batch_size)
+    batches = list(Batches(whole, batch_size, MNIST.mean, MNIST.std))
+    torch._dynamo.reset()
+    sides: dict[str, Callable] = {}
+    for side in ("eager", "compile"):
+        model = _network(widths)
+        called = torch.compile(model, dynamic=False) if side == "compile" else model
+        sides[side] = _torch_epoch(model, called, batches)
+    for side, trainer in (others or {}).items():
+        sides[side] = trainer(_network(widths), whole, batch_size)
+    model = _network(widths)
+    trainer = fastnet.MLPTrainer(model, lr=LR)
+
+    def native():
+        trainer.fit(
+            whole.inputs,
+            whole.targets,
+            batch_size,
+            mean=MNIST.mean,
+            std=MNIST.std,
+            shuffle=False,
+        )
+        return [p.detach() for p in model.parameters()]
+
+    sides[FASTNET] = native
+    name = "-".join(map(str, widths))
+    # Training parts what rounding has parted, and three epochs are compared.
+    return Case(
+        "mlp_trainer",
+        f"{name}, batch {batch_size}, {len(batches)} steps",
+        "epoch",
+        sides,
+        tolerance=tolerance,
+        series=name,
+        x=batch_size,
+    )
+
+
+def _torch_epoch(model, called, batches):
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+
+    def once():
+        for pictures, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(called(pictures), labels).backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    return once
+
+
+def _document() -> Case:
+    """An epoch of 60,000 pictures, against the script of the tutorials as it is."""
+    images = recipes.pictures(recipes.GREY, 10, 60_000)
+    model = MnistNet()
+    start = copy.deepcopy(model.state_dict())
+    document = recipes.document_epoch(RECIPES["mnist-net"], images)
+    order = torch.Generator()
+
+    def script():
+        document()
+        return []  # the steps of a native epoch cannot be told apart
+
+    def native():
+        model.load_state_dict(start)
+        trainer = fastnet.MLPTrainer(model, lr=LR)
+        trainer.fit(
+            images.inputs, images.targets, 64, 1, MNIST.mean, MNIST.std, order.manual_seed(0)
+        )
+        return []
+
+    sides = {"document script": script, FASTNET: native}
+    return Case("mlp_trainer", "60,000 pictures, batch 64", "epoch", sides, seconds=0.1)

@@ -1,0 +1,99 @@
+"""An op's two passes as cases: forward, and forward with backward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastnet.bench.harness import Case, graphed
+
+T = TypeVar("T")
+# The arguments of one call, and the gradient that its result gets; None for a scalar's own, 1.
+Batch = tuple[tuple, Tensor | None]
+# What batches in turn may take together.
+ROTATION = 256 << 20
+
+
+def rotation(make: Callable[[], T], nbytes: int) -> list[T]:
+    """Batches to be used in turn, as a training does not see the same one twice in a row.
+
+    Eight: what went into a step is written right before it and still near, but no step finds its
+    signs and cache lines as they were eight steps ago. Of batches larger than a cache (`nbytes`
+    each) fewer do: one that large leaves nothing of itself behind.
+    """
+    return [make() for _ in range(max(1, min(8, ROTATION // nbytes)))]
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile's best for one shape. Calls before this one are forgotten: they would share
+    their code, which would turn general, then eager."""
+    torch._dynamo.reset()
+    tuned = {"mode": "max-autotune-no-cudagraphs"} if torch.cuda.is_available() else {}
+    return torch.compile(function, dynamic=False, fullgraph=True, **tuned)
+
+
+def passes(
+    case: Case,
+    sides: dict[str, tuple[Callable[..., Tensor], list[Batch]]],
+    backward: float = 1.0,
+    trained: bool = True,
+) -> Iterator[Case]:
+    """The case forward, and forward with backward; on a GPU each as a CUDA graph, too.
+
+    Args:
+        case: named, with the flops and bytes of its forward pass.
+        sides: name → a function and its batches. Of the arguments, leaves that require gradients
+            are those whose gradients are compared.
+        backward: flops and bytes of the backward pass, as multiples of the forward pass's.
+        trained: whether there is a backward pass.
+    """
+    modes = [("forward", _forward, 1.0)]
+    if trained:
+        modes.append(("forward+backward", _forward_backward, 1.0 + backward))
+    for mode, build, times in modes:
+        whole = replace(
+            case,
+            mode=mode,
+            sides={side: build(*work) for side, work in sides.items()},
+            flops=times * case.flops,
+            bytes=times * case.bytes,
+        )
+        yield whole
+        if torch.cuda.is_available():
+            # Of calls that begin with the first batch: those above have gone on to others.
+            graphs = {side: graphed(build(*work)) for side, work in sides.items()}
+            yield replace(whole, mode=f"{mode}, graph", sides=graphs)
+
+
+def _forward(function: Callable[..., Tensor], batches: list[Batch]):
+    turn = itertools.cycle([arguments for arguments, _ in batches])
+
+    def once():
+        with torch.no_grad():
+            return [function(*next(turn))]
+
+    return once
+
+
+def _forward_backward(function: Callable[..., Tensor], batches: list[Batch]):
+    turn = itertools.cycle(
+        [
+            (arguments, grad, [a for a in arguments if isinstance(a, Tensor) and a.requires_grad])
+            for arguments, grad in batches
+        ]
+    )
+
+    def once():
+        arguments, grad, leaves = next(turn)
+        function(*arguments).backward(grad)
+        gradients = [leaf.grad for leaf in leaves]
+        for leaf in leaves:  # gone before the next call, as in a training
+            leaf.grad = None
+        return gradients
+
+    return once
