@@ -41,8 +41,10 @@ def device_slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Where a row comes from. The commit is that of a checkout; an installed fastnet has none."""
+    """Where a row comes from. The commit is that of a checkout as the process began; an installed
+    fastnet has none."""
     commit = ""
     if (ROOT / ".git").exists():
         command = ["git", "describe", "--always", "--dirty"]

@@ -42,21 +42,21 @@ def bench(
             f"There is no benchmark {', '.join(unknown)}; there are: {', '.join(OPS)}."
         )
     most = 1 if torch.cuda.is_available() else torch.get_num_threads()
+    benchmarks = {op: importlib.import_module(f"fastnet.bench.{op}") for op in ops}
     good = True
     for count in tuple(threads) or sorted({most, 1}, reverse=True):
         torch.set_num_threads(count)
         announce()
-        for op in ops:
-            cases = importlib.import_module(f"fastnet.bench.{op}").cases(quick)
-            good = time_cases(cases, out, check) and good
+        for benchmark in benchmarks.values():
+            good = time_cases(benchmark.cases(quick), out, check) and good
     return good
 
 
 def announce() -> None:
     """Says what is measured on, and what it can do."""
-    limits = machine.limits()
+    limits, versions = machine.limits(), machine.versions()
     print(
-        f"{machine.device_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads: "
+        f"{versions['device']}, torch {versions['torch']}, {torch.get_num_threads()} threads: "
         f"at most {limits.gflops:,.0f} GFLOP/s (a large product), {limits.gbs:,.0f} GB/s (a copy)",
         flush=True,
     )
