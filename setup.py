@@ -1,4 +1,5 @@
-"""Builds fastnet._C (schemas, CPU kernels) and, where there is an nvcc, fastnet._C_cuda.
+"""Builds fastnet._C (schemas, CPU kernels), fastnet._nodes (autograd) and, where there is an nvcc,
+fastnet._C_cuda.
 
 FASTNET_CUDA=0 leaves the CUDA kernels out, FASTNET_CUDA=1 insists on them;
 TORCH_CUDA_ARCH_LIST says which GPUs to compile for, MAX_JOBS how many compilers run at a time.
@@ -106,7 +107,14 @@ extensions = [
         define_macros=macros,
         extra_compile_args={"cxx": cxx_flags},
         depends=headers(),
-    )
+    ),
+    # Of torch's whole C++ interface, and so for this torch only.
+    cpp_extension.CppExtension(
+        "fastnet._nodes",
+        sources("csrc/autograd/*.cpp"),
+        extra_compile_args={"cxx": cxx_flags},
+        depends=headers(),
+    ),
 ]
 if cuda:
     runtime = cuda.runtime_library

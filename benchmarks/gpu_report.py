@@ -91,27 +91,6 @@ def sanitize(tool: str, out: Path) -> Part:
     return run(tool, [*command, "-q", "-x", "tests/test_linear_relu.py", "-k", SHORT], out)
 
 
-def limits_of_the_card() -> tuple[float, float, float]:
-    """Measured: copy bandwidth in GB/s (read and written), float32 and bfloat16 GEMM in GFLOP/s."""
-    import torch
-
-    from benchmarks.harness import measure_cuda, percentile
-
-    def median(function) -> float:
-        return percentile(measure_cuda({"it": function}, 1.0)["it"], 0.5)
-
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / median(lambda: target.copy_(source)) / 1e9
-    rates = []
-    for dtype, size in ((torch.float32, 4096), (torch.bfloat16, 8192)):
-        a = torch.randn(size, size, device="cuda").to(dtype)
-        product = torch.empty_like(a)
-        seconds = median(lambda a=a, product=product: torch.mm(a, a, out=product))
-        rates.append(2 * size**3 / seconds / 1e9)
-    return (copy, *rates)
-
-
 def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:
     """Writes report.md: what was run, and every figure as a ratio to the card's own limits."""
     lines = [f"# fastnet on {card['name']}", "", f"{card['date']}, torch {card['torch']}.", ""]
@@ -121,23 +100,24 @@ def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:
         for p in parts
     ]
     if rows:
+        gemms = [f"{float(row['gflops_limit']):,.0f}" for row in rows]  # by dtype
         lines += [
             "",
-            f"Measured limits: copy {card['copy']:,.0f} GB/s, GEMM {card['float32']:,.0f} GFLOP/s "
-            f"in float32, {card['bfloat16']:,.0f} in bfloat16. Ratios above 1 are fastnet's gain "
-            "over the best of eager torch and torch.compile.",
+            f"Measured limits: copy {float(rows[0]['gbs_limit']):,.0f} GB/s, GEMM "
+            + ", ".join(f"{limit} GFLOP/s" for limit in dict.fromkeys(gemms))
+            + ". Ratios above 1 are fastnet's gain over the best of eager torch and torch.compile.",
             "",
-            "| op | case | mode | fastnet, µs | ratio | of copy | of GEMM |",
-            "|---|---|---|---|---|---|---|",
+            "| op | case | mode | fastnet, µs | ratio | peak, MB | of copy | of GEMM |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
             if row["side"] != "fastnet":
                 continue
-            gemm = card["bfloat16" if "bfloat16" in row["case"] else "float32"]
             lines.append(
                 f"| {row['op']} | {row['case']} | {row['mode']} | {float(row['median_us']):.1f} | "
-                f"{float(row['ratio']):.2f} | {float(row['gbs']) / card['copy']:.1%} | "
-                f"{float(row['gflops']) / gemm:.1%} |"
+                f"{float(row['ratio']):.2f} | {row['peak_mb']} | "
+                f"{float(row['gbs']) / float(row['gbs_limit']):.1%} | "
+                f"{float(row['gflops']) / float(row['gflops_limit']):.1%} |"
             )
     path = out / "report.md"
     path.write_text("\n".join(lines) + "\n")
@@ -177,27 +157,23 @@ def main() -> int:
     if parts[0].ok:
         tests = [sys.executable, "-m", "pytest", "-q", *OP_TESTS, "-k", "cuda"]
         parts.append(run("tests", tests, out))
-        benchmarks = [sys.executable, "-m", "benchmarks", *OPS, "recipes", "--quick"]
+        benchmarks = [sys.executable, "-m", "fastnet", "bench", *OPS, "recipes", "--quick"]
         benchmarks += ["--out", str(out)]
         parts.append(run("benchmarks", benchmarks, out))
         parts += [sanitize(tool, out) for tool in ("memcheck", "racecheck")]
         try:
-            import csv
-
-            from benchmarks import harness
             from benchmarks.plot import speed_ups
+            from fastnet.bench import machine, results
 
-            table = out / f"{harness.device_slug()}.csv"
-            if table.exists():
-                rows = list(csv.DictReader(table.read_text().splitlines()))
-                card["copy"], card["float32"], card["bfloat16"] = limits_of_the_card()
-                shutil.copy(table, harness.RESULTS)
+            table = out / f"{machine.device_slug()}.csv"
+            rows = list(results.read(table).values())
+            if rows:
+                shutil.copy(table, ROOT / results.RESULTS)
                 modes = tuple(dict.fromkeys(row["mode"] for row in rows))
                 figure = speed_ups(rows, f"fastnet on {card['name']}", modes)
                 figure.savefig(out / "speed-up.png", dpi=110)
         except Exception as error:  # whatever it is, the report of the other parts is still due
             parts.append(Part("summary", False, 0, f"{type(error).__name__}: {error}"))
-            rows = rows if "bfloat16" in card else []
     path = report(parts, rows, card, out)
     print(path.read_text())
     return 0 if all(part.ok for part in parts) else 1

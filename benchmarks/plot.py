@@ -1,23 +1,31 @@
-"""python -m benchmarks.plot: draws docs/speed-up.png from benchmarks/results/<device>.csv."""
+"""python -m benchmarks.plot FILE: draws docs/speed-up.png, docs/roofline.png and docs/scaling.png
+from a results file."""
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import harness
+from fastnet.bench import results
 
 # What a training does; a forward pass alone is in the tables.
 MODES = ("forward+backward", "step", "epoch")
+# Curves whose x is no batch.
+LADDER, WIDTH = "ladder", "width"
+COLOURS = {"linear_relu": "tab:blue", "cross_entropy": "tab:orange", "conv_relu_pool": "tab:green"}
+
+Row = dict[str, str]
 
 
-def speed_ups(rows: list[dict], title: str, modes: tuple[str, ...] = MODES) -> Figure:
+def speed_ups(rows: Iterable[Row], title: str, modes: tuple[str, ...] = MODES) -> Figure:
     """A panel for each op and mode: bars of fastnet's ratio to the best alternative, one for each
-    case and number of threads. Left of the line fastnet is slower.
+    case and number of threads. Left of the line fastnet is slower. Of a case at several batches
+    there is the one nearest to 64; the others, and what is no case of a training, are curves.
 
     Args:
         rows: of a results file.
@@ -25,18 +33,18 @@ def speed_ups(rows: list[dict], title: str, modes: tuple[str, ...] = MODES) -> F
         modes: which of them.
     """
     panels: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    for row in rows:
-        if row["side"] == harness.FASTNET and row["mode"] in modes:
-            cases = panels.setdefault((row["op"], row["mode"]), {})
-            cases.setdefault(row["case"], {})[row["threads"]] = float(row["ratio"])
+    for row in _of_a_training([row for row in _ours(rows) if row["mode"] in modes]):
+        cases = panels.setdefault((row["op"], row["mode"]), {})
+        cases.setdefault(row["case"], {})[row["threads"]] = float(row["ratio"])
     heights = [1.2 + 0.28 * len(cases) for cases in panels.values()]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     figure.suptitle(title)
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
     for axes, ((op, mode), cases) in zip(grid[:, 0], panels.items(), strict=True):
         counts = sorted({count for ratios in cases.values() for count in ratios}, key=int)
+        counts.reverse()
         width = 0.8 / len(counts)
-        for number, count in enumerate(reversed(counts)):
+        for number, count in enumerate(counts):
             ratios = [ratios.get(count, float("nan")) for ratios in cases.values()]
             places = [
                 place + (number - (len(counts) - 1) / 2) * width for place in range(len(cases))
@@ -63,14 +71,161 @@ def speed_ups(rows: list[dict], title: str, modes: tuple[str, ...] = MODES) -> F
     return figure
 
 
+def roofline(rows: Iterable[Row], title: str) -> Figure:
+    """Every op's forward and backward under what the machine can do: GFLOP/s over the operations
+    that there are for each byte that must be moved. Dots are fastnet, rings the best alternative.
+
+    Left of the bend memory is the limit, right of it arithmetic; what fits into a cache may lie
+    above the slope, which is that of a copy in main memory, and Winograd's form of a convolution
+    above the top, as it needs fewer operations than are counted.
+    """
+    rows = [row for row in rows if row["mode"] == "forward+backward" and float(row["gbs"] or 0) > 0]
+    most = max((int(row["threads"]) for row in rows), default=1)
+    rows = [row for row in rows if int(row["threads"]) == most and float(row["gflops"]) > 0]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    places = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        colour = COLOURS.get(op, "tab:gray")
+        for ours, best in _pairs([row for row in rows if row["op"] == op]):
+            intensity = float(ours["gflops"]) / float(ours["gbs"])
+            places.append(intensity)
+            heights = float(best["gflops"]), float(ours["gflops"])
+            axes.plot([intensity] * 2, heights, color=colour, linewidth=0.5, alpha=0.5)
+            axes.plot(intensity, heights[0], "o", color=colour, fillstyle="none", markersize=4)
+            axes.plot(intensity, heights[1], "o", color=colour, markersize=4)
+        axes.plot([], [], "o", color=colour, label=f"{op}, fastnet")
+        axes.plot([], [], "o", color=colour, fillstyle="none", label=f"{op}, best alternative")
+    gflops, gbs = (max(float(row[name]) for row in rows) for name in ("gflops_limit", "gbs_limit"))
+    ends = min(places) / 1.5, gflops / gbs, max(places) * 1.5
+    axes.plot(ends, [min(gflops, gbs * x) for x in ends], color="black", linewidth=1)
+    axes.text(ends[2], gflops * 1.05, f"{gflops:,.0f} GFLOP/s: a large product", ha="right")
+    axes.text(ends[0], gbs * ends[0] * 1.3, f"{gbs:,.0f} GB/s: a large copy", rotation=35)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations for each byte that must be moved")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(f"{title}, {most} threads, forward and backward", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def scaling(rows: Iterable[Row], title: str) -> Figure:
+    """Curves of fastnet's ratio over the batch, the width of a layer and the size of what goes in,
+    and of the gain of both sides from more threads. A line of panels for each op.
+
+    Args:
+        rows: of a results file.
+        title: to stand above.
+    """
+    rows = [row for row in rows if row["mode"] in MODES]
+    most = max((row["threads"] for row in rows), key=int, default="1")
+    curved = [row for row in _ours(rows) if row["series"] and row["threads"] == most]
+    by_op: dict[str, dict[str, list[Row]]] = {}
+    for row in curved:
+        by_op.setdefault(row["op"], {}).setdefault(row["series"], []).append(row)
+    figure = Figure(figsize=(14, 3.2 * len(by_op)), layout="constrained")
+    figure.suptitle(f"{title}: times as fast as the best alternative, {most} threads")
+    grid = figure.subplots(len(by_op), 4, squeeze=False)
+    for line, (op, series) in zip(grid, by_op.items(), strict=True):
+        batches = {name: s for name, s in series.items() if name not in (LADDER, WIDTH)}
+        _ratios(line[0], batches, "batch")
+        _ratios(line[1], {op: series.get(WIDTH, [])}, "width: features, classes or channels")
+        _ratios(line[2], {op: series.get(LADDER, [])}, "bytes of the input")
+        _threads(line[3], [row for row in rows if row["op"] == op])
+        line[0].set_ylabel(op)
+        line[0].legend(fontsize=5, ncols=2)
+    return figure
+
+
+def _ratios(axes: Axes, curves: dict[str, list[Row]], label: str) -> None:
+    curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+    if not curves:
+        axes.set_axis_off()
+        return
+    for name, curve in curves.items():
+        points = sorted((float(row["x"]), float(row["ratio"])) for row in curve)
+        axes.plot(*zip(*points, strict=True), ".-", linewidth=1, label=name)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(label, fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _threads(axes: Axes, rows: list[Row]) -> None:
+    """Speed over the number of threads, as multiples of each side's own with one."""
+    speeds: dict[tuple[str, str, bool], dict[int, float]] = {}
+    for ours, best in _pairs(rows):
+        for row, is_ours in ((ours, True), (best, False)):
+            key = row["case"], row["mode"], is_ours
+            speeds.setdefault(key, {})[int(row["threads"])] = 1 / float(row["median_us"])
+    drawn = set()
+    for (_, _, is_ours), by_threads in speeds.items():
+        if len(by_threads) < 2 or 1 not in by_threads:
+            continue
+        label = "fastnet" if is_ours else "best alternative"
+        axes.plot(
+            sorted(by_threads),
+            [by_threads[count] / by_threads[1] for count in sorted(by_threads)],
+            ".-" if is_ours else ".:",
+            color="tab:green" if is_ours else "tab:gray",
+            linewidth=1,
+            label=None if label in drawn else label,
+        )
+        drawn.add(label)
+    if not drawn:
+        axes.set_axis_off()
+        return
+    axes.set_xlabel("threads: speed, of that with one", fontsize=8)
+    axes.set_xticks(sorted({int(row["threads"]) for row in rows}))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def _ours(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row["side"] == results.FASTNET]
+
+
+def _of_a_training(rows: list[Row]) -> list[Row]:
+    """Of every series the row whose batch is nearest to 64, and all that are in no series."""
+    nearest: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if row["series"] in (LADDER, WIDTH):
+            continue
+        own = row["series"] or row["case"]
+        key = row["op"], row["mode"], row["threads"], own
+        other = nearest.setdefault(key, row)
+        if row["series"] and abs(float(row["x"]) - 64) < abs(float(other["x"]) - 64):
+            nearest[key] = row
+    return [row for row in rows if row in nearest.values()]
+
+
+def _pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """fastnet's row of every case, with that of the fastest other side."""
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        cases.setdefault((row["op"], row["case"], row["mode"], row["threads"]), []).append(row)
+    pairs = []
+    for sides in cases.values():
+        others = [row for row in sides if row["side"] != results.FASTNET]
+        if others and len(others) < len(sides):
+            best = min(others, key=lambda row: float(row["median_us"]))
+            pairs.append((_ours(sides)[0], best))
+    return pairs
+
+
 def main(
-    results: Annotated[Path, typer.Argument(help="The results file.")],
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("docs/speed-up.png"),
+    file: Annotated[Path, typer.Argument(help="The results file.")],
+    out: Annotated[Path, typer.Option(help="The folder of the pictures.")] = Path("docs"),
 ) -> None:
-    with results.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    speed_ups(rows, f"fastnet on {rows[0]['device']}").savefig(out, dpi=80)
-    print(out)
+    rows = list(results.read(file).values())
+    title = f"fastnet on {rows[0]['device']}"
+    for name, draw in (("speed-up", speed_ups), ("roofline", roofline), ("scaling", scaling)):
+        draw(rows, title).savefig(out / f"{name}.png", dpi=80)
+        print(out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -43,7 +44,18 @@ def _load_cuda() -> str:
     return "loaded"
 
 
+def _load_nodes() -> ModuleType | None:
+    """The ops' nodes in autograd's graph, in C++. They are of use to the torch alone that they were
+    compiled with; under another one there are those in Python (None)."""
+    if _C.build_info()["torch_built_with"] != torch.__version__:
+        return None
+    from fastnet import _nodes
+
+    return _nodes
+
+
 CUDA_STATUS = _load_cuda()
+NODES = _load_nodes()
 
 
 def build_info() -> dict[str, str | None]:
@@ -52,7 +64,13 @@ def build_info() -> dict[str, str | None]:
     Returns:
         A dict with `version`, `torch_built_with`, `torch_minimum`, `torch` (the one in use),
         `compiler`, `cpu_isa` (the instruction set the CPU kernels run on), `cuda_version` and
-        `cuda_architectures` (what the CUDA kernels were compiled with and for; None without them)
-        and `cuda_status` ("loaded", or why not).
+        `cuda_architectures` (what the CUDA kernels were compiled with and for; None without them),
+        `cuda_status` ("loaded", or why not), and `autograd` (the language of the nodes: "C++" under
+        the torch that this was built with, else "Python").
     """
-    return {**_C.build_info(), "torch": torch.__version__, "cuda_status": CUDA_STATUS}
+    return {
+        **_C.build_info(),
+        "torch": torch.__version__,
+        "cuda_status": CUDA_STATUS,
+        "autograd": "Python" if NODES is None else "C++",
+    }

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastnet import _library, ops
 from fastnet._library import CUDA_STATUS, build_info
-from fastnet.ops import ConvReLUPool, CrossEntropy, LinearCrossEntropy, LinearReLU
 from fastnet.ops.conv_relu_pool import convolved_size
 from fastnet.ops.cross_entropy import REDUCTIONS, accumulate_dtype, evaluate
+from fastnet.ops.linear_cross_entropy import LinearCrossEntropy
 from fastnet.ops.linear_cross_entropy import evaluate as evaluate_linear
 
 # This file is on the path of every call, and its Python is felt at the sizes that fastnet is for:
@@ -86,6 +87,10 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Raises:
         RuntimeError: where shapes, dtypes or devices do not fit together.
     """
+    if _library.NODES is not None and not torch.compiler.is_compiling():
+        output = _library.NODES.quick_linear_relu(input, weight, bias)
+        if output is not None:
+            return output
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
     if (
@@ -94,7 +99,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         and (bias is None or (bias.dim() == 1 and bias.size(0) == weight.size(0)))
         and input.dim() > 0
     ):
-        return LinearReLU.apply(input, weight, bias)
+        return ops.linear_relu.apply(input, weight, bias)
     return torch.relu(F.linear(input, weight, bias))
 
 
@@ -163,7 +168,9 @@ def conv_relu_pool2d(
             input, weight, strides, paddings, dilations, groups, ceil_mode
         ):
             batch = input if input.dim() == 4 else input.unsqueeze(0)
-            output = ConvReLUPool.apply(batch, weight, bias, strides, paddings, dilations, groups)
+            output = ops.conv_relu_pool.apply(
+                batch, weight, bias, strides, paddings, dilations, groups
+            )
             return output if input.dim() == 4 else output.squeeze(0)
     z = F.conv2d(*given, stride, padding, dilation, groups)
     return F.max_pool2d(
@@ -260,6 +267,18 @@ def cross_entropy(
         >>> logits = torch.randn(64, 10, requires_grad=True)
         >>> cross_entropy(logits, torch.randint(10, (64,))).backward()
     """
+    number = REDUCTIONS.get(reduction)
+    if (
+        _library.NODES is not None
+        and weight is None
+        and number is not None
+        and not torch.compiler.is_compiling()
+    ):
+        loss = _library.NODES.quick_cross_entropy(
+            input, target, number, ignore_index, label_smoothing
+        )
+        if loss is not None:
+            return loss
     wants_gradient = input.requires_grad and torch.is_grad_enabled()
     is_small = input.is_cpu and input.numel() < (
         SMALL_LOGITS if wants_gradient else SMALL_LOGITS_FORWARD
@@ -276,9 +295,9 @@ def cross_entropy(
             weight = weight.to(wide)
         if target.is_floating_point() and target.dtype is not dtype:
             input, target = input.to(wide), target.to(wide)
-    number = None if is_small else REDUCTIONS.get(reduction)
     if (
         number is not None
+        and not is_small
         and 0 <= label_smoothing <= 1
         and _has_kernels(input, target, None)
         and _is_target(target, input, ignore_index)
@@ -287,7 +306,7 @@ def cross_entropy(
         if weight is not None and weight.dtype is not wide:
             weight = weight.to(wide)
         if wants_gradient:
-            loss = CrossEntropy.apply(
+            loss = ops.cross_entropy.apply(
                 input, target, weight, number, ignore_index, float(label_smoothing)
             )
         else:

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import csv
+import math
 import subprocess
 import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks import (
+import fastnet
+from benchmarks import gpu_report, peers, plot
+from fastnet.bench import (
     accelerate,
     conv_relu_pool,
     cross_entropy,
-    gpu_report,
     harness,
     linear_relu,
-    plot,
+    machine,
+    memory,
+    mlp_trainer,
+    passes,
+    recipes,
+    results,
+    run,
 )
 from fastnet.errors import FastnetError
+from fastnet.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,14 +62,14 @@ def test_ratio_is_to_the_best_of_the_others(monkeypatch):
     assert rows["fastnet"].ratio == 1.5
     assert (rows["fastnet"].gflops, rows["fastnet"].gbs) == (2.0, 4.0)
     assert rows["eager"].ratio != rows["eager"].ratio  # NaN: a ratio is fastnet's alone
-    assert "1.50x" in harness.table(list(rows.values()))
+    assert "1.50x" in results.table(list(rows.values()))
 
 
 def test_measuring_again_replaces_rows(tmp_path):
     first = harness.run(case())
     other = harness.run(case(case="6"))
-    harness.save(first + other, tmp_path)
-    path = harness.save(harness.run(case()), tmp_path)
+    results.save(first + other, tmp_path)
+    path = results.save(harness.run(case()), tmp_path)
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert len(rows) == 6
     assert {row["case"] for row in rows} == {"5", "6"}
@@ -72,10 +84,10 @@ def test_ratios_that_have_fallen_are_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FastnetError, match="without --check first"):
-        harness.fallen(rows(1.0), tmp_path)
-    harness.save(rows(1.0)[:3], tmp_path)
-    assert harness.fallen(rows(1.2), tmp_path) == []
-    (told,) = harness.fallen(rows(1.3), tmp_path)  # of the case that the file has
+        results.fallen(rows(1.0), tmp_path)
+    results.save(rows(1.0)[:3], tmp_path)
+    assert results.fallen(rows(1.2), tmp_path) == []
+    (told,) = results.fallen(rows(1.3), tmp_path)  # of the case that the file has
     assert "op 5 forward" in told
     assert told.endswith("2.31, was 3.00")
 
@@ -99,19 +111,219 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
         accelerate.step_of("mine", "mine:encoder", (4, 2, 8, 8))
 
 
-def test_bench_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "fastnet", "bench", "no_such_op"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+def test_bench_command(tmp_path):
+    def bench(*arguments):
+        command = [sys.executable, "-m", "fastnet", "bench", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    done = bench("no_such_op")
+    assert done.returncode == 1
+    assert "no benchmark no_such_op; there are: linear_relu" in done.stderr
+    # Away from the sources, as where pip has put it: a network of the user's.
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def network():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(75, 8), nn.ReLU(), nn.Linear(8, 3))\n"
     )
-    assert done.returncode == 2
-    assert "no benchmark no_such_op" in done.stderr
+    done = bench("--model", "mine:network", "--batch", "4", "--size", "5", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert "accelerate     mine:network, 4x3x5x5" in done.stdout
+    assert "compile, channels_last" in done.stdout
+    assert bench("linear_relu", "--model", "mine:network").returncode == 1
+
+
+def test_bench_writes_and_checks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(linear_relu, "cases", lambda _: [case(), case(case="6")])
+    threads = torch.get_num_threads()
+    try:
+        assert run.bench(["linear_relu"], [1], out=tmp_path)
+        (path,) = tmp_path.iterdir()
+        assert path.name == f"{machine.device_slug()}.csv"
+        rows = results.read(path)
+        assert {key[1] for key in rows} == {"5", "6"}
+        for row in rows.values():
+            assert row["threads"] == "1"
+            assert float(row["gflops_limit"]) > 0
+            assert float(row["gbs_limit"]) > 0
+
+        rows["op", "5", "forward", "1", "fastnet"]["ratio"] = "1000.0"
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(next(iter(rows.values()))))
+            writer.writeheader()
+            writer.writerows(rows.values())
+        assert not run.bench(["linear_relu"], [1], out=tmp_path, check=True)
+        assert "FALLEN  op 5 forward, 1 threads" in capsys.readouterr().out
+
+        def wrong(_):
+            right = torch.arange(5.0)
+            yield case(sides={"eager": lambda: [right], "fastnet": lambda: [right + 1]})
+
+        monkeypatch.setattr(linear_relu, "cases", wrong)
+        assert not run.bench(["linear_relu"], [1], out=None)
+        assert "NOT TIMED" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_memory_is_counted():
+    x = torch.randn(1000, 100, requires_grad=True)
+
+    def square():
+        return [(x * x).sum()]
+
+    def exponential():
+        y = x.exp()  # 400 kB, which its backward needs
+        (y.sum() * 2).backward()
+        x.grad = None
+        return []
+
+    square()
+    assert memory.peak_bytes(square) == pytest.approx(400_000, abs=1000)
+    assert memory.saved_bytes(square) == 0  # the input was there before
+    assert memory.saved_bytes(exponential) == pytest.approx(400_000, abs=1000)
+    rows = {row.side: row for row in harness.run(case(sides={"eager": square, "fastnet": square}))}
+    assert rows["fastnet"].peak_mb == pytest.approx(0.4, abs=0.001)
+    assert rows["fastnet"].saved_mb == 0
+    assert "(0.4 MB)" in results.table(rows.values())
+    # What torch does not allocate is not counted, and said to be nothing by no one.
+    (row, _, _) = harness.run(case())
+    assert row.peak_mb != row.peak_mb
+
+
+def test_what_the_fused_convolution_keeps():
+    """One byte for each pooled output, where torch keeps the activation and an index of eight."""
+    block = conv_relu_pool.Block(3, 16, 8, needs_input=False)
+    _, both = conv_relu_pool.cases_of(4, block)
+    rows = {row.side: row for row in harness.run(replace(both, seconds=0.02))}
+    activation, pooled = 4 * 8 * 16 * 16, 4 * 8 * 8 * 8
+    assert rows["fastnet"].saved_mb == pytest.approx(pooled / 1e6)
+    assert rows["eager"].saved_mb == pytest.approx((4 * activation + 8 * pooled) / 1e6)
+
+
+def test_inputs_rotate():
+    assert len(passes.rotation(object, 1 << 10)) == 8
+    assert len(passes.rotation(object, passes.ROTATION // 2)) == 2
+    assert len(passes.rotation(object, 2 * passes.ROTATION)) == 1
+    for benchmark, shape in (
+        (linear_relu, (6, 20, 5, True)),
+        (cross_entropy, ((6, 10),)),
+        (conv_relu_pool, (2, conv_relu_pool.Block(3, 8, 4))),
+    ):
+        for timed in benchmark.cases_of(*shape):
+            for function in timed.sides.values():
+                calls = [[t.clone() for t in function()] for _ in range(9)]
+                assert not torch.equal(calls[0][0], calls[1][0]), timed
+                assert torch.allclose(calls[0][0], calls[8][0]), timed
+
+
+def test_every_layer_of_the_trainings_is_timed():
+    linear, convolutions = set(), set()
+    for name, shape, classes, *_ in recipes.STEPS:
+        recipe = RECIPES[name]
+        if recipe.pretrained:  # accelerated networks, of torchvision's layers
+            continue
+        network = recipe.model(shape, classes, "fastnet")
+        for module in network.modules():
+            if isinstance(module, fastnet.ConvReLUPool2d):
+                module.register_forward_pre_hook(
+                    lambda conv, args: convolutions.add(
+                        (conv.in_channels, args[0].shape[-1], conv.out_channels)
+                    )
+                )
+            elif isinstance(module, fastnet.Linear) and module.activation == "relu":
+                linear.add((module.in_features, module.out_features))
+        network.eval()
+        latent = getattr(network, "latent_shape", shape)
+        network(torch.zeros(1, *latent))
+    assert len(linear) > 15
+    assert linear <= {layer[:2] for layer in linear_relu.LAYERS}
+    assert len(convolutions) == 10
+    assert convolutions <= {layer[:3] for layer in conv_relu_pool.LAYERS}
+    for benchmark, bytes_of in (
+        (linear_relu, lambda shape: shape[0] * 64 * 4),
+        (cross_entropy, lambda shape: 4 * math.prod(shape)),
+        (conv_relu_pool, lambda shape: 4 * shape[0] * 16 * shape[1].size ** 2),
+    ):
+        shapes = list(benchmark._shapes(torch.float32))
+        assert len({shape for shape, *_ in shapes}) == len(shapes)  # rows replace each other
+        rungs = [(x, bytes_of(shape)) for shape, series, x in shapes if series == "ladder"]
+        assert all(x == counted for x, counted in rungs)
+        assert (rungs[0][0], rungs[-1][0]) == (1 << 10, 1 << 30)
+        batches = {x for _, series, x in shapes if series not in ("ladder", "width", "")}
+        assert batches == {16, 64, 256, 1024}
+        quick = [shape for shape, *_ in shapes if shape in benchmark.QUICK]
+        assert len(quick) >= 3
+
+
+def test_epochs_have_the_same_pictures_in_the_same_order():
+    for name, shape in (("mnist-net", (1, 28, 28)), ("simple-cnn", (3, 8, 8))):
+        samples = recipes.pictures(shape, 10, 3 * 64 + 5)
+        timed = recipes.epoch(RECIPES[name], samples)
+        assert list(timed.sides) == ["document script", "eager", "fastnet"]
+        harness.verify(timed)
+        assert len(timed.sides["document script"]()) == 3
+
+
+def test_steps_of_trainings_agree():
+    samples = recipes.pictures((1, 8, 8), 10, 32)
+    sides = recipes.step_sides(RECIPES["simple-cnn"], samples, 8)
+    assert set(sides) == {*accelerate.SIDES}
+    harness.verify(harness.Case("recipes", "", "step", sides, tolerance=2e-3))
+
+
+def test_peers_that_are_not_installed_are_skipped_by_name(capsys):
+    assert peers.installed({"absent": ("torch", "no_such_package")}) == []
+    assert capsys.readouterr().out == "absent is skipped: no_such_package is not installed\n"
+    assert peers.installed({"present": ("torch",)}) == ["present"]
+
+
+def test_jax_trains_the_same():
+    pytest.importorskip("jax")
+    pytest.importorskip("optax")
+    for name, shape in (("activation-net", (1, 28, 28)), ("simple-cnn", (3, 8, 8))):
+        recipe, samples = RECIPES[name], recipes.pictures(shape, 10, 32)
+        jax = peers.jax_step(recipe, samples, 8)
+        sides = {"eager": recipes.step_sides(recipe, samples, 8)["eager"], "jax": jax}
+        harness.verify(harness.Case("peers", "", "step", sides, tolerance=2e-3))
+    timed = next(mlp_trainer.cases(True, others={"jax": peers.jax_epoch}))
+    assert list(timed.sides) == ["eager", "compile", "jax", "fastnet"]
+    harness.verify(timed)
+
+
+def test_a_peer_that_writes_over_its_input(monkeypatch):
+    """Liger-Kernel's functions with a stand-in, as they run on GPUs only."""
+
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits, target):
+            gradient = logits.softmax(1)
+            gradient[torch.arange(len(target)), target] -= 1
+            loss = F.cross_entropy(logits, target)
+            ctx.save_for_backward(logits.detach().copy_(gradient / len(target)))
+            return loss
+
+        @staticmethod
+        def backward(ctx, grad):
+            return ctx.saved_tensors[0] * grad, None
+
+    functional = types.ModuleType("functional")
+    functional.liger_cross_entropy = Overwriting.apply
+    quack = types.ModuleType("quack")
+    quack.cross_entropy = F.cross_entropy
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+    monkeypatch.setitem(sys.modules, "quack", quack)
+    monkeypatch.setattr(peers, "LOGITS", ((6, 10),))
+    cases = list(peers.beside_gpu_kernels(["liger", "quack"]))
+    assert len(cases) == 2  # two dtypes
+    for timed in cases:
+        assert list(timed.sides) == ["eager", "compile", "liger", "quack", "fastnet"]
+        harness.verify(timed)
 
 
 def test_operators_compute_what_autograd_does():
-    for timed in linear_relu._cases(6, 20, 5, True, "cpu", torch.float32):
+    for timed in linear_relu.cases_of(6, 20, 5, True):
         if timed.mode == "operators":
             harness.verify(timed)
             assert len(timed.sides["fastnet"]()) == 4
@@ -120,19 +332,20 @@ def test_operators_compute_what_autograd_does():
 def test_operators_of_cross_entropy():
     for shape in ((6, 10), (2, 5, 3, 4)):
         modes = []
-        for timed in cross_entropy._cases(shape, "cpu", torch.float32):
+        for timed in cross_entropy.cases_of(shape):
             harness.verify(timed)
             modes.append(timed.mode)
         assert modes == ["forward", "forward+backward", "operators"]
 
 
 def test_sides_of_conv_relu_pool_agree():
-    for shape in ((2, 3, 8, 4, 3, 1, True), (2, 1, 9, 4, 5, 2, False)):
+    Block = conv_relu_pool.Block
+    for block in (Block(3, 8, 4), Block(1, 9, 4, 5, 2, False), Block(2, 6, 4, trained=False)):
         modes = []
-        for timed in conv_relu_pool._cases(shape, "cpu", torch.float32):
+        for timed in conv_relu_pool.cases_of(2, block):
             harness.verify(timed)
             modes.append(timed.mode)
-        assert modes == ["forward", "forward+backward"]
+        assert modes == ["forward", "forward+backward"][: 1 + block.trained]
 
 
 def test_report_without_a_gpu_is_one_sentence():
@@ -158,28 +371,39 @@ def test_parts_that_fail_are_reported_and_stop_nothing(tmp_path, monkeypatch):
     assert [part.ok for part in parts] == [True, False, False, False]
     rows = [
         {"op": "linear_relu", "case": name, "mode": "forward", "side": side, "median_us": "10",
-         "ratio": "1.5", "gbs": "100", "gflops": "50"}
-        for name in ("a", "b, bfloat16") for side in ("eager", "fastnet")
+         "ratio": "1.5", "gbs": "100", "gflops": "50", "peak_mb": "3", "gbs_limit": "1000",
+         "gflops_limit": limit}
+        for name, limit in (("a", "100"), ("b, bfloat16", "500")) for side in ("eager", "fastnet")
     ]  # fmt: skip
-    card = {"name": "Card", "torch": "2", "date": "d", "copy": 1e3, "float32": 100, "bfloat16": 500}
+    card = {"name": "Card", "torch": "2", "date": "d"}
     text = gpu_report.report(parts, rows, card, tmp_path).read_text()
     for words in ("stopped after 1 s; half way", "exit status 3", "no/such/program"):
         assert words in text
-    assert "| linear_relu | a | forward | 10.0 | 1.50 | 10.0% | 50.0% |" in text
+    assert "| linear_relu | a | forward | 10.0 | 1.50 | 3 | 10.0% | 50.0% |" in text
     assert "| 10.0% | 10.0% |" in text  # bfloat16, against its own rate
+
+
+def row(op, case, mode, side, threads="2", series="", x="0", **more) -> dict[str, str]:
+    figures = {"ratio": "2", "median_us": "10", "gflops": "10", "gbs": "5"}
+    figures |= {"gflops_limit": "100", "gbs_limit": "20"}
+    named = {"op": op, "case": case, "mode": mode, "side": side, "threads": threads}
+    return {**figures, **named, "series": series, "x": x, **more}
 
 
 def test_bars_tell_every_ratio():
     rows = [
-        {"op": op, "case": case, "mode": mode, "side": side, "threads": threads, "ratio": ratio}
-        for op, case, mode, side, threads, ratio in (
-            ("linear_relu", "a", "forward+backward", "fastnet", "2", "1.5"),
-            ("linear_relu", "a", "forward+backward", "fastnet", "1", "0.8"),
-            ("linear_relu", "a", "forward+backward", "eager", "2", "nan"),
-            ("linear_relu", "b", "forward+backward", "fastnet", "2", "4.0"),
-            ("linear_relu", "b", "forward", "fastnet", "2", "9.0"),
-            ("recipes", "c", "step", "fastnet", "2", "0.9"),
-        )
+        row("linear_relu", "a", "forward+backward", "fastnet", ratio="1.5"),
+        row("linear_relu", "a", "forward+backward", "fastnet", "1", ratio="0.8"),
+        row("linear_relu", "a", "forward+backward", "eager", ratio="nan"),
+        row("linear_relu", "b", "forward+backward", "fastnet", ratio="4.0"),
+        row("linear_relu", "b", "forward", "fastnet", ratio="9.0"),
+        row("recipes", "c", "step", "fastnet", ratio="0.9"),
+        # Of a series the batch nearest to 64, and of the sweeps none.
+        *(
+            row("recipes", f"d {x}", "step", "fastnet", series="d", x=x, ratio=ratio)
+            for x, ratio in (("16", "5"), ("50", "6"), ("256", "7"))
+        ),
+        row("recipes", "e", "step", "fastnet", series="ladder", x="1024", ratio="8"),
     ]
     figure = plot.speed_ups(rows, "title")
     assert [axes.get_title() for axes in figure.axes] == [
@@ -193,5 +417,52 @@ def test_bars_tell_every_ratio():
         for bar in axes.patches
         if bar.get_width() == bar.get_width()
     }
-    assert set(bars) == {1.5, 0.8, 4.0, 0.9}
+    assert set(bars) == {1.5, 0.8, 4.0, 0.9, 6.0}
     assert bars[0.8][:3] == bars[0.9][:3] != bars[1.5][:3]
+
+
+def test_roofline_stands_over_its_points():
+    rows = [
+        row("linear_relu", "a", "forward+backward", "fastnet", gflops="40", gbs="8"),
+        row("linear_relu", "a", "forward+backward", "eager", gflops="20", gbs="4", median_us="20"),
+        row("linear_relu", "a", "forward+backward", "compile", gflops="1", gbs="4", median_us="99"),
+        row("linear_relu", "a", "forward", "fastnet", gflops="77"),
+        row("linear_relu", "a", "forward+backward", "fastnet", "1", gflops="78"),
+    ]
+    (axes,) = plot.roofline(rows, "title").axes
+    points = {
+        (round(float(x), 3), round(float(y), 3))
+        for line in axes.lines
+        if line.get_marker() == "o"
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    }
+    assert points == {(5.0, 40.0), (5.0, 20.0)}  # of the best other side, at 5 operations a byte
+    (roof,) = [line for line in axes.lines if line.get_color() == "black"]
+    assert list(roof.get_ydata()) == [pytest.approx(20 * 5 / 1.5), 100, 100]
+
+
+def test_scaling_curves():
+    rows = []
+    for series, points in {
+        "64->64": ((16, 3), (64, 2), (256, 1.5)),
+        "width": ((32, 3), (64, 0.5)),
+        "ladder": ((1024, 4), (1 << 30, 1)),
+    }.items():
+        for x, ratio in points:
+            for side in ("eager", "fastnet"):
+                case = f"{series} {x}"
+                of = row("linear_relu", case, "forward+backward", side, "2", series, str(x))
+                rows.append({**of, "ratio": str(ratio)})
+    # The first case with one thread, where fastnet takes three times as long, and eager twice.
+    for side, median in (("eager", "20"), ("fastnet", "30")):
+        rows.append({**rows[0], "side": side, "threads": "1", "median_us": median})
+    figure = plot.scaling(rows, "title")
+    batch, width, ladder, threads = figure.axes
+
+    def curves(axes):
+        return {tuple(map(float, line.get_ydata())) for line in axes.lines[:2]}
+
+    assert (3.0, 2.0, 1.5) in curves(batch)
+    assert (3.0, 0.5) in curves(width)
+    assert (4.0, 1.0) in curves(ladder)
+    assert curves(threads) == {(1.0, 3.0), (1.0, 2.0)}

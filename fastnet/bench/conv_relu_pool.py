@@ -70,7 +70,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,):
         for shape, series, x in _shapes(dtype):
             if not quick or shape in QUICK:
-                yield from _cases(*shape, dtype, series, x)
+                yield from cases_of(*shape, dtype, series, x)
 
 
 def _shapes(dtype: torch.dtype) -> Iterator[tuple[tuple[int, Block], str, float]]:
@@ -101,7 +101,7 @@ def fused(input, weight, bias, padding):
     return conv_relu_pool2d(input, weight, bias, padding=padding)
 
 
-def _cases(
+def cases_of(
     batch: int,
     block: Block,
     dtype: torch.dtype = torch.float32,

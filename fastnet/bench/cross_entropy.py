@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -41,10 +41,10 @@ def cases(quick: bool = False) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
         for shape, series, x in _shapes(dtype):
             if not quick or shape in QUICK:
-                yield from _cases(shape, dtype, series, x)
+                yield from cases_of(shape, dtype, series, x)
     if not quick:
         if not on_gpu:
-            yield from _cases((1024, 1000), torch.bfloat16)
+            yield from cases_of((1024, 1000), torch.bfloat16)
         yield _linear_case(2048, 512, 32_000)
 
 
@@ -60,12 +60,20 @@ def _shapes(dtype: torch.dtype) -> Iterator[tuple[tuple[int, ...], str, float]]:
         yield (rows, 256), "ladder", rows * 256 * dtype.itemsize
 
 
-def _cases(
+def cases_of(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
     series: str = "",
     x: float = 0,
+    others: dict[str, Callable] | None = None,
 ) -> Iterator[Case]:
+    """Logits of this shape.
+
+    Args:
+        shape, dtype: of the logits.
+        series, x: see `Case`.
+        others: further sides (`benchmarks/peers.py` has some), each on logits of its own.
+    """
     torch.manual_seed(0)
     where = machine.device()
 
@@ -98,6 +106,9 @@ def _cases(
             for (logits, target), _ in batches
         ]
         sides.update({f"{side}, channels_last": (f, last) for side, f in functions.items()})
+    for side, function in (others or {}).items():
+        own = [((x.detach().clone().requires_grad_(), target), None) for (x, target), _ in batches]
+        sides[side] = (function, own)
     sides[FASTNET] = (cross_entropy, batches)
     # Forward reads the logits; backward reads them and writes the gradient.
     yield from passes(case, sides, backward=2)

@@ -42,7 +42,7 @@ LAYERS = (
 )
 # In the middle of a network, where the first layers of the above would be.
 INSIDE = ((64, 784, 28, True), (64, 784, 300, True))
-WIDTHS = (32, 128, 512, 1024, 2048, 4096)  # in and out, for 256 rows
+WIDTHS = (32, 128, 512, 1024, 2048)  # in and out, for 256 rows
 # Rows of 64 values, 256 bytes: from 1 KB to 1 GB.
 LADDER = (4, 32, 256, 2048, 16384, 131_072, 1_048_576, 4_194_304)
 QUICK = (
@@ -62,7 +62,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,):
         for shape, series, x in _shapes(dtype):
             if not quick or shape in QUICK:
-                yield from _cases(*shape, dtype, series, x)
+                yield from cases_of(*shape, dtype, series, x)
 
 
 def _shapes(dtype: torch.dtype) -> Iterator[tuple[tuple[int, int, int, bool], str, float]]:
@@ -82,7 +82,7 @@ def eager(input, weight, bias):
     return torch.relu(F.linear(input, weight, bias))
 
 
-def _cases(
+def cases_of(
     M: int,
     K: int,
     N: int,

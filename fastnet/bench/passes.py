@@ -55,16 +55,19 @@ def passes(
     modes = [("forward", _forward, 1.0)]
     if trained:
         modes.append(("forward+backward", _forward_backward, 1.0 + backward))
-    for mode, build, times in modes:
-        whole = replace(
+    plain = [
+        replace(
             case,
             mode=mode,
             sides={side: build(*work) for side, work in sides.items()},
             flops=times * case.flops,
             bytes=times * case.bytes,
         )
-        yield whole
-        if torch.cuda.is_available():
+        for mode, build, times in modes
+    ]
+    yield from plain
+    if torch.cuda.is_available():
+        for whole, (mode, build, _) in zip(plain, modes, strict=True):
             # Of calls that begin with the first batch: those above have gone on to others.
             graphs = {side: graphed(build(*work)) for side, work in sides.items()}
             yield replace(whole, mode=f"{mode}, graph", sides=graphs)

@@ -83,18 +83,19 @@ def step_sides(recipe: Recipe, samples: Samples, batch_size: int) -> dict[str, C
     torch._dynamo.reset()
     sides = {}
     for side, backend in (("eager", "torch"), ("compile", "compile"), (FASTNET, "fastnet")):
-        task = _task(recipe, backend, samples)
+        task = task_on(recipe, backend, samples)
         if side == FASTNET:
             sides[side] = _steps(task, samples, batch_size)
             continue
         sides[side] = _steps(task, samples, batch_size, torch.contiguous_format)
-        task = _task(recipe, backend, samples)
+        task = task_on(recipe, backend, samples)
         if any(isinstance(m, nn.Conv2d) for m in task.network.modules()):
             sides[f"{side}, channels_last"] = _steps(task, samples, batch_size, torch.channels_last)
     return sides
 
 
-def _task(recipe: Recipe, backend: str, samples: Samples) -> Task:
+def task_on(recipe: Recipe, backend: str, samples: Samples) -> Task:
+    """A training about to begin, from random weights, without its dropout."""
     shape, classes = tuple(samples.inputs.shape[1:]), len(samples.classes)
     weights = {"weights": "none"} if recipe.pretrained else {}
     with start() as runtime:
@@ -143,7 +144,7 @@ def epoch(recipe: Recipe, samples: Samples) -> Case:
 
 def _epoch_on_batches(recipe: Recipe, backend: str, samples: Samples):
     def once():
-        task = _task(recipe, backend, samples)
+        task = task_on(recipe, backend, samples)
         on_device = samples.to(task.runtime.device)
         batches = Batches(on_device, recipe.batch_size, recipe.data.mean, recipe.data.std, _order())
         return _trained_on(task, batches)
@@ -180,7 +181,7 @@ def document_epoch(recipe: Recipe, samples: Samples) -> Callable[[], list[Tensor
     plain = partial(own.func, **{k: v for k, v in own.keywords.items() if k != "fused"})
 
     def once():
-        task = _task(replace(recipe, optimizer=plain), "torch", samples)
+        task = task_on(replace(recipe, optimizer=plain), "torch", samples)
         order = torch.randperm(len(samples), generator=_order()).tolist()
         loader = DataLoader(Pictures(), batch_size=recipe.batch_size, sampler=order)
         where = task.runtime.device

@@ -1,8 +1,6 @@
-"""One file per op: its fake kernels, and the autograd.Function above its raw ops."""
+"""One file per op: its fake kernels, the autograd.Function above its raw ops, and `apply`, which is
+that or the same in C++ (csrc/autograd)."""
 
-from fastnet.ops.conv_relu_pool import ConvReLUPool
-from fastnet.ops.cross_entropy import CrossEntropy
-from fastnet.ops.linear_cross_entropy import LinearCrossEntropy
-from fastnet.ops.linear_relu import LinearReLU
+from fastnet.ops import conv_relu_pool, cross_entropy, linear_cross_entropy, linear_relu
 
-__all__ = ["ConvReLUPool", "CrossEntropy", "LinearCrossEntropy", "LinearReLU"]
+__all__ = ["conv_relu_pool", "cross_entropy", "linear_cross_entropy", "linear_relu"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnet import _library  # noqa: F401  registers torch.ops.fastnet
+from fastnet import _library
 
 _forward = torch.ops.fastnet.conv_relu_pool_forward.default
 _backward = torch.ops.fastnet.conv_relu_pool_backward.default
@@ -76,6 +76,20 @@ def fake_backward(
     )
 
 
+def apply(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *convolution: Sequence[int] | int
+) -> Tensor:
+    """The op with its gradients.
+
+    Args:
+        input, weight, bias: as the kernels take them.
+        convolution: stride, padding, dilation, groups.
+    """
+    if _library.NODES is None or torch.compiler.is_compiling():
+        return ConvReLUPool.apply(input, weight, bias, *convolution)
+    return _library.NODES.conv_relu_pool(input, weight, bias, *convolution)
+
+
 class ConvReLUPool(torch.autograd.Function):
     """Saves input, weight and a byte per pooled output: which position of its window won.
 
@@ -100,30 +114,40 @@ class ConvReLUPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        codes, input, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
-            grads = _backward(grad_output, codes, input, weight, *ctx.convolution, *needs)
-        else:
-            # Somebody wants to differentiate the gradient, or to map over it: native operators,
-            # which torch knows how to.
-            stride, padding, dilation, groups = ctx.convolution
-            grads = torch.ops.aten.convolution_backward(
-                expand(
-                    grad_output, codes, convolved_size(input, weight, stride, padding, dilation)
-                ),
-                input,
-                weight,
-                weight.shape[:1],
-                stride,
-                padding,
-                dilation,
-                False,
-                [0, 0],
-                groups,
-                needs,
-            )
+        is_differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        grads = (differentiate if is_differentiated else _backward)(
+            grad_output, *ctx.saved_tensors, *ctx.convolution, *ctx.needs_input_grad[:3]
+        )
         return (*grads, None, None, None, None)
+
+
+def differentiate(
+    grad_output: Tensor,
+    codes: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *needs: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients, where somebody wants to differentiate them, or to map over them: by native
+    operators, which torch knows how to."""
+    size = convolved_size(input, weight, stride, padding, dilation)
+    return torch.ops.aten.convolution_backward(
+        expand(grad_output, codes, size),
+        input,
+        weight,
+        weight.shape[:1],
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        needs,
+    )
 
 
 def expand(grad_output: Tensor, codes: Tensor, z_size: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnet import _library  # noqa: F401  registers torch.ops.fastnet
+from fastnet import _library
 
 _forward = torch.ops.fastnet.cross_entropy_forward.default
 _backward = torch.ops.fastnet.cross_entropy_backward.default
@@ -64,11 +64,6 @@ def fake_backward_out(*arguments, out: Tensor) -> None:
     return None
 
 
-def evaluate(logits: Tensor, target: Tensor, *options) -> Tensor:
-    """The loss alone, where no gradient is wanted: without what a Function costs."""
-    return _forward(logits, target, *options)[0]
-
-
 class KeptMemory:
     """The memory of the last large gradient on the CPU, for the next one of that layout once nobody
     else holds it.
@@ -118,6 +113,28 @@ class KeptMemory:
 MEMORY = KeptMemory()
 
 
+def evaluate(logits: Tensor, target: Tensor, *options) -> Tensor:
+    """The loss alone, where no gradient is wanted: without what a Function costs."""
+    return _forward(logits, target, *options)[0]
+
+
+def apply(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Tensor:
+    """The loss with its gradient.
+
+    Args:
+        logits, target, weight: as the kernels take them.
+        options: reduction, ignore_index, label_smoothing.
+    """
+    if _library.NODES is None or torch.compiler.is_compiling() or _is_kept(logits):
+        return CrossEntropy.apply(logits, target, weight, *options)
+    return _library.NODES.cross_entropy(logits, target, weight, *options)
+
+
+def _is_kept(logits: Tensor) -> bool:
+    """Whether the gradient's memory is kept for the next one."""
+    return logits.is_cpu and logits.nbytes >= KeptMemory.MIN_BYTES
+
+
 class CrossEntropy(torch.autograd.Function):
     """Saves the logits, and two numbers a row. The target has no gradient."""
 
@@ -141,35 +158,42 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
         logits, target, weight, statistics = ctx.saved_tensors
-        reduction, ignore_index, label_smoothing = ctx.options
-        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
-            arguments = (grad_loss, logits, target, weight, statistics, *ctx.options)
-            is_kept = (
-                not torch.compiler.is_compiling()
-                and logits.is_cpu
-                and logits.nbytes >= KeptMemory.MIN_BYTES
-            )
-            gradient = MEMORY.take(logits) if is_kept else None
-            if gradient is not None:
-                _backward_out(*arguments, out=gradient)
-            else:
-                gradient = _backward(*arguments)
-                if is_kept:
-                    gradient = MEMORY.keep(gradient)
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            (gradient,) = differentiate(grad_loss, logits, target, weight, *ctx.options)
             return gradient, None, None, None, None, None
-        # Somebody wants to differentiate the gradient, or to map over it: native operators, which
-        # torch knows how to.
-        with torch.enable_grad():
-            # An alias: the logits' own hooks and history are for whoever called us to go through.
-            alias = logits.view_as(logits)
-            wide = alias.to(grad_loss.dtype)
-            loss = F.cross_entropy(
-                wide,
-                target.to(wide.dtype) if target.is_floating_point() else target,
-                weight,
-                ignore_index=ignore_index,
-                reduction=NAMES[reduction],
-                label_smoothing=label_smoothing,
-            )
-            (gradient,) = torch.autograd.grad(loss, alias, grad_loss, create_graph=True)
+        arguments = (grad_loss, logits, target, weight, statistics, *ctx.options)
+        is_kept = not torch.compiler.is_compiling() and _is_kept(logits)
+        gradient = MEMORY.take(logits) if is_kept else None
+        if gradient is not None:
+            _backward_out(*arguments, out=gradient)
+        else:
+            gradient = _backward(*arguments)
+            if is_kept:
+                gradient = MEMORY.keep(gradient)
         return gradient, None, None, None, None, None
+
+
+def differentiate(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor]:
+    """The gradient, where somebody wants to differentiate it, or to map over it: by native
+    operators, which torch knows how to."""
+    with torch.enable_grad():
+        # An alias: the logits' own hooks and history are for whoever called us to go through.
+        alias = logits.view_as(logits)
+        wide = alias.to(grad_loss.dtype)
+        loss = F.cross_entropy(
+            wide,
+            target.to(wide.dtype) if target.is_floating_point() else target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=NAMES[reduction],
+            label_smoothing=label_smoothing,
+        )
+        return torch.autograd.grad(loss, alias, grad_loss, create_graph=True)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastnet import _library  # noqa: F401  registers torch.ops.fastnet
+from fastnet import _library
 
 _forward = torch.ops.fastnet.linear_relu_forward.default
 _backward = torch.ops.fastnet.linear_relu_backward.default
@@ -40,6 +40,13 @@ def fake_backward(
     )
 
 
+def apply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The op with its gradients."""
+    if _library.NODES is None or torch.compiler.is_compiling():
+        return LinearReLU.apply(input, weight, bias)
+    return _library.NODES.linear_relu(input, weight, bias)
+
+
 class LinearReLU(torch.autograd.Function):
     """Saves the output, whose sign is the ReLU's mask, and the factors that a gradient needs.
 
@@ -60,15 +67,25 @@ class LinearReLU(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         output, input, weight = ctx.saved_tensors
         needs_bias = ctx.needs_input_grad[2]
-        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
-            return _backward(grad_output, output, input, weight, needs_bias)
-        # Somebody wants to differentiate the gradient, or to map over it: native operators, which
-        # torch knows how to.
-        grad_z = torch.ops.aten.threshold_backward(grad_output, output, 0)
-        M, N = math.prod(output.shape[:-1]), output.shape[-1]
-        rows = grad_z.reshape(M, N)
-        return (
-            None if weight is None else grad_z @ weight,
-            None if input is None else rows.t() @ input.reshape(M, input.shape[-1]),
-            rows.sum(0) if needs_bias else None,
-        )
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return differentiate(grad_output, output, input, weight, needs_bias)
+        return _backward(grad_output, output, input, weight, needs_bias)
+
+
+def differentiate(
+    grad_output: Tensor,
+    output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    needs_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients, where somebody wants to differentiate them, or to map over them: by native
+    operators, which torch knows how to."""
+    grad_z = torch.ops.aten.threshold_backward(grad_output, output, 0)
+    M, N = math.prod(output.shape[:-1]), output.shape[-1]
+    rows = grad_z.reshape(M, N)
+    return (
+        None if weight is None else grad_z @ weight,
+        None if input is None else rows.t() @ input.reshape(M, input.shape[-1]),
+        rows.sum(0) if needs_bias else None,
+    )

@@ -1,0 +1,189 @@
+"""The nodes in autograd's graph that are in C++: the same as those in Python, and quick only where
+nothing stands between a call and the kernels. All other tests run on both: "cpu" on these,
+"emulated" on those in Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+import fastnet
+from fastnet.functional import conv_relu_pool2d, cross_entropy, linear_relu
+
+NODES = fastnet._library.NODES
+pytestmark = pytest.mark.skipif(
+    NODES is None, reason="this torch is not the one that fastnet was built with"
+)
+
+
+def leaves(*shapes: tuple[int, ...] | None) -> list[torch.Tensor | None]:
+    return [shape and torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+CALLS = {
+    "linear_relu": (linear_relu, lambda: leaves((6, 20), (5, 20), (5,))),
+    "linear_relu, no bias": (linear_relu, lambda: leaves((2, 3, 20), (5, 20), None)),
+    "conv_relu_pool": (
+        lambda *given: conv_relu_pool2d(*given, padding=1),
+        lambda: leaves((2, 3, 8, 8), (4, 3, 3, 3), (4,)),
+    ),
+    "conv_relu_pool, no bias": (conv_relu_pool2d, lambda: leaves((2, 3, 8, 8), (4, 3, 3, 3), None)),
+    "cross_entropy": (
+        lambda logits: cross_entropy(logits, torch.arange(6), label_smoothing=0.1),
+        lambda: leaves((6, 10)),
+    ),
+    "cross_entropy, weighted": (
+        lambda logits: cross_entropy(logits, torch.arange(2000) % 10, torch.arange(10.0)),
+        lambda: leaves((2000, 10)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_same_bits_as_in_python(name, monkeypatch):
+    call, make = CALLS[name]
+    given = make()
+    wanted = [t for t in given if t is not None]
+    results = {}
+    for nodes in (NODES, None):
+        monkeypatch.setattr(fastnet._library, "NODES", nodes)
+        monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
+        output = call(*given)
+        assert ("CppNode" in output.grad_fn.name()) == (nodes is not None)
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(output, wanted, torch.randn_like(output), create_graph=True)
+        again = torch.autograd.grad(sum((g * g).sum() for g in grads), wanted, allow_unused=True)
+        plain = torch.autograd.grad(call(*given).square().sum(), wanted)
+        with torch.no_grad():
+            evaluated = call(*given)
+        assert evaluated.grad_fn is None
+        results[nodes] = [output, evaluated, *grads, *(g for g in again if g is not None), *plain]
+    for actual, expected in zip(*results.values(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_only_wanted_gradients(name):
+    call, make = CALLS[name]
+    for chosen in range(3):
+        given = [t if t is None else t.detach() for t in make()]
+        if chosen >= len(given) or given[chosen] is None:
+            continue
+        given[chosen].requires_grad_()
+        call(*given).sum().backward()
+        assert [t is not None and t.grad is not None for t in given] == [
+            number == chosen for number in range(len(given))
+        ]
+
+
+def test_hooks_and_freed_graphs():
+    weight, bias = leaves((5, 20), (5,))
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks:
+        output = linear_relu(torch.randn(6, 20), weight, bias)
+    assert {tuple(t.shape) for t in kept} == {(6, 5), (6, 20)}  # not the weight: no gradient asks
+    output.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        output.sum().backward()
+    output = linear_relu(torch.randn(6, 20), weight, bias)
+    with torch.no_grad():
+        output.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_errors_are_those_of_the_kernels():
+    with pytest.raises(RuntimeError, match=r"linear_relu.*\(6, 21\)|6x21|shapes"):
+        linear_relu(torch.randn(6, 21), torch.randn(5, 20))
+    with pytest.raises(IndexError):
+        cross_entropy(torch.randn(6, 10), torch.full((6,), 10))
+
+
+class Watched(torch.Tensor):
+    pass
+
+
+def test_quick_calls_leave_what_is_not_plain():
+    x, w, b = torch.randn(6, 20), torch.randn(5, 20), torch.randn(5)
+    target = torch.arange(6)
+
+    def is_taken(x=x, w=w, b=b):
+        output = NODES.quick_linear_relu(x, w, b)
+        if output is not None:
+            torch.testing.assert_close(output, F.linear(x, w, b).relu())
+        return output is not None
+
+    def loss_is_taken(x=x, target=target):
+        return NODES.quick_cross_entropy(x, target, 1, -100, 0.0) is not None
+
+    assert is_taken()
+    assert is_taken(b=None)
+    assert is_taken(torch.nn.Parameter(x), torch.nn.Parameter(w), torch.nn.Parameter(b))
+    assert is_taken(x.double(), w.double(), b.double())
+    assert is_taken(x.T[:5].T.repeat(1, 4))  # any strides
+    assert loss_is_taken()
+    for refused in (
+        x.as_subclass(Watched),
+        x.half(),
+        x.double(),
+        x.to_sparse(),
+        x.to("meta"),
+        x[0, 0],
+        torch.ones(6, 20, dtype=torch.int64),
+        torch._neg_view(x),
+        [1.0],
+        None,
+    ):
+        assert not is_taken(refused), refused
+    assert not is_taken(w=w[0])
+    assert not is_taken(b=b[:4])
+    assert not is_taken(b=b.double())
+    for refused in (x.as_subclass(Watched), x.half(), x[None], x[:, :0], x.repeat(5000, 10)):
+        assert not loss_is_taken(refused)
+    for refused in (target.int(), target[:5], torch.softmax(x, 1), target.as_subclass(Watched)):
+        assert not loss_is_taken(target=refused)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_taken()
+        assert not loss_is_taken()
+    with torch.inference_mode():
+        assert not is_taken(x + 0)
+    with forward_ad.dual_level():
+        assert not is_taken(forward_ad.make_dual(x, x))
+    seen = []
+    torch.func.vmap(lambda row: seen.append(is_taken()) or row)(x)
+    torch.jit.trace(lambda t: seen.append(is_taken()) or t + 1, x, check_trace=False)
+    with torch._subclasses.FakeTensorMode():
+        seen.append(NODES.quick_linear_relu(x, w, b) is not None)
+    assert seen
+    assert not any(seen)
+    assert is_taken()
+
+
+def test_other_threads_go_on():
+    """Python's lock is not held while a kernel runs."""
+    import threading
+    import time
+
+    x, w = torch.randn(4096, 1024), torch.randn(1024, 1024)
+    ticks, done = 0, threading.Event()
+
+    def count():
+        nonlocal ticks
+        while not done.is_set():
+            ticks += 1
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    end = time.monotonic() + 0.5
+    calls = 0
+    while time.monotonic() < end:
+        linear_relu(x, w)
+        calls += 1
+    done.set()
+    thread.join()
+    assert ticks > 2 * calls
