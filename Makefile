@@ -37,8 +37,9 @@ sanitize: build $(foreach kind,address thread,build/emulation/$(kind)/library.so
 bench: build ## time everything against native torch (ARGS=linear_relu)
 	$(BIN)/fastnet bench $(ARGS)
 
-plot: build ## draw the README's pictures of what was measured (ARGS=benchmarks/results/DEVICE.csv)
+plot: build ## put what was measured into the documents (ARGS=benchmarks/results/DEVICE.csv)
 	$(BIN)/python -m benchmarks.plot $(ARGS)
+	$(BIN)/python -m benchmarks.tables $(ARGS)
 
 gallery: build ## run every training, and draw the README's pictures of them (ARGS="gan dcgan")
 	$(BIN)/python docs/gallery.py $(ARGS)

@@ -33,7 +33,7 @@ def speed_ups(rows: Iterable[Row], title: str, modes: tuple[str, ...] = MODES) -
         modes: which of them.
     """
     panels: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    for row in _of_a_training([row for row in _ours(rows) if row["mode"] in modes]):
+    for row in of_a_training([row for row in _ours(rows) if row["mode"] in modes]):
         cases = panels.setdefault((row["op"], row["mode"]), {})
         cases.setdefault(row["case"], {})[row["threads"]] = float(row["ratio"])
     heights = [1.2 + 0.28 * len(cases) for cases in panels.values()]
@@ -79,7 +79,8 @@ def roofline(rows: Iterable[Row], title: str) -> Figure:
     above the slope, which is that of a copy in main memory, and Winograd's form of a convolution
     above the top, as it needs fewer operations than are counted.
     """
-    rows = [row for row in rows if row["mode"] == "forward+backward" and float(row["gbs"] or 0) > 0]
+    rows = [row for row in rows if row["mode"] == "forward+backward" and row["gflops_limit"]]
+    rows = [row for row in rows if float(row["gbs"]) > 0]
     most = max((int(row["threads"]) for row in rows), default=1)
     rows = [row for row in rows if int(row["threads"]) == most and float(row["gflops"]) > 0]
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -189,7 +190,7 @@ def _ours(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["side"] == results.FASTNET]
 
 
-def _of_a_training(rows: list[Row]) -> list[Row]:
+def of_a_training(rows: list[Row]) -> list[Row]:
     """Of every series the row whose batch is nearest to 64, and all that are in no series."""
     nearest: dict[tuple[str, ...], Row] = {}
     for row in rows:

@@ -9,13 +9,15 @@ from types import ModuleType
 
 import torch
 
+NOT_LOADED = (
+    "fastnet's compiled kernels could not be loaded ({}). They are built by `pip install .` in the "
+    "source folder; an editable checkout builds them with `make build`."
+)
+
 try:
     from fastnet import _C
 except ImportError as error:
-    raise ImportError(
-        f"fastnet's compiled kernels could not be loaded ({error}). They are built by "
-        "`pip install .` in the source folder; an editable checkout builds them with `make build`."
-    ) from error
+    raise ImportError(NOT_LOADED.format(error)) from error
 
 
 def _load_cuda() -> str:
@@ -49,8 +51,10 @@ def _load_nodes() -> ModuleType | None:
     compiled with; under another one there are those in Python (None)."""
     if _C.build_info()["torch_built_with"] != torch.__version__:
         return None
-    from fastnet import _nodes
-
+    try:
+        from fastnet import _nodes
+    except ImportError as error:
+        raise ImportError(NOT_LOADED.format(error)) from error
     return _nodes
 
 

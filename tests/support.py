@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 
@@ -64,6 +65,12 @@ def spied(function, called: list[str]):
         return function(*args, **kwargs)
 
     return spy
+
+
+def interruptible() -> None:
+    """For `preexec_fn`: Ctrl-C reaches a process also where the tests run in the background, which
+    has it ignored by all that is started there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def peak_memory(setup: str, measured: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import subprocess
 import sys
 import types
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import fastnet
-from benchmarks import gpu_report, peers, plot
+from benchmarks import gpu_report, peers, plot, tables
 from fastnet.bench import (
     accelerate,
     conv_relu_pool,
@@ -466,3 +467,37 @@ def test_scaling_curves():
     assert (3.0, 0.5) in curves(width)
     assert (4.0, 1.0) in curves(ladder)
     assert curves(threads) == {(1.0, 3.0), (1.0, 2.0)}
+
+
+def test_tables_are_those_of_the_results():
+    more = {"peak_mb": "1.5"}
+    both = [
+        row("linear_relu", "64x8->4", "forward+backward", side, threads, "8->4", "64", **more)
+        for side, threads in (("eager", "2"), ("compile", "2"), ("fastnet", "2"), ("fastnet", "1"))
+    ]
+    both[0]["median_us"], both[1]["median_us"], both[2]["median_us"] = "1234", "99.94", "12.345"
+    both[2]["ratio"], both[3]["ratio"] = "8.1", "0.5"
+    steps = [
+        row("mlp_trainer", "8-4, batch 64, 10 steps", "epoch", side, median_us=median)
+        for side, median in (("eager", "5000"), ("compile", "7000"), ("fastnet", "1000"))
+    ]
+    text = (
+        "before\n<!-- measured: linear_relu -->\nold\n<!-- end -->\nbetween\n"
+        "<!-- measured: mlp_trainer -->\n<!-- end -->\nafter\n"
+    )
+    made = tables.updated(text, both + steps)
+    assert "| 64×8→4 | 1.23 ms | 99.9 µs | 12.3 µs | 8.10 |  |  | 0.50 |" in made  # noqa: RUF001
+    assert "| 8-4, batch 64 | 500 µs | 700 µs | 100 µs | 5.0 | 7.0 |  |" in made
+    assert "old" not in made
+    assert [line for line in made.splitlines() if line in ("before", "between", "after")]
+    assert tables.updated(made, both + steps) == made
+
+
+def test_documents_tell_what_was_measured():
+    (file,) = (ROOT / results.RESULTS).glob("amd-*.csv")
+    rows = list(results.read(file).values())
+    for document in tables.DOCUMENTS:
+        text = document.read_text()
+        names = re.findall(r"<!-- measured: (\w+) -->", text)
+        assert names
+        assert tables.updated(text, rows) == text, f"make plot ARGS={file.relative_to(ROOT)}"

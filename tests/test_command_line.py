@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from support import interruptible
 
 from fastnet.cli import main
 from fastnet.recipes import COMPARISONS, RECIPES
@@ -115,6 +116,7 @@ def test_interrupt_keeps_the_last_finished_epoch(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=interruptible,
     )
     checkpoint = tmp_path / "runs" / "mnist-net" / "checkpoint.pt"
     deadline = time.monotonic() + 120

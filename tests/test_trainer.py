@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support import run_on_isa
+from support import interruptible, run_on_isa
 from torch import nn
 
 import fastnet
@@ -334,7 +334,12 @@ except KeyboardInterrupt:
     after = {int(s["step"]) for s in trainer.optimizer.state.values()}
     print("stopped", len(steps) == 1, finite, after == {s + 10 for s in steps})
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
+    )
     assert process.stdout.readline() == "ready\n"
     time.sleep(1)
     process.send_signal(signal.SIGINT)

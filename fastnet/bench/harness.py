@@ -37,7 +37,8 @@ class Case:
         bytes: what one call must at least read and write; 0 where it says little.
         dtype: in which the machine's limit for `flops` is measured.
         tolerance: largest difference allowed, relative to the largest value.
-        seconds: how long to measure, all sides together; by default about forty calls of each.
+        seconds: how long to measure, all sides together; by default about 25 calls of each, in
+            one second to three.
         series: what this is a point of ("ladder", "width", "784->28"), to be drawn as a curve.
         x: where on that curve: bytes, units, pictures in a batch.
     """
@@ -123,7 +124,7 @@ def verify(case: Case) -> float:
                         f"{case.op} {case.case} {case.mode}: {side} differs from {first} by "
                         f"{error:.3g}, more than {case.tolerance:.3g}; not timed"
                     )
-    return min(max(0.4 if torch.cuda.is_available() else 1.2, 40 * seconds), 6.0)
+    return min(max(0.4 if torch.cuda.is_available() else 1.0, 25 * seconds), 3.0)
 
 
 def measure(sides: dict[str, Callable], seconds: float) -> dict[str, list[float]]:

@@ -53,11 +53,14 @@ KEY = ("op", "case", "mode", "threads", "side")
 
 
 def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """The rows of a results file by their keys, as text; none where there is no file."""
+    """The rows of a results file by their keys, as text; none where there is no file. What a file
+    from before a column was there does not have is empty."""
     if not path.exists():
         return {}
+    empty = dict.fromkeys((field.name for field in fields(Row)), "")
     with path.open(newline="") as file:
-        return {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
+        rows = [{**empty, **row} for row in csv.DictReader(file)]
+    return {tuple(row[name] for name in KEY): row for row in rows}
 
 
 def save(rows: list[Row], folder: Path = RESULTS) -> Path:

@@ -1,0 +1,249 @@
+"""python -m benchmarks.tables FILE: puts what was measured into the tables of the documents.
+
+A table stands between `<!-- measured: NAME -->` and `<!-- end -->`; `TABLES` says what is in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.plot import Row, of_a_training
+from fastnet.bench import results
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+BOTH = "forward+backward"
+
+
+class Figures:
+    """The rows of a results file, by what they are of."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+        self.most = max((row["threads"] for row in self.rows), key=int, default="1")
+        self.sides: dict[tuple[str, ...], dict[str, Row]] = {}
+        for row in self.rows:
+            key = row["op"], row["case"], row["mode"], row["threads"]
+            self.sides.setdefault(key, {})[row["side"]] = row
+
+    def best(self, op: str, case: str, mode: str, side: str, threads: str = "") -> Row | None:
+        """The row of a side, in the better of its memory formats; by default with all threads."""
+        found = self.sides.get((op, case, mode, threads or self.most), {})
+        rows = [row for name, row in found.items() if name in (side, f"{side}, channels_last")]
+        return min(rows, key=lambda row: float(row["median_us"]), default=None)
+
+
+Cell = Callable[[Figures, str, str, str], str]  # of the figures, op, case, mode
+
+
+def time(side: str, mode: str = "", steps: bool = False) -> Cell:
+    """A side's median; with `steps` that of one of the steps that the case's name tells."""
+
+    def cell(figures: Figures, op: str, case: str, own_mode: str) -> str:
+        row = figures.best(op, case, mode or own_mode, side)
+        if row is None:
+            return ""
+        count = int(re.search(r"(\d+) steps", case)[1]) if steps else 1
+        return duration(float(row["median_us"]) / count)
+
+    return cell
+
+
+def ratio(mode: str = "", threads: str = "", over: str = "") -> Cell:
+    """fastnet's ratio to the best other side, or to the one that is named."""
+
+    def cell(figures: Figures, op: str, case: str, own_mode: str) -> str:
+        where = op, case, mode or own_mode
+        ours = figures.best(*where, results.FASTNET, threads)
+        if ours is None:
+            return ""
+        if not over:
+            return f"{float(ours['ratio']):.2f}"
+        other = figures.best(*where, over, threads)
+        return f"{float(other['median_us']) / float(ours['median_us']):.1f}" if other else ""
+
+    return cell
+
+
+def peak(side: str) -> Cell:
+    """Megabytes at the peak."""
+
+    def cell(figures: Figures, op: str, case: str, mode: str) -> str:
+        row = figures.best(op, case, mode, side)
+        return f"{float(row['peak_mb']):.3g}" if row and row["peak_mb"] not in ("", "nan") else ""
+
+    return cell
+
+
+def duration(microseconds: float) -> str:
+    for unit, size in (("s", 1e6), ("ms", 1e3), ("µs", 1)):
+        value = microseconds / size
+        if value >= 1 or unit == "µs":
+            return f"{value:#.3g}".rstrip(".") + f" {unit}"
+    raise AssertionError(microseconds)
+
+
+@dataclass
+class Table:
+    """
+    Attributes:
+        heading: of the first column, the case.
+        op, mode: which rows.
+        columns: heading → what stands in a cell.
+        cases: a pattern of those it has; by default those whose bars `benchmarks.plot` draws.
+    """
+
+    heading: str
+    op: str
+    mode: str
+    columns: dict[str, Cell] = field(default_factory=dict)
+    cases: str = ""
+
+    def text(self, figures: Figures) -> str:
+        rows = [
+            row
+            for row in figures.rows
+            if (row["op"], row["mode"], row["side"]) == (self.op, self.mode, results.FASTNET)
+            and row["threads"] == figures.most
+        ]
+        if self.cases:
+            rows = [row for row in rows if re.search(self.cases, row["case"])]
+        else:
+            rows = of_a_training(rows)
+        lines = [[self.heading, *self.columns], ["---"] * (1 + len(self.columns))]
+        for row in rows:
+            cells = (
+                cell(figures, self.op, row["case"], self.mode) for cell in self.columns.values()
+            )
+            lines.append([shown(row["case"]), *cells])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(case: str) -> str:
+    """A case's name as the README writes it."""
+    case = re.sub(r", \d+ steps$", "", case)
+    return re.sub(r"(?<=\d)x(?=\d)", "×", case).replace("->", "→")  # noqa: RUF001
+
+
+SIDES = {"eager": time("eager"), "torch.compile": time("compile"), "fastnet": time("fastnet")}
+ONE = {"ratio, 1 thread": ratio(threads="1")}
+TABLES = {
+    "linear_relu": Table(
+        "linear+ReLU, float32",
+        "linear_relu",
+        BOTH,
+        {
+            **SIDES,
+            "ratio": ratio(),
+            "forward alone": ratio("forward"),
+            "kernels alone": ratio("operators"),
+            **ONE,
+        },
+    ),
+    "cross_entropy": Table(
+        "cross-entropy, float32",
+        "cross_entropy",
+        BOTH,
+        {
+            **SIDES,
+            "ratio": ratio(),
+            "forward alone": ratio("forward"),
+            "kernels alone": ratio("operators"),
+            **ONE,
+            "peak, eager, MB": peak("eager"),
+            "peak, fastnet, MB": peak("fastnet"),
+        },
+        r"^\d+x(2|10|100|1000|131072|32000|21x64x64)$",
+    ),
+    "conv_relu_pool": Table(
+        "conv+ReLU+pool, float32",
+        "conv_relu_pool",
+        BOTH,
+        {
+            **SIDES,
+            "ratio": ratio(),
+            "forward alone": ratio("forward"),
+            **ONE,
+            "peak, eager, MB": peak("eager"),
+            "peak, fastnet, MB": peak("fastnet"),
+        },
+    ),
+    "accelerate": Table(
+        "network", "accelerate", "step", {**SIDES, "ratio": ratio(), **ONE}, cases="."
+    ),
+    "steps": Table("training", "recipes", "step", {**SIDES, "ratio": ratio(), **ONE}, cases="."),
+    "epochs": Table(
+        "training, an epoch",
+        "recipes",
+        "epoch",
+        {
+            "document's script": time("document script"),
+            "eager, on fastnet's batches": time("eager"),
+            "fastnet": time("fastnet"),
+            "over the script": ratio(over="document script"),
+            "over eager": ratio(over="eager"),
+        },
+        cases=".",
+    ),
+    "mlp_trainer": Table(
+        "network, batch: a step",
+        "mlp_trainer",
+        "epoch",
+        {
+            "eager": time("eager", steps=True),
+            "torch.compile": time("compile", steps=True),
+            "MLPTrainer": time("fastnet", steps=True),
+            "over eager": ratio(over="eager"),
+            "over torch.compile": ratio(over="compile"),
+            "over eager, 1 thread": ratio(over="eager", threads="1"),
+        },
+        cases="steps",
+    ),
+    "peers": Table(
+        "beside JAX",
+        "peers",
+        "step",
+        {**SIDES, "JAX": time("jax"), "over JAX": ratio(over="jax")},
+        cases="recipes",
+    ),
+    "peers_epochs": Table(
+        "an epoch beside JAX's lax.scan: a step",
+        "peers",
+        "epoch",
+        {
+            "eager": time("eager", steps=True),
+            "JAX": time("jax", steps=True),
+            "MLPTrainer": time("fastnet", steps=True),
+            "over JAX": ratio(over="jax"),
+        },
+        cases="mlp_trainer",
+    ),
+}
+
+
+def updated(text: str, rows: Iterable[Row]) -> str:
+    """A document with its tables made anew."""
+    figures = Figures(rows)
+
+    def table(match: re.Match) -> str:
+        return f"{match[1]}\n{TABLES[match[2]].text(figures)}\n\n{match[3]}"
+
+    return re.sub(r"(?s)(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", table, text)
+
+
+def main(
+    file: Annotated[Path, typer.Argument(help="The results file.")],
+) -> None:
+    for document in DOCUMENTS:
+        document.write_text(updated(document.read_text(), results.read(file).values()))
+        print(document)
+
+
+if __name__ == "__main__":
+    typer.run(main)
