@@ -11,7 +11,6 @@ GPU the cross-entropies of Liger-Kernel and QuACK. What is not installed is skip
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ import torch
 import typer
 from torch import nn
 
-from fastnet.bench import cross_entropy, mlp_trainer, recipes, results, run
+from fastnet.bench import cross_entropy, machine, mlp_trainer, recipes, results, run
 from fastnet.bench.harness import Case
 from fastnet.data import MNIST, Batches, Samples
 from fastnet.recipes import RECIPES, Recipe
@@ -42,14 +41,7 @@ LOGITS = ((64, 10), (1024, 1000), (8192, 1000), (8192, 32_000), (8192, 131_072))
 
 def installed(peers: dict[str, tuple[str, ...]]) -> list[str]:
     """Those of which all packages are there; of the others it tells."""
-    found = []
-    for name, packages in peers.items():
-        missing = [p for p in packages if importlib.util.find_spec(p) is None]
-        if missing:
-            print(f"{name} is skipped: {', '.join(missing)} is not installed")
-        else:
-            found.append(name)
-    return found
+    return [name for name, packages in peers.items() if machine.has(name, *packages)]
 
 
 def cases() -> Iterator[Case]:
@@ -124,11 +116,16 @@ def jax_step(recipe: Recipe, samples: Samples, batch_size: int) -> Callable:
 
     network = recipes.task_on(recipe, "torch", samples).network
     optimizer, parameters = _optax(recipe), _jax_parameters(network)
+    convolves = parameters[0][0].ndim == 4
     state = (parameters, optimizer.init(parameters))
     data = recipe.data
     batches = itertools.cycle(
         [
-            (jax.numpy.array(x.permute(0, 2, 3, 1).numpy()), jax.numpy.array(target.numpy()))
+            (
+                # Rows, or pictures with their channels last.
+                jax.numpy.array((x.permute(0, 2, 3, 1) if convolves else x.flatten(1)).numpy()),
+                jax.numpy.array(target.numpy()),
+            )
             for x, target in Batches(samples, batch_size, data.mean, data.std)
         ]
     )

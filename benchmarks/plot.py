@@ -97,11 +97,17 @@ def roofline(rows: Iterable[Row], title: str) -> Figure:
             axes.plot(intensity, heights[1], "o", color=colour, markersize=4)
         axes.plot([], [], "o", color=colour, label=f"{op}, fastnet")
         axes.plot([], [], "o", color=colour, fillstyle="none", label=f"{op}, best alternative")
-    gflops, gbs = (max(float(row[name]) for row in rows) for name in ("gflops_limit", "gbs_limit"))
-    ends = min(places) / 1.5, gflops / gbs, max(places) * 1.5
-    axes.plot(ends, [min(gflops, gbs * x) for x in ends], color="black", linewidth=1)
-    axes.text(ends[2], gflops * 1.05, f"{gflops:,.0f} GFLOP/s: a large product", ha="right")
-    axes.text(ends[0], gbs * ends[0] * 1.3, f"{gbs:,.0f} GB/s: a large copy", rotation=35)
+    gbs = max(float(row["gbs_limit"]) for row in rows)
+    first, last = min(places) / 1.5, max(places) * 1.5
+    for dtype in ("", "bfloat16"):
+        of_dtype = [row for row in rows if ("bfloat16" in row["case"]) == bool(dtype)]
+        if not of_dtype:
+            continue
+        gflops = max(float(row["gflops_limit"]) for row in of_dtype)
+        ends = first, gflops / gbs, last
+        axes.plot(ends, [min(gflops, gbs * x) for x in ends], color="black", linewidth=1)
+        axes.text(last, gflops * 1.05, f"{gflops:,.0f} GFLOP/s: a large product", ha="right")
+    axes.text(first, gbs * first * 1.3, f"{gbs:,.0f} GB/s: a large copy", rotation=35)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations for each byte that must be moved")
@@ -152,8 +158,16 @@ def _ratios(axes: Axes, curves: dict[str, list[Row]], label: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(lambda value, _: _count(value))
     axes.set_xlabel(label, fontsize=8)
     axes.grid(alpha=0.3)
+
+
+def _count(value: float) -> str:
+    for unit, size in (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if value > size or (value == size and size > 1 << 10):
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 def _threads(axes: Axes, rows: list[Row]) -> None:

@@ -9,15 +9,13 @@ from types import ModuleType
 
 import torch
 
-NOT_LOADED = (
-    "fastnet's compiled kernels could not be loaded ({}). They are built by `pip install .` in the "
-    "source folder; an editable checkout builds them with `make build`."
-)
-
 try:
     from fastnet import _C
 except ImportError as error:
-    raise ImportError(NOT_LOADED.format(error)) from error
+    raise ImportError(
+        f"fastnet's compiled kernels could not be loaded ({error}). They are built by "
+        "`pip install .` in the source folder; an editable checkout builds them with `make build`."
+    ) from error
 
 
 def _load_cuda() -> str:
@@ -54,7 +52,13 @@ def _load_nodes() -> ModuleType | None:
     try:
         from fastnet import _nodes
     except ImportError as error:
-        raise ImportError(NOT_LOADED.format(error)) from error
+        warnings.warn(
+            "fastnet's nodes in autograd's graph are those in Python, which are slower; the others "
+            f"could not be loaded: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
     return _nodes
 
 

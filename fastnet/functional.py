@@ -242,8 +242,9 @@ def cross_entropy(
     their gradient in one more.
 
     Takes what `F.cross_entropy` takes, with the same result. What the kernels do not cover (float16
-    on the CPU, targets that want a gradient or are uint8, sparse tensors), and on the CPU what is
-    too small to gain (below 16,384 logits), goes to that function.
+    on the CPU, targets that want a gradient or are uint8, sparse tensors) goes to that function.
+    So does on the CPU what is too small to gain (below 16,384 logits), unless it is of the plain
+    kind that is checked in C++: two-dimensional logits of float32 or float64, and class indices.
 
     Args:
         input: the logits, `(C)`, `(N, C)` or `(N, C, d1, ...)`; any strides. float32, float64 or

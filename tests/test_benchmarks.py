@@ -35,6 +35,13 @@ from fastnet.errors import FastnetError
 from fastnet.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    """Also where there is a GPU, of which test_on_a_gpu is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def case(**changes) -> harness.Case:
@@ -139,7 +146,10 @@ def test_bench_writes_and_checks(tmp_path, monkeypatch, capsys):
     try:
         assert run.bench(["linear_relu"], [1], out=tmp_path)
         (path,) = tmp_path.iterdir()
-        assert path.name == f"{machine.device_slug()}.csv"
+        assert path.stem == machine.device_slug()
+        # Of the machine, however many threads are asked for.
+        assert f"-{threads}-cores" in path.stem
+        assert machine.versions()["device"] == machine.DEVICE
         rows = results.read(path)
         assert {key[1] for key in rows} == {"5", "6"}
         for row in rows.values():
@@ -159,6 +169,18 @@ def test_bench_writes_and_checks(tmp_path, monkeypatch, capsys):
             right = torch.arange(5.0)
             yield case(sides={"eager": lambda: [right], "fastnet": lambda: [right + 1]})
 
+        def too_large(_):
+            def raises():
+                raise torch.OutOfMemoryError("12 TB\nwere not there")
+
+            yield case(sides={"eager": raises, "fastnet": raises})
+            yield case(case="7")
+
+        monkeypatch.setattr(linear_relu, "cases", too_large)
+        assert not run.bench(["linear_relu"], [1], out=None)
+        said = capsys.readouterr().out
+        assert "NOT TIMED  op 5 forward: 12 TB\n" in said
+        assert "op             7" in said  # on to the next
         monkeypatch.setattr(linear_relu, "cases", wrong)
         assert not run.bench(["linear_relu"], [1], out=None)
         assert "NOT TIMED" in capsys.readouterr().out
@@ -185,6 +207,17 @@ def test_memory_is_counted():
     rows = {row.side: row for row in harness.run(case(sides={"eager": square, "fastnet": square}))}
     assert rows["fastnet"].peak_mb == pytest.approx(0.4, abs=0.001)
     assert rows["fastnet"].saved_mb == 0
+
+    layer = torch.nn.Linear(512, 512)
+
+    def step():
+        layer.zero_grad(set_to_none=True)  # whose memory the activations may get
+        layer(torch.ones(512, 512)).relu().sum().backward()
+        return []
+
+    step()
+    # The input, which is made in the call, and the output of the ReLU.
+    assert [memory.saved_bytes(step) for _ in range(4)] == [2 * 4 * 512 * 512] * 4
     assert "(0.4 MB)" in results.table(rows.values())
     # What torch does not allocate is not counted, and said to be nothing by no one.
     (row, _, _) = harness.run(case())
@@ -236,10 +269,14 @@ def test_every_layer_of_the_trainings_is_timed():
         network.eval()
         latent = getattr(network, "latent_shape", shape)
         network(torch.zeros(1, *latent))
+    timed = {shape[1:3] for shape, *_ in linear_relu._shapes(torch.float32)}
     assert len(linear) > 15
-    assert linear <= {layer[:2] for layer in linear_relu.LAYERS}
+    assert linear <= timed
+    assert {(25088, 4096), (4096, 4096), (8192, 256)} <= timed  # of the transfers
+    timed = {block[:3] for (_, block), *_ in conv_relu_pool._shapes(torch.float32)}
     assert len(convolutions) == 10
-    assert convolutions <= {layer[:3] for layer in conv_relu_pool.LAYERS}
+    assert convolutions <= timed
+    assert {(64, 224, 64), (128, 112, 128), (256, 56, 256), (512, 28, 512), (512, 14, 512)} <= timed
     for benchmark, bytes_of in (
         (linear_relu, lambda shape: shape[0] * 64 * 4),
         (cross_entropy, lambda shape: 4 * math.prod(shape)),
@@ -274,7 +311,7 @@ def test_steps_of_trainings_agree():
 
 def test_peers_that_are_not_installed_are_skipped_by_name(capsys):
     assert peers.installed({"absent": ("torch", "no_such_package")}) == []
-    assert capsys.readouterr().out == "absent is skipped: no_such_package is not installed\n"
+    assert capsys.readouterr().out == "absent: skipped, as no_such_package is not installed\n"
     assert peers.installed({"present": ("torch",)}) == ["present"]
 
 
@@ -349,8 +386,19 @@ def test_sides_of_conv_relu_pool_agree():
         assert modes == ["forward", "forward+backward"][: 1 + block.trained]
 
 
+def test_on_a_gpu(monkeypatch):
+    if not ON_GPU:
+        pytest.skip("no NVIDIA GPU here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for timed in linear_relu.cases_of(6, 20, 5, True):
+        rows = {row.side: row for row in harness.run(replace(timed, seconds=0.05))}
+        assert rows["fastnet"].median_us > 0
+        is_graph = timed.mode.endswith("graph")
+        assert (rows["fastnet"].peak_mb == rows["fastnet"].peak_mb) != is_graph
+
+
 def test_report_without_a_gpu_is_one_sentence():
-    if torch.cuda.is_available():
+    if ON_GPU:
         pytest.skip("there is a GPU here")
     done = subprocess.run(
         [sys.executable, "benchmarks/gpu_report.py"], cwd=ROOT, capture_output=True, text=True
@@ -494,7 +542,7 @@ def test_tables_are_those_of_the_results():
 
 
 def test_documents_tell_what_was_measured():
-    (file,) = (ROOT / results.RESULTS).glob("amd-*.csv")
+    file = ROOT / results.RESULTS / "amd-epyc-2-cores-avx2.csv"
     rows = list(results.read(file).values())
     for document in tables.DOCUMENTS:
         text = document.read_text()

@@ -4,6 +4,8 @@ nothing stands between a call and the kernels. All other tests run on both: "cpu
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,24 @@ def test_hooks_and_freed_graphs():
         output.sum().backward()
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_autograd(name):
+    """Which traces the nodes, and calls what they call."""
+    call, make = CALLS[name]
+    given = make()
+    results = []
+    for enabled in (False, True):
+        for tensor in given:
+            if tensor is not None:
+                tensor.grad = None
+        loss = call(*given).square().sum()
+        tracing = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+        with tracing if enabled else contextlib.nullcontext():
+            loss.backward()
+        results.append([tensor.grad for tensor in given if tensor is not None])
+    torch.testing.assert_close(*results)
+
+
 def test_errors_are_those_of_the_kernels():
     with pytest.raises(RuntimeError, match=r"linear_relu.*\(6, 21\)|6x21|shapes"):
         linear_relu(torch.randn(6, 21), torch.randn(5, 20))
@@ -143,6 +163,8 @@ def test_quick_calls_leave_what_is_not_plain():
     assert not is_taken(b=b.double())
     for refused in (x.as_subclass(Watched), x.half(), x[None], x[:, :0], x.repeat(5000, 10)):
         assert not loss_is_taken(refused)
+    for options in ((-100.0, 0.0), (-100, None), (-100, 2.0), (True, 0.0)):
+        assert NODES.quick_cross_entropy(x, target, 1, *options) is None
     for refused in (target.int(), target[:5], torch.softmax(x, 1), target.as_subclass(Watched)):
         assert not loss_is_taken(target=refused)
 

@@ -25,6 +25,8 @@ def cases(quick: bool = False) -> Iterator[Case]:
     if quick:
         return
     yield _step("SimpleCNN, 64x3x32x32", networks.SimpleCNN, (64, 3, 32, 32))
+    if not machine.has("AlexNet and VGG11", "torchvision"):
+        return
     from torchvision import models
 
     # Dropout at 0: torch.compile draws other random numbers than eager torch, and the sides are

@@ -61,7 +61,8 @@ WIDTHS = (8, 16, 32, 64, 128, 256)  # channels in and out, for 64 pictures of 8 
 # Pictures of 16 channels that take 1 KB to 1 GB: how many, and their size.
 LADDER = ((1, 4), (1, 8), (1, 16), (1, 32), (8, 32), (64, 32), (512, 32), (4096, 32), (16384, 32))
 QUICK = tuple((64, LAYERS[i]) for i in (0, 3, 1, 5))
-# Floating-point operations of a forward pass, beyond which a call takes seconds on a CPU.
+# Floating-point operations of a forward pass, beyond which a call takes seconds on a CPU. Blocks of
+# which there is no other pass are timed once all the same.
 MOST = 2e10
 
 
@@ -76,7 +77,8 @@ def cases(quick: bool = False) -> Iterator[Case]:
 def _shapes(dtype: torch.dtype) -> Iterator[tuple[tuple[int, Block], str, float]]:
     for block in LAYERS:
         for batch in BATCHES:
-            if _flops(batch, block) <= MOST or torch.cuda.is_available():
+            once = not block.trained and batch == BATCHES[0]
+            if once or _flops(batch, block) <= MOST or torch.cuda.is_available():
                 name = f"{block.in_channels}->{block.out_channels}, {block.size}x{block.size}"
                 yield (batch, block), name, batch
     for shape in OTHERS:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import functools
+import importlib.util
 import platform
 import re
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -23,9 +25,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@functools.cache
-def device_name() -> str:
-    """The GPU where there is one, else the processor and its cores."""
+def _device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -36,9 +36,22 @@ def device_name() -> str:
     return f"{name}, {torch.get_num_threads()} cores, {fastnet.build_info()['cpu_isa']}"
 
 
+# The GPU where there is one, else the processor and its cores: before anybody changes the number of
+# threads.
+DEVICE = _device_name()
+
+
 def device_slug() -> str:
     """The same as a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", DEVICE.lower()).strip("-")
+
+
+def has(work: str, *packages: str) -> bool:
+    """Whether what some work needs is installed. Where it is not, it tells."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"{work}: skipped, as {', '.join(missing)} is not installed", flush=True)
+    return not missing
 
 
 @functools.cache
@@ -46,11 +59,11 @@ def versions() -> dict[str, str]:
     """Where a row comes from. The commit is that of a checkout as the process began; an installed
     fastnet has none."""
     commit = ""
-    if (ROOT / ".git").exists():
+    if (ROOT / ".git").exists() and shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
-        "device": device_name(),
+        "device": DEVICE,
         "torch": torch.__version__,
         "fastnet": fastnet.__version__,
         "commit": commit,

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-
-# The profiler tells of its own start and end otherwise.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def peak_bytes(once: Callable[[], object]) -> int:
@@ -26,6 +23,7 @@ def peak_bytes(once: Callable[[], object]) -> int:
         once()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its start and end
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -41,19 +39,18 @@ def peak_bytes(once: Callable[[], object]) -> int:
 def saved_bytes(once: Callable[[], object]) -> int:
     """How much autograd keeps from forward to backward, beyond the tensors that were there before:
     the inputs and parameters."""
-    before = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in gc.get_objects()
-        if type(tensor) in (torch.Tensor, nn.Parameter)
-    }
-    saved: dict[int, int] = {}
+    # The memory itself is held on to, so that what is freed meanwhile is not taken for it.
+    before = _memory(t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in before:
-            saved[storage.data_ptr()] = storage.nbytes()
+        saved.update(_memory([tensor]))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         once()
-    return sum(saved.values())
+    return sum(storage.nbytes() for place, storage in saved.items() if place not in before)
+
+
+def _memory(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
+    return {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}

@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastnet.bench import networks
+from fastnet.bench import machine, networks
 from fastnet.bench.harness import FASTNET, Case
 from fastnet.data import Batches, Samples
 from fastnet.recipes import RECIPES, Recipe
+from fastnet.recipes.graphs import step_in_graph
 from fastnet.recipes.runtime import start
 from fastnet.recipes.tasks import Task
 
@@ -54,6 +55,8 @@ def cases(quick: bool = False) -> Iterator[Case]:
         if quick and name not in QUICK:
             continue
         recipe = RECIPES[name]
+        if recipe.pretrained and not machine.has(name, "torchvision"):
+            continue
         for batch_size in sorted((recipe.batch_size, *(() if quick else more))):
             # Errors grow from step to step as the weights part; verification takes three.
             yield Case(
@@ -65,7 +68,9 @@ def cases(quick: bool = False) -> Iterator[Case]:
                 series=f"{name}, {'x'.join(map(str, shape))}",
                 x=batch_size,
             )
-    for name, shape, classes, count in () if quick else EPOCHS:
+    if quick or not machine.has("the documents' scripts", "torchvision", "PIL"):
+        return
+    for name, shape, classes, count in EPOCHS:
         yield epoch(RECIPES[name], pictures(shape, classes, count))
 
 
@@ -121,9 +126,16 @@ def _steps(
         ]
     )
 
+    step = step_in_graph(task)
+    draws = hasattr(task.network, "latent_shape")
+    # torch.manual_seed takes longer than a small network's step.
+    on_gpu = on_device.inputs.is_cuda
+    seed = torch.cuda.manual_seed if on_gpu else torch.default_generator.manual_seed
+
     def once():
-        torch.manual_seed(0)  # the noise of the generators
-        return _losses(task.step(*next(batches)))
+        if draws:
+            seed(0)  # the noise of the generator
+        return _losses(step(*next(batches)))
 
     return once
 
@@ -198,10 +210,11 @@ def _trained_on(task: Task, batches) -> list[Tensor]:
     """Steps through an epoch. Gives the losses of three, which tell that all sides have the same
     pictures in the same order; later ones part with the rounding."""
     first = []
+    step = step_in_graph(task)
     for number, (inputs, targets) in enumerate(batches):
         if number < 3:
             torch.manual_seed(number)  # the noise of the generators
-        measures = task.step(inputs, targets)
+        measures = step(inputs, targets)
         if number < 3:
-            first += _losses(measures)
+            first += [loss.clone() for loss in _losses(measures)]  # a graph writes over its own
     return first

@@ -54,6 +54,8 @@ def bench(
 
 def announce() -> None:
     """Says what is measured on, and what it can do."""
+    # One precision on all sides: by default only torch's convolutions would round to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
     limits, versions = machine.limits(), machine.versions()
     print(
         f"{versions['device']}, torch {versions['torch']}, {torch.get_num_threads()} threads: "
@@ -68,13 +70,17 @@ def time_cases(cases: Iterable[Case], out: Path | None, check: bool = False) -> 
     for case in cases:
         try:
             rows = harness.run(case)
-        except AssertionError as difference:
-            print(f"NOT TIMED  {difference}", flush=True)
+        except (AssertionError, RuntimeError) as error:  # a difference, or memory that is too small
+            named = f"{case.op} {case.case} {case.mode}: "
+            reason = str(error).removeprefix(named).strip().split("\n")[0]
+            print(f"NOT TIMED  {named}{reason}", flush=True)
             good = False
             continue
+        finally:
+            del case  # its memory is wanted for the next one
         print(results.table(rows), flush=True)
         if check:
-            fallen = results.fallen(rows, out)
+            fallen = results.fallen(rows, out or results.RESULTS)
             print("".join(f"FALLEN  {line}\n" for line in fallen), end="", flush=True)
             good = good and not fallen
         elif out is not None:

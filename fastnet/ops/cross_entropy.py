@@ -103,6 +103,11 @@ class KeptMemory:
             )
             return kept.detach() if fits and self._state(kept) == self._alone else None
 
+    def release(self) -> None:
+        """Gives it back to the system."""
+        with self._lock:
+            self._kept = self._alone = None
+
     def keep(self, tensor: Tensor) -> Tensor:
         """Keeps the memory of a tensor that nobody else has seen yet. Returns what to show them."""
         with self._lock:
