@@ -72,7 +72,7 @@ def _epoch(
         "epoch",
         _sides(widths, images.first(count * batch_size), batch_size, others),
         compared=_sides(widths, images.first(3 * batch_size), batch_size, others),
-        tolerance=2e-3,
+        tolerance=1e-2,
         seconds=4.0,
         series=name,
         x=batch_size,
