@@ -80,7 +80,9 @@ class Limits:
 
 
 def limits(dtype: torch.dtype = torch.float32) -> Limits:
-    """Measured once in a process, for each dtype and number of threads."""
+    """Measured once in a process, for each dtype and number of threads. On a CPU float32 is the
+    limit of half types, too: what has no instructions for them converts."""
+    dtype = dtype if torch.cuda.is_available() else torch.float32
     return _limits(dtype, torch.get_num_threads())
 
 
