@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,15 @@ import torch.nn.functional as F
 
 from fastnet.bench import machine
 from fastnet.bench.harness import FASTNET, Case
-from fastnet.bench.passes import compiled, passes, rotation
+from fastnet.bench.passes import (
+    BATCHES,
+    compiled,
+    dtypes,
+    eighths,
+    passes,
+    rotation,
+    suffix,
+)
 from fastnet.functional import conv_relu_pool2d
 
 
@@ -27,7 +36,6 @@ class Block(NamedTuple):
     trained: bool = True
 
 
-BATCHES = (16, 64, 256, 1024)
 LAYERS = (
     Block(1, 28, 32, needs_input=False),  # simple-cnn, on 28 x 28
     Block(32, 14, 64),
@@ -68,7 +76,7 @@ MOST = 2e10
 
 def cases(quick: bool = False) -> Iterator[Case]:
     """On the GPU where there is one, in float32 and bfloat16, each case also as a CUDA graph."""
-    for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,):
+    for dtype in dtypes():
         for shape, series, x in _shapes(dtype):
             if not quick or shape in QUICK:
                 yield from cases_of(*shape, dtype, series, x)
@@ -112,13 +120,7 @@ def cases_of(
 ) -> Iterator[Case]:
     C, size, K, kernel, padding, needs_input, trained = block
     torch.manual_seed(0)
-    where = machine.device()
-
-    def draw(*sizes: int) -> torch.Tensor:
-        # Multiples of 1/8, whose sums of products are exact in float32, in Winograd's form too: the
-        # sides find the same winners, in whatever order they add.
-        return torch.randint(-8, 9, sizes, device=where, dtype=torch.int8).to(dtype).div_(8)
-
+    draw = partial(eighths, dtype=dtype)
     pooled = (size + 2 * padding - kernel + 1) // 2
     weight, bias = draw(K, C, kernel, kernel), draw(K).requires_grad_(trained)
     elements = batch * (C * size * size + K * pooled * pooled)
@@ -146,7 +148,7 @@ def cases_of(
     compiled_ = compiled(eager)
     name = f"{batch}x{C}->{K}, {size}x{size}, {kernel}x{kernel}"
     name += ", input gradient" if needs_input else ""
-    name += "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    name += suffix(dtype)
     case = Case(
         op="conv_relu_pool",
         case=name,
@@ -155,7 +157,7 @@ def cases_of(
         flops=_flops(batch, block),
         bytes=(elements + weight.numel()) * dtype.itemsize,
         dtype=dtype,
-        tolerance=1e-5 if dtype is torch.float32 and where.type == "cpu" else 2e-2,
+        tolerance=1e-5 if dtype is torch.float32 and machine.device().type == "cpu" else 2e-2,
         series=series,
         x=x,
     )

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 
 from fastnet.bench import machine
 from fastnet.bench.harness import FASTNET, Case
-from fastnet.bench.passes import compiled, passes, rotation
+from fastnet.bench.passes import BATCHES, compiled, dtypes, passes, rotation, suffix
 from fastnet.functional import cross_entropy, linear_cross_entropy
 
-BATCHES = (16, 64, 256, 1024)
 # Of cats and dogs, of digits, of CIFAR-100, of ImageNet.
 CLASSES = (2, 10, 100, 1000)
 # Logits' shapes beyond those.
@@ -36,13 +35,12 @@ QUICK = ((64, 10), (1024, 1000), (2048, 32000), (8192, 32000))
 
 def cases(quick: bool = False) -> Iterator[Case]:
     """On the GPU where there is one, in float32 and bfloat16, each case also as a CUDA graph."""
-    on_gpu = torch.cuda.is_available()
-    for dtype in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
+    for dtype in dtypes():
         for shape, series, x in _shapes(dtype):
             if not quick or shape in QUICK:
                 yield from cases_of(shape, dtype, series, x)
     if not quick:
-        if not on_gpu:
+        if not torch.cuda.is_available():
             yield from cases_of((1024, 1000), torch.bfloat16)
         yield _linear_case(2048, 512, 32_000)
 
@@ -83,7 +81,7 @@ def cases_of(
     count = math.prod(shape)
     batches = rotation(draw, count * dtype.itemsize)
     name = "x".join(map(str, shape))
-    name += "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    name += suffix(dtype)
     case = Case(
         op="cross_entropy",
         case=name,

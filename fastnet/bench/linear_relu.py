@@ -5,16 +5,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from fastnet.bench import machine
 from fastnet.bench.harness import FASTNET, Case
-from fastnet.bench.passes import compiled, passes, rotation
+from fastnet.bench.passes import (
+    BATCHES,
+    compiled,
+    dtypes,
+    eighths,
+    passes,
+    rotation,
+    suffix,
+)
 from fastnet.functional import linear_relu
 
-BATCHES = (16, 64, 256, 1024)
 # (in_features, out_features, whether the input wants a gradient: not in a first layer)
 LAYERS = (
     (784, 28, False),  # mnist-net
@@ -59,7 +67,7 @@ MOST = 6e10
 
 def cases(quick: bool = False) -> Iterator[Case]:
     """On the GPU where there is one, in float32 and bfloat16, each case also as a CUDA graph."""
-    for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,):
+    for dtype in dtypes():
         for shape, series, x in _shapes(dtype):
             if not quick or shape in QUICK:
                 yield from cases_of(*shape, dtype, series, x)
@@ -92,13 +100,7 @@ def cases_of(
     x: float = 0,
 ) -> Iterator[Case]:
     torch.manual_seed(0)
-    where = machine.device()
-
-    def draw(*size: int) -> torch.Tensor:
-        # Multiples of 1/8, whose sums of products are exact in float32: the sides have the same
-        # signs before the ReLU, and so the same masks, in whatever order they add.
-        return torch.randint(-8, 9, size, device=where, dtype=torch.int8).to(dtype).div_(8)
-
+    draw = partial(eighths, dtype=dtype)
     weight, bias = draw(N, K).requires_grad_(), draw(N).requires_grad_()
     size = weight.element_size()
     batches = rotation(
@@ -106,7 +108,7 @@ def cases_of(
         M * (K + N) * size,
     )
     name = f"{M}x{K}->{N}" + (", input gradient" if needs_input else "")
-    name += "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    name += suffix(dtype)
     case = Case(
         op="linear_relu",
         case=name,
@@ -116,7 +118,7 @@ def cases_of(
         bytes=(M * K + N * K + M * N) * size,  # as each of the two or three products has, at least
         dtype=dtype,
         # Sums of hundreds of products in another order, rounded to the dtype.
-        tolerance=1e-5 if where.type == "cpu" else 2e-2,
+        tolerance=1e-5 if machine.device().type == "cpu" else 2e-2,
         series=series,
         x=x,
     )

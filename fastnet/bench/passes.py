@@ -10,11 +10,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastnet.bench import machine
 from fastnet.bench.harness import Case, graphed
 
 T = TypeVar("T")
 # The arguments of one call, and the gradient that its result gets; None for a scalar's own, 1.
 Batch = tuple[tuple, Tensor | None]
+# At which every layer of the document networks is timed.
+BATCHES = (16, 64, 256, 1024)
 # What batches in turn may take together.
 ROTATION = 256 << 20
 
@@ -27,6 +30,23 @@ def rotation(make: Callable[[], T], nbytes: int) -> list[T]:
     each) fewer do: one that large leaves nothing of itself behind.
     """
     return [make() for _ in range(max(1, min(8, ROTATION // nbytes)))]
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
+    """What ops are timed in: on a GPU bfloat16, too."""
+    return (torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,)
+
+
+def suffix(dtype: torch.dtype) -> str:
+    """What a case's name says of its dtype."""
+    return "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+
+
+def eighths(*size: int, dtype: torch.dtype) -> Tensor:
+    """Random multiples of 1/8, whose sums of products are exact in float32, in Winograd's form too:
+    all sides find the same signs and the same winners, in whatever order they add."""
+    drawn = torch.randint(-8, 9, size, device=machine.device(), dtype=torch.int8)
+    return drawn.to(dtype).div_(8)
 
 
 def compiled(function: Callable) -> Callable:
