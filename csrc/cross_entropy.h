@@ -19,6 +19,10 @@
 // q = w for classes); and last the mean's divisor. m and the logarithm stay apart, since their sum
 // would round away what exp(x - lse) needs: logits of 1e4 would have gradients good to three digits
 // only.
+//
+// On the CPU, where exponentials are most of the work, a training's forward pass has the gradient
+// made, too: the kernel writes the exponentials where that belongs, and divides them by their sum
+// while they are still in the first-level cache.
 #pragma once
 
 #include "common.h"

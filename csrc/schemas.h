@@ -27,6 +27,14 @@ void define_schemas(Library& library) {
       "cross_entropy_backward.out(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, "
       "Tensor statistics, int reduction, int ignore_index, float label_smoothing, *, "
       "Tensor(a!) out) -> ()");
+  // The loss and its gradient (not for reduction none) at once, and the same with the gradient in
+  // memory at hand. On the CPU alone, where the exponentials are most of the work.
+  library.def(
+      "cross_entropy_with_gradient(Tensor logits, Tensor target, Tensor? weight, int reduction, "
+      "int ignore_index, float label_smoothing) -> (Tensor, Tensor)");
+  library.def(
+      "cross_entropy_with_gradient.out(Tensor logits, Tensor target, Tensor? weight, "
+      "int reduction, int ignore_index, float label_smoothing, *, Tensor(a!) gradient) -> Tensor");
 
   // The pooled activations, and which position of each window won (see conv_relu_pool.h).
   library.def(

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,26 @@ def test_ratio_is_to_the_best_of_the_others(monkeypatch):
     assert (rows["fastnet"].gflops, rows["fastnet"].gbs) == (2.0, 4.0)
     assert rows["eager"].ratio != rows["eager"].ratio  # NaN: a ratio is fastnet's alone
     assert "1.50x" in results.table(list(rows.values()))
+
+
+def test_of_a_sequel_only_what_follows_is_timed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    calls = []
+
+    def before():
+        calls.append("before")
+        time.sleep(0.02)
+        return (torch.ones(2),)
+
+    def then(ones):
+        calls.append("then")
+        return [2 * ones]
+
+    rows = harness.run(case(mode="backward", sides={"fastnet": harness.Sequel(before, then)}))
+    assert rows[0].median_us < 10_000
+    assert rows[0].calls >= 2
+    assert rows[0].peak_mb != rows[0].peak_mb  # NaN: before left it
+    assert calls == ["before", "then"] * (len(calls) // 2)
 
 
 def test_measuring_again_replaces_rows(tmp_path):
@@ -227,7 +248,7 @@ def test_memory_is_counted():
 def test_what_the_fused_convolution_keeps():
     """One byte for each pooled output, where torch keeps the activation and an index of eight."""
     block = conv_relu_pool.Block(3, 16, 8, needs_input=False)
-    _, both = conv_relu_pool.cases_of(4, block)
+    *_, both = conv_relu_pool.cases_of(4, block)
     rows = {row.side: row for row in harness.run(replace(both, seconds=0.02))}
     activation, pooled = 4 * 8 * 16 * 16, 4 * 8 * 8 * 8
     assert rows["fastnet"].saved_mb == pytest.approx(pooled / 1e6)
@@ -373,7 +394,7 @@ def test_operators_of_cross_entropy():
         for timed in cross_entropy.cases_of(shape):
             harness.verify(timed)
             modes.append(timed.mode)
-        assert modes == ["forward", "forward+backward", "operators"]
+        assert modes == ["forward", "backward", "forward+backward", "operators"]
 
 
 def test_sides_of_conv_relu_pool_agree():
@@ -383,7 +404,7 @@ def test_sides_of_conv_relu_pool_agree():
         for timed in conv_relu_pool.cases_of(2, block):
             harness.verify(timed)
             modes.append(timed.mode)
-        assert modes == ["forward", "forward+backward"][: 1 + block.trained]
+        assert modes == ["forward", "backward", "forward+backward"][: 3 if block.trained else 1]
 
 
 def test_on_a_gpu(monkeypatch):
@@ -534,7 +555,7 @@ def test_tables_are_those_of_the_results():
         "<!-- measured: mlp_trainer -->\n<!-- end -->\nafter\n"
     )
     made = tables.updated(text, both + steps)
-    assert "| 64×8→4 | 1.23 ms | 99.9 µs | 12.3 µs | 8.10 |  |  | 0.50 |" in made  # noqa: RUF001
+    assert "| 64×8→4 | 1.23 ms | 99.9 µs | 12.3 µs | 8.10 |  |  |  | 0.50 |" in made  # noqa: RUF001
     assert "| 8-4, batch 64 | 500 µs | 700 µs | 100 µs | 5.0 | 7.0 |  |" in made
     assert "old" not in made
     assert [line for line in made.splitlines() if line in ("before", "between", "after")]

@@ -16,7 +16,7 @@ from support import TOLERANCES, assert_near, peak_memory, run_on_isa
 
 import fastnet
 from fastnet.functional import cross_entropy
-from fastnet.ops.cross_entropy import REDUCTIONS
+from fastnet.ops.cross_entropy import REDUCTIONS, accumulate_dtype
 
 SHAPES = [
     (64, 10),  # the document networks' losses
@@ -405,6 +405,110 @@ def test_raw_backward_in_the_place_of_the_logits(shape, device):
         assert torch.equal(logits, expected)
 
 
+# Around a vector, around a block of 2,048 classes, and more blocks than a row keeps notes of.
+@pytest.mark.parametrize(
+    "C", [1, 7, 32, 33, 40, 47, 1000, 2047, 2048, 2049, 2055, 2056, 5000, 131_072, 140_000]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_gradient_with_the_loss(C, dtype):
+    logits = (4 * torch.randn(5, C)).to(dtype)
+    logits[1] *= 1000
+    logits[2] = torch.linspace(-50, 50, C)  # the maximum rises with every block
+    logits[3, : C // 2] = -math.inf
+    target = torch.tensor([0, C - 1, C // 2, C - 1, -100])
+    wide = logits.double().requires_grad_()
+    for weight in (None, torch.rand(C).to(accumulate_dtype(dtype))):
+        for reduction in ("mean", "sum"):
+            expected = F.cross_entropy(
+                wide, target, None if weight is None else weight.double(), reduction=reduction
+            )
+            (of_logits,) = torch.autograd.grad(expected, wide)
+            loss, gradient = torch.ops.fastnet.cross_entropy_with_gradient(
+                logits, target, weight, REDUCTIONS[reduction], -100, 0.0
+            )
+            close = {"rtol": 1e-4, "atol": 1e-6}
+            torch.testing.assert_close(loss, expected.to(loss.dtype), **close)
+            close = {"rtol": 1e-2, "atol": 1e-4} if dtype is torch.bfloat16 else close
+            torch.testing.assert_close(gradient, of_logits.to(dtype), **close)
+
+
+@pytest.mark.parametrize(
+    "options", [o for o in OPTIONS if o["reduction"] != "none"], ids=str
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(70, 10), (5, 300), (2, 12, 41), (3, 40, 5, 4), (6,)], ids=str)
+def test_gradient_with_the_loss_in_every_variety(shape, options):
+    reduction, smoothing = REDUCTIONS[options["reduction"]], options["label_smoothing"]
+    inputs = sample(shape, torch.float32, **options)
+    for layout in LAYOUTS if len(shape) == 4 else (None,):
+        logits, target, weight = (None if t is None else t.detach() for t in inputs)
+        logits = logits if layout is None else lay_out(logits, layout)
+        arguments = (logits, target, weight)
+        loss, statistics = torch.ops.fastnet.cross_entropy_forward(
+            *arguments, reduction, -100, smoothing
+        )
+        gradient = torch.ops.fastnet.cross_entropy_backward(
+            torch.ones(()), *arguments, statistics, reduction, -100, smoothing
+        )
+        at_once = torch.ops.fastnet.cross_entropy_with_gradient(
+            *arguments, reduction, -100, smoothing
+        )
+        torch.testing.assert_close(at_once, (loss, gradient), check_stride=True)
+        for memory in (torch.full_like(logits, 7.0), torch.full((*shape, 2), 7.0)[..., 0]):
+            given = torch.ops.fastnet.cross_entropy_with_gradient(
+                *arguments, reduction, -100, smoothing, gradient=memory
+            )
+            torch.testing.assert_close((given, memory), (loss, gradient), check_stride=False)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("C", [40, 5000])
+def test_gradient_with_the_loss_of_infinite_logits(bad, C):
+    for place in (0, C // 2, C - 1, slice(None), slice(0, C - 1)):
+        logits = torch.randn(2, C)
+        logits[0, place] = bad
+        wide = logits.clone().requires_grad_()
+        target = torch.tensor([1, 2])
+        expected = F.cross_entropy(wide, target, reduction="sum")
+        (of_logits,) = torch.autograd.grad(expected, wide)
+        loss, gradient = torch.ops.fastnet.cross_entropy_with_gradient(
+            logits, target, None, 2, -100, 0.0
+        )
+        torch.testing.assert_close(loss, expected.detach(), equal_nan=True)
+        torch.testing.assert_close(gradient, of_logits, equal_nan=True)
+
+
+@pytest.mark.parametrize("nodes", ["C++", "Python"])
+@pytest.mark.parametrize("shape", [(64, 10), (1024, 1000)], ids=str)  # with memory kept, or not
+def test_gradient_of_the_forward_pass_is_used_once(nodes, shape, monkeypatch):
+    if nodes == "Python":
+        monkeypatch.setattr(fastnet._library, "NODES", None)
+        monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
+    logits, target, _ = sample(shape, torch.float32)
+    (once,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)
+    close = {"rtol": 1e-4, "atol": 1e-9}
+
+    loss = cross_entropy(logits, target)
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    first.fill_(7)  # is nobody else's
+    torch.testing.assert_close(second, once, **close)
+    (last,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(last, once, **close)
+
+    # Scaled, which in memory of its own leaves what another backward pass has given.
+    (3 * cross_entropy(logits, target)).backward()
+    torch.testing.assert_close(logits.grad, 3 * once, **close)
+    (cross_entropy(logits, target) + cross_entropy(logits, target)).backward()
+    torch.testing.assert_close(logits.grad, 5 * once, **close)
+    torch.testing.assert_close(last, once, **close)
+
+    # Differentiated, and used thereafter.
+    loss = cross_entropy(logits, target)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    assert gradient.requires_grad
+    torch.testing.assert_close(gradient, once, **close)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], once, **close)
+
+
 def test_changed_logits_are_noticed(device):
     logits, target, _ = sample((20, 10), torch.float32, device)
     for changed in (0, 1):
@@ -520,6 +624,14 @@ def test_opcheck(options, device):
         torch.library.opcheck(
             device.ops.cross_entropy_backward.out, backward, {"out": torch.empty_like(logits)}
         )
+        if device.name == "cpu" and options["reduction"] != "none":
+            forward = (logits, target, weight, *rest)
+            torch.library.opcheck(device.ops.cross_entropy_with_gradient.default, forward)
+            torch.library.opcheck(
+                device.ops.cross_entropy_with_gradient.out,
+                forward,
+                {"gradient": torch.empty_like(logits)},
+            )
 
 
 def test_opcheck_of_other_layouts(device):
@@ -621,7 +733,8 @@ def test_routing_of_small_logits(nodes, monkeypatch):
         with torch.profiler.profile() as profile:
             loss = cross_entropy(logits, target)
         names = {event.key for event in profile.key_averages()}
-        assert ("fastnet::cross_entropy_forward" in names) == fused
+        op = "with_gradient" if needs_gradient else "forward"
+        assert (f"fastnet::cross_entropy_{op}" in names) == fused
         torch.testing.assert_close(loss, F.cross_entropy(logits, target))
 
 
@@ -729,6 +842,24 @@ def test_raw_backward_rejects(change, words):
                  "label_smoothing": 0.0, **change}  # fmt: skip
     with pytest.raises((RuntimeError, IndexError), match=words):
         torch.ops.fastnet.cross_entropy_backward(*arguments.values(), **out)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reduction": 0}, "must be 1"),
+        ({"gradient": LOGITS}, "in the logits' place"),
+        ({"gradient": torch.empty(3, 4)}, r"out \(3, 4\) does not fit"),
+        ({"target": torch.tensor([1, 0, 5])}, "target 5 at position 2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_raw_op_with_gradient_rejects(change, words):
+    memory = {"gradient": change.pop("gradient")} if "gradient" in change else {}
+    arguments = {"logits": LOGITS, "target": LABELS, "weight": None, "reduction": 1,
+                 "ignore_index": -100, "label_smoothing": 0.0, **change}  # fmt: skip
+    with pytest.raises((RuntimeError, IndexError), match=words):
+        torch.ops.fastnet.cross_entropy_with_gradient(*arguments.values(), **memory)
 
 
 @pytest.mark.parametrize("shape", ["(3, 5)", "(3, 2000)", "(3, 5, 40)"])

@@ -8,9 +8,12 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/item.h>
+#include <ATen/ops/mul.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -53,17 +56,22 @@ bool is_differentiated() {
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-// The gradients by native operators, which torch knows how to differentiate: `differentiate` in
-// fastnet/ops/<op>.py.
+// The tensors that a function in fastnet/ops/<op>.py gives.
 template <class... Arguments>
-variable_list differentiable(const char* op, const Arguments&... arguments) {
+variable_list from_python(const char* op, const char* function, const Arguments&... arguments) {
   const pybind11::gil_scoped_acquire gil;
   const auto module = pybind11::module_::import((std::string("fastnet.ops.") + op).c_str());
-  variable_list gradients;
-  for (const auto gradient : pybind11::tuple(module.attr("differentiate")(arguments...))) {
-    gradients.push_back(gradient.is_none() ? Tensor() : gradient.cast<Tensor>());
+  variable_list tensors;
+  for (const auto tensor : pybind11::tuple(module.attr(function)(arguments...))) {
+    tensors.push_back(tensor.is_none() ? Tensor() : tensor.cast<Tensor>());
   }
-  return gradients;
+  return tensors;
+}
+
+// The gradients by native operators, which torch knows how to differentiate.
+template <class... Arguments>
+variable_list differentiable(const char* op, const Arguments&... arguments) {
+  return from_python(op, "differentiate", arguments...);
 }
 
 // Among saved tensors an undefined one stands for one that is not there.
@@ -146,6 +154,11 @@ using CrossEntropyForward = std::tuple<Tensor, Tensor>(const Tensor&, const Tens
 using CrossEntropyBackward = Tensor(const Tensor&, const Tensor&, const Tensor&,
                                     const OptionalTensor&, const Tensor&, int64_t, int64_t, double);
 
+bool is_real(const Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  return dtype == at::kFloat || dtype == at::kDouble;
+}
+
 std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
                                                  const OptionalTensor& weight, int64_t reduction,
                                                  int64_t ignore_index, double label_smoothing) {
@@ -153,16 +166,50 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
   return forward(logits, target, weight, reduction, ignore_index, label_smoothing);
 }
 
-// Saves the logits, and two numbers a row. The target has no gradient.
+// Whether the gradient is so large that its memory is kept, in fastnet/ops/cross_entropy.py.
+bool has_kept_memory(const Tensor& logits) {
+  constexpr size_t kKept = 2 << 20;
+  return logits.is_cpu() && logits.nbytes() >= kKept;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
+                                                       const OptionalTensor& weight,
+                                                       int64_t reduction, int64_t ignore_index,
+                                                       double label_smoothing) {
+  if (has_kept_memory(logits)) {
+    variable_list both = from_python("cross_entropy", "with_gradient", logits, target, weight,
+                                     reduction, ignore_index, label_smoothing);
+    return {both[0], both[1]};
+  }
+  static const Op<CrossEntropyForward> with_gradient("fastnet::cross_entropy_with_gradient");
+  return with_gradient(logits, target, weight, reduction, ignore_index, label_smoothing);
+}
+
+// The gradient that the forward pass has made, times the loss's own: in its place, which nobody
+// wants any more, unless there may be another backward pass.
+Tensor scaled(Tensor gradient, const Tensor& grad_loss) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const double factor = grad_loss.item().toDouble();
+  if (torch::autograd::get_current_graph_task_keep_graph()) return gradient.mul(factor);
+  return factor == 1 ? gradient : gradient.mul_(factor);
+}
+
+// Saves the logits, and two numbers a row or the gradient (see `_makes_gradient` in
+// fastnet/ops/cross_entropy.py). The target has no gradient.
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static constexpr bool is_traceable = true;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                         const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                         double label_smoothing) {
-    auto [loss, statistics] =
-        cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing);
-    ctx->save_for_backward({logits, target, or_undefined(weight), statistics});
+    const bool has_gradient = logits.is_cpu() && is_real(logits) && reduction != 0;
+    auto [loss, for_backward] = has_gradient
+                                    ? cross_entropy_with_gradient(logits, target, weight, reduction,
+                                                                  ignore_index, label_smoothing)
+                                    : cross_entropy_forward(logits, target, weight, reduction,
+                                                            ignore_index, label_smoothing);
+    ctx->save_for_backward({logits, target, or_undefined(weight), for_backward});
+    ctx->saved_data["has_gradient"] = has_gradient;
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["label_smoothing"] = label_smoothing;
@@ -179,6 +226,12 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     if (is_differentiated()) {
       result[0] = differentiable("cross_entropy", gradients[0], saved[0], saved[1], saved[2],
                                  reduction, ignore_index, label_smoothing)[0];
+    } else if (ctx->saved_data["has_gradient"].toBool()) {
+      result[0] = scaled(saved[3], gradients[0]);
+    } else if (has_kept_memory(saved[0])) {
+      result[0] =
+          from_python("cross_entropy", "backward", gradients[0], saved[0], saved[1],
+                      given(saved[2]), saved[3], reduction, ignore_index, label_smoothing)[0];
     } else {
       result[0] = backward_op(gradients[0], saved[0], saved[1], given(saved[2]), saved[3],
                               reduction, ignore_index, label_smoothing);
@@ -300,11 +353,6 @@ OptionalTensor plain(const pybind11::handle& object) {
   return is_plain ? OptionalTensor(tensor) : std::nullopt;
 }
 
-bool is_real(const Tensor& tensor) {
-  const auto dtype = tensor.scalar_type();
-  return dtype == at::kFloat || dtype == at::kDouble;
-}
-
 template <class Call>
 pybind11::object wrapped(const Call& call) {
   Tensor result;
@@ -338,12 +386,10 @@ pybind11::object quick_cross_entropy(const pybind11::handle& input, const pybind
   }
   const auto ignored = ignore_index.cast<int64_t>();
   const auto smoothing = label_smoothing.cast<double>();
-  // Gradients as large as this one's have their memory kept: see fastnet/ops/cross_entropy.py.
-  constexpr size_t kKept = 2 << 20;
   const OptionalTensor x = plain(input), t = plain(target);
   if (!is_quiet() || !x || !t || !is_real(*x) || x->dim() != 2 || x->numel() == 0 ||
       t->scalar_type() != at::kLong || t->dim() != 1 || t->size(0) != x->size(0) ||
-      x->nbytes() >= kKept || !(smoothing >= 0 && smoothing <= 1)) {
+      !(smoothing >= 0 && smoothing <= 1)) {
     return pybind11::none();
   }
   return wrapped(

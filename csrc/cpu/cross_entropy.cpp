@@ -1,4 +1,5 @@
-// cross_entropy on the CPU: one pass over the logits forward, one backward, rows over threads.
+// cross_entropy on the CPU, rows over threads: one pass over the logits forward and one backward,
+// or one for both.
 
 #include "../cross_entropy.h"
 
@@ -36,6 +37,18 @@ struct CrossEntropyCall {
 
 struct ChunkSums {
   double loss = 0, divisor = 0;
+
+  // Nothing for reduction none.
+  void reduce(int64_t reduction, Tensor& result) const {
+    const auto how = static_cast<Reduction>(reduction);
+    if (how == Reduction::none) return;
+    const double value = how == Reduction::mean ? loss / divisor : loss;
+    if (result.scalar_type() == ScalarType::Double) {
+      *static_cast<double*>(result.mutable_data_ptr()) = value;
+    } else {
+      *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(value);
+    }
+  }
 };
 
 }  // namespace
@@ -79,6 +92,22 @@ void for_chunks(const Chunks& chunks, const CrossEntropyShape& shape, const Body
   parallel(chunks.count, rows_each * shape.C * kWorkPerLogit, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
   });
+}
+
+// Sums up what body(rows, sums) adds for each chunk, in the chunks' order.
+template <class Body>
+ChunkSums sum_of_chunks(const CrossEntropyShape& shape, bool by_columns, const Body& body) {
+  const Chunks chunks(shape, by_columns);
+  std::array<ChunkSums, 16> few;
+  std::vector<ChunkSums> many(chunks.count > 16 ? chunks.count : 0);
+  ChunkSums* const sums = many.empty() ? few.data() : many.data();
+  for_chunks(chunks, shape, [&](int64_t chunk) { body(chunks[chunk], sums[chunk]); });
+  ChunkSums total;
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    total.loss += sums[chunk].loss;
+    total.divisor += sums[chunk].divisor;
+  }
+  return total;
 }
 
 void check_classes(const int64_t* classes, int64_t rows, int64_t C, int64_t ignore_index) {
@@ -166,28 +195,14 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
     using A = acc_t<T>;
     Operands<T> operands(shape, logits, target, weight, statistics, ignore_index, label_smoothing);
     auto& call = operands.call;
-    A* const result = static_cast<A*>(loss.mutable_data_ptr());
-    if (static_cast<Reduction>(reduction) == Reduction::none) call.losses = result;
-
-    const Chunks chunks(shape, call.by_columns);
-    std::array<ChunkSums, 16> few;
-    std::vector<ChunkSums> many(chunks.count > 16 ? chunks.count : 0);
-    ChunkSums* const sums = many.empty() ? few.data() : many.data();
-    for_chunks(chunks, shape, [&](int64_t chunk) {
-      const auto [begin, end] = chunks[chunk];
-      FASTNET_BEST_ISA(cross_entropy_forward_kernel(call, begin, end, sums[chunk]));
+    if (static_cast<Reduction>(reduction) == Reduction::none) {
+      call.losses = static_cast<A*>(loss.mutable_data_ptr());
+    }
+    const ChunkSums total = sum_of_chunks(shape, call.by_columns, [&](auto rows, ChunkSums& sums) {
+      FASTNET_BEST_ISA(cross_entropy_forward_kernel(call, rows.first, rows.second, sums));
     });
-    ChunkSums total;
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      total.loss += sums[chunk].loss;
-      total.divisor += sums[chunk].divisor;
-    }
     call.maximum[shape.statistics() - 1] = static_cast<A>(total.divisor);
-    if (static_cast<Reduction>(reduction) != Reduction::none) {
-      *result = static_cast<A>(static_cast<Reduction>(reduction) == Reduction::mean
-                                   ? total.loss / total.divisor
-                                   : total.loss);
-    }
+    total.reduce(reduction, loss);
   });
   return {loss, statistics};
 }
@@ -240,12 +255,75 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
   return gradient;
 }
 
+// What the mean divides by, before any row is gone through.
+template <class T>
+double divisor_of(const CrossEntropyShape& shape, const CrossEntropyCall<T>& call) {
+  if (!call.classes) return static_cast<double>(shape.rows());
+  double divisor = 0;
+  for (int64_t row = 0; row < shape.rows(); ++row) {
+    const int64_t y = call.classes[row];
+    if (y != call.ignore_index) divisor += call.weight ? call.weight[y] : acc_t<T>(1);
+  }
+  return divisor;
+}
+
+Tensor cross_entropy_with_gradient_out(const Tensor& logits, const Tensor& target,
+                                       const std::optional<Tensor>& weight, int64_t reduction,
+                                       int64_t ignore_index, double label_smoothing,
+                                       Tensor gradient) {
+  const CrossEntropyShape shape =
+      check_cross_entropy(logits, target, weight, reduction, label_smoothing);
+  check(static_cast<Reduction>(reduction) != Reduction::none,
+        "cross_entropy_with_gradient: reduction must be 1 (mean) or 2 (sum), but is ", reduction);
+  Tensor loss = allocate_loss(logits, reduction);
+  Tensor statistics = allocate(logits, std::array{shape.statistics()}, accumulate_type(logits));
+  check_cross_entropy_backward(shape, loss, logits, statistics, reduction, gradient);
+  check(logits.numel() == 0 || gradient.const_data_ptr() != logits.const_data_ptr(),
+        "cross_entropy_with_gradient: the gradient is in the logits' place");
+
+  dispatch_float("cross_entropy_with_gradient", logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    const bool has_strides = class_strides(gradient).has_value();
+    Tensor written = has_strides ? gradient : allocate(logits, logits.sizes());
+    Operands<T> operands(shape, logits, target, weight, statistics, ignore_index, label_smoothing);
+    auto& call = operands.call;
+    call.gradient = mutable_data<T>(written);
+    call.gradient_at = *class_strides(written);
+    call.by_columns = call.by_columns && call.gradient_at.inner == 1;
+    const A one = 1;
+    call.grad_loss = &one;
+    call.grad_scale = static_cast<Reduction>(reduction) == Reduction::mean
+                          ? static_cast<A>(1 / divisor_of(shape, call))
+                          : A(1);
+    const ChunkSums total = sum_of_chunks(shape, call.by_columns, [&](auto rows, ChunkSums& sums) {
+      FASTNET_BEST_ISA(cross_entropy_with_gradient_kernel(call, rows.first, rows.second, sums));
+    });
+    total.reduce(reduction, loss);
+    if (!has_strides) torch::stable::copy_(gradient, written);
+  });
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
+                                                       const std::optional<Tensor>& weight,
+                                                       int64_t reduction, int64_t ignore_index,
+                                                       double label_smoothing) {
+  Tensor gradient = allocate_like(logits);
+  prefer_huge_pages(gradient);
+  Tensor loss = cross_entropy_with_gradient_out(logits, target, weight, reduction, ignore_index,
+                                                label_smoothing, gradient);
+  return {loss, gradient};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
   library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
   library.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
   library.impl("cross_entropy_backward.out", TORCH_BOX(&cross_entropy_backward_out));
+  library.impl("cross_entropy_with_gradient", TORCH_BOX(&cross_entropy_with_gradient));
+  library.impl("cross_entropy_with_gradient.out", TORCH_BOX(&cross_entropy_with_gradient_out));
 }
 
 }  // namespace fastnet

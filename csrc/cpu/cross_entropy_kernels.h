@@ -151,26 +151,48 @@ FASTNET_INLINE acc_t<T> block_maximum(const T* x, int64_t count) {
   return reduce_max<A>(most);
 }
 
-template <class T>
-FASTNET_INLINE acc_t<T> block_exp_sum(const T* x, int64_t count, acc_t<T> shift) {
+// Σ exp(x - shift); with kStores the exponentials go to `out`, too, which is not x.
+template <class T, bool kStores = false>
+FASTNET_INLINE acc_t<T> block_exp_sum(const T* x, int64_t count, acc_t<T> shift, T* out = nullptr) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
-  const Vec<A> by = splat(shift);
-  Vec<A> sum = {}, other = {};
+  const auto add = [&](int64_t c, auto& exps, Vec<A>* sums) {
+    constexpr int kCount = sizeof(exps) / sizeof(exps[0]);
+    FASTNET_UNROLL for (int v = 0; v < kCount; ++v) {
+      exps[v] = load(x + c + v * kStep) - splat(shift);
+    }
+    exp_each(exps);
+    FASTNET_UNROLL for (int v = 0; v < kCount; ++v) {
+      if constexpr (kStores) store(out + c + v * kStep, exps[v]);
+      sums[v] += exps[v];
+    }
+  };
+  Vec<A> sums[4] = {}, four[4], one[1];
   int64_t c = 0;
-  for (; c + 2 * kStep <= count; c += 2 * kStep) {
-    sum += exp(load(x + c) - by);
-    other += exp(load(x + c + kStep) - by);
+  for (; c + 4 * kStep <= count; c += 4 * kStep) {
+    // The next block, or row: where a page ends the processor's own foresight does, too.
+    __builtin_prefetch(x + count + c);
+    __builtin_prefetch(x + count + c + 2 * kStep);
+    add(c, four, sums);
   }
-  if (c + kStep <= count) {
-    sum += exp(load(x + c) - by);
-    c += kStep;
-  }
+  for (; c + kStep <= count; c += kStep) add(c, one, sums);
   if (c < count) {
+    Vec<A> last[1] = {};
+    add(count - kStep, one, last);
     const auto is_new = lane_index<A>() >= splat(static_cast<A>(kStep - (count - c)));
-    other += is_new ? exp(load(x + count - kStep) - by) : Vec<A>{};
+    sums[1] += is_new ? last[0] : Vec<A>{};
   }
-  return reduce_add<A>(sum + other);
+  return reduce_add<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// count >= kLanes; the last vector reaches back, but is scaled once.
+template <class T>
+FASTNET_INLINE void scale_block(T* x, int64_t count, acc_t<T> factor) {
+  using A = acc_t<T>;
+  constexpr int kStep = kLanes<T>;
+  const Vec<A> by = splat(factor), last = load(x + count - kStep);
+  for (int64_t c = 0; c + kStep <= count; c += kStep) store(x + c, load(x + c) * by);
+  store(x + count - kStep, last * by);
 }
 
 // Adds a block's Σ q and Σ q (x - shift).
@@ -274,16 +296,28 @@ static void row_gradient(const CrossEntropyCall<T>& call, int64_t row, const T* 
     const bool in_place = call.gradient_at.cls == 1 && count >= kStep;
     T* const g = in_place ? gradient + first : gradient_buffer;
     const int64_t padded = count < kStep ? kStep : count;
-    const auto gradient_at = [&](int64_t c, Vec<A> logit) {
-      Vec<A> value = slope * exp((logit - most) - log_sum);
-      if constexpr (kOffset) value -= offset * target_at(call, t, w, c);
-      return value;
+    const auto differentiate = [&](int64_t c, auto& values) {
+      constexpr int kCount = sizeof(values) / sizeof(values[0]);
+      FASTNET_UNROLL for (int v = 0; v < kCount; ++v) values[v] = (values[v] - most) - log_sum;
+      exp_each(values);
+      FASTNET_UNROLL for (int v = 0; v < kCount; ++v) {
+        values[v] *= slope;
+        if constexpr (kOffset) values[v] -= offset * target_at(call, t, w, c + v * kStep);
+        store(g + c + v * kStep, values[v]);
+      }
     };
     // The last vector reaches back over what is written by then, maybe in the logits' own place.
-    const Vec<A> last = load(x + padded - kStep);
+    Vec<A> last[1] = {load(x + padded - kStep)}, one[1], four[4];
     int64_t c = 0;
-    for (; c + kStep <= padded; c += kStep) store(g + c, gradient_at(c, load(x + c)));
-    if (c < padded) store(g + padded - kStep, gradient_at(padded - kStep, last));
+    for (; c + 4 * kStep <= padded; c += 4 * kStep) {
+      FASTNET_UNROLL for (int v = 0; v < 4; ++v) four[v] = load(x + c + v * kStep);
+      differentiate(c, four);
+    }
+    for (; c + kStep <= padded; c += kStep) {
+      one[0] = load(x + c);
+      differentiate(c, one);
+    }
+    if (c < padded) differentiate(padded - kStep, last);
     if (!in_place) {
       for (int64_t c = 0; c < count; ++c) gradient[(first + c) * call.gradient_at.cls] = g[c];
     }
@@ -331,7 +365,10 @@ static void column_forward(const CrossEntropyCall<T>& call, Columns<T> x, Column
       sums[v].dot += sums[v].q * fall;
     }
     for (int64_t c = first; c < last; ++c) {
-      for (int v = 0; v < kVectors; ++v) sums[v].exps += exp(x.at(c, v) - shift[v]);
+      Vec<A> exps[kVectors];
+      for (int v = 0; v < kVectors; ++v) exps[v] = x.at(c, v) - shift[v];
+      exp_each(exps);
+      for (int v = 0; v < kVectors; ++v) sums[v].exps += exps[v];
     }
     if (!call.needs_dot) continue;
     for (int64_t c = first; c < last; ++c) {
@@ -380,9 +417,13 @@ static void column_gradient(const CrossEntropyCall<T>& call, Columns<T> x, Colum
   }
   for (int64_t c = 0; c < call.C; ++c) {
     const A w = call.weight ? call.weight[c] : A(1);
+    Vec<A> p[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      const Vec<A> p = exp((x.at(c, v) - load(maximum + v * kStep)) - load(log_sum + v * kStep));
-      Vec<A> value = load(slope + v * kStep) * p;
+      p[v] = (x.at(c, v) - load(maximum + v * kStep)) - load(log_sum + v * kStep);
+    }
+    exp_each(p);
+    for (int v = 0; v < kVectors; ++v) {
+      Vec<A> value = load(slope + v * kStep) * p[v];
       if constexpr (kOffset) {
         Vec<A> q = splat(w);
         if (t.first) q *= t.at(c, v) * call.keep + call.spread;
@@ -592,5 +633,70 @@ void cross_entropy_backward_kernel(const CrossEntropyCall<T>& call, int64_t begi
     backward_chunk<T, true>(call, begin, end);
   } else {
     backward_chunk<T, false>(call, begin, end);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Loss and gradient at once
+
+// So many blocks of a row keep what was subtracted from them.
+inline constexpr int64_t kMostBlocks = 64;
+
+// The size of a row's next block; what would be a last one narrower than a vector belongs to it.
+template <class T>
+FASTNET_INLINE int64_t next_block(int64_t rest) {
+  return rest < kRowBlock + kLanes<T> ? rest : kRowBlock;
+}
+
+// A row of a class index without smoothing, whose classes lie side by side, here and in the
+// gradient. That holds the exponentials until their sum is known.
+template <class T>
+static acc_t<T> row_with_gradient(const CrossEntropyCall<T>& call, int64_t row, const T* x,
+                                  T* gradient, double& divisor) {
+  using A = acc_t<T>;
+  A shifts[kMostBlocks];
+  A* shift = shifts;
+  Sums<A> sums{-kInfinity<A>, 0, 0, 0};
+  for (int64_t first = 0, count; first < call.C; first += count) {
+    count = next_block<T>(call.C - first);
+    const A most = block_maximum(x + first, count);
+    if (sums.maximum < most) {
+      if (sums.maximum != -kInfinity<A>) sums.exps *= exp_of(sums.maximum - most);
+      sums.maximum = most;
+    }
+    *shift = shift_of(sums.maximum);
+    sums.exps += block_exp_sum<T, true>(x + first, count, *shift++, gradient + first);
+  }
+  const A log_sum = log(splat(sums.exps))[0];
+  const A loss = finish_row(call, row, sums, log_sum, x, 1, divisor);
+  const Slopes<A> slopes = slopes_of(call, row);
+  const A factor = slopes.slope / sums.exps;
+  shift = shifts;
+  for (int64_t first = 0, count; first < call.C; first += count) {
+    count = next_block<T>(call.C - first);
+    // Above 0 where a block was -inf throughout, and its exponentials are 0.
+    const A fall = *shift++ - shift_of(sums.maximum);
+    scale_block(gradient + first, count, fall < 0 ? factor * exp_of(fall) : factor);
+  }
+  hit_class(call, row, A(0), gradient, 1, slopes);
+  return loss;
+}
+
+template <class T>
+void cross_entropy_with_gradient_kernel(const CrossEntropyCall<T>& call, int64_t begin, int64_t end,
+                                        ChunkSums& out) {
+  // Half types would round the exponentials.
+  const bool is_plain = sizeof(T) == sizeof(acc_t<T>) && !call.by_columns && !call.needs_dot &&
+                        call.logits_at.cls == 1 && call.gradient_at.cls == 1 &&
+                        call.C > kFewClasses && call.C <= kMostBlocks * kRowBlock;
+  if (!is_plain) {  // what the one has read is near when the other comes
+    cross_entropy_forward_kernel(call, begin, end, out);
+    cross_entropy_backward_kernel(call, begin, end);
+    return;
+  }
+  RowWalk x_walk(call.logits_at, call.D, begin), g_walk(call.gradient_at, call.D, begin);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* const x = call.logits + x_walk.next();
+    out.loss += row_with_gradient(call, row, x, call.gradient + g_walk.next(), out.divisor);
   }
 }

@@ -233,18 +233,35 @@ FASTNET_INLINE void transpose(const From* from, int64_t from_row, To* to, int64_
 // rounds to an integer, and leaves n in the lowest bits, from where it is shifted into the
 // exponent. ln 2 is subtracted in two parts, of which the first times n is exact.
 
-FASTNET_INLINE Vec<float> exp(Vec<float> x) {
-  const Vec<float> shifted = x * 1.44269504f + 12582912.0f;
-  const Vec<float> n = shifted - 12582912.0f;
-  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+// Of several vectors step by step: each step waits for the one before, and a processor looks too
+// few instructions ahead to begin with the next vector meanwhile.
+template <int kCount>
+FASTNET_INLINE void exp_each(Vec<float> (&x)[kCount]) {
+  using V = Vec<float>;
+  V shifted[kCount], r[kCount], q[kCount];
+  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) shifted[i] = x[i] * 1.44269504f + 12582912.0f;
+  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) {
+    const V n = shifted[i] - 12582912.0f;
+    r[i] = (x[i] - n * 0.693359375f) + n * 2.12194440e-4f;
+  }
   // exp(r) = 1 + r + r² q(r), q the polynomial of least relative error (3e-9)
-  Vec<float> q = r * 1.381459878757596e-3f + 8.368716575205326e-3f;
-  q = q * r + 4.166838899254799e-2f;
-  q = q * r + 1.666652113199234e-1f;
-  q = q * r + 4.999999403953552e-1f;
-  const Vec<float> exp_r = (q * (r * r) + r) + 1.0f;
-  const Vec<float> power = (Vec<float>)(((Vec<uint32_t>)shifted << 23) + 0x3f800000u);
-  return x < -87.3365447f ? Vec<float>{} : exp_r * power;
+  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) {
+    q[i] = r[i] * 1.381459878757596e-3f + 8.368716575205326e-3f;
+  }
+  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) q[i] = q[i] * r[i] + 4.166838899254799e-2f;
+  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) q[i] = q[i] * r[i] + 1.666652113199234e-1f;
+  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) q[i] = q[i] * r[i] + 4.999999403953552e-1f;
+  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) {
+    const V exp_r = (q[i] * (r[i] * r[i]) + r[i]) + 1.0f;
+    const V power = (V)(((Vec<uint32_t>)shifted[i] << 23) + 0x3f800000u);
+    x[i] = x[i] < -87.3365447f ? V{} : exp_r * power;
+  }
+}
+
+FASTNET_INLINE Vec<float> exp(Vec<float> x) {
+  Vec<float> one[1] = {x};
+  exp_each(one);
+  return one[0];
 }
 
 FASTNET_INLINE Vec<double> exp(Vec<double> x) {
@@ -271,6 +288,11 @@ FASTNET_INLINE Vec<double> exp(Vec<double> x) {
   for (int k = 1; k < 14; ++k) sum = sum * r + kInverseFactorials[k];
   const Vec<double> power = (Vec<double>)(((Vec<uint64_t>)shifted << 52) + 0x3ff0000000000000u);
   return x < -708.396418532264 ? Vec<double>{} : sum * power;
+}
+
+template <int kCount>
+FASTNET_INLINE void exp_each(Vec<double> (&x)[kCount]) {
+  for (int i = 0; i < kCount; ++i) x[i] = exp(x[i]);
 }
 
 // ---------------------------------------------------------------------------------------------

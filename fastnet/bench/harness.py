@@ -22,6 +22,22 @@ from fastnet.bench.results import FASTNET, Row
 LONG = 0.05
 
 
+@dataclass(frozen=True)
+class Sequel:
+    """What is to be timed without what has to come first: a backward pass without its forward.
+
+    Attributes:
+        before: gives the arguments of `then`.
+        then: what is timed.
+    """
+
+    before: Callable[[], tuple]
+    then: Callable[..., Iterable[torch.Tensor]]
+
+    def __call__(self) -> Iterable[torch.Tensor]:
+        return self.then(*self.before())
+
+
 @dataclass
 class Case:
     """One thing to compute, in several ways.
@@ -29,8 +45,10 @@ class Case:
     Attributes:
         op: what is timed; the benchmark's file has this name.
         case: the shape, for people.
-        mode: "forward", "forward+backward", "operators" (both, without autograd), "step", "epoch".
-        sides: name → function without arguments that does it once and returns tensors to compare.
+        mode: "forward", "backward", "forward+backward", "operators" (both, without autograd),
+            "step", "epoch".
+        sides: name → function without arguments that does it once and returns tensors to compare;
+            of a `Sequel`, only what follows is timed.
         flops: floating-point operations of one call; 0 where they say little.
         bytes: what one call must at least read and write; 0 where it says little.
         dtype: in which the machine's limit for `flops` is measured.
@@ -98,9 +116,10 @@ def run(case: Case) -> list[Row]:
 
 
 def _space(case: Case, once: Callable) -> tuple[float, float]:
-    """Megabytes at the peak, and kept by autograd; NaN for what torch does not allocate, and for
-    epochs, which would be many thousand allocations to count."""
-    if case.mode == "epoch":
+    """Megabytes at the peak, and kept by autograd; NaN for what torch does not allocate, for a
+    backward pass, which begins with memory full, and for epochs, which would be many thousand
+    allocations to count."""
+    if case.mode == "epoch" or isinstance(once, Sequel):
         return float("nan"), float("nan")
     ops.cross_entropy.MEMORY.release()  # or the gradient would be in memory that is there already
     both = memory.peak_bytes(once), memory.saved_bytes(once)
@@ -130,7 +149,7 @@ def verify(case: Case) -> float:
                         f"{case.op} {case.case} {case.mode}: {side} differs from {first} by "
                         f"{error:.3g}, more than {case.tolerance:.3g}; not timed"
                     )
-        if seconds > 10:  # epochs: they rotate by themselves
+        if seconds > 3:  # so large that no cache holds anything, or an epoch
             break
     return min(max(0.4 if torch.cuda.is_available() else 1.0, 25 * seconds), 3.0)
 
@@ -145,12 +164,15 @@ def measure(sides: dict[str, Callable], seconds: float) -> dict[str, list[float]
     while clock() < end or turn < 4:  # of calls longer than all that, three
         warm = turn > 0 and clock() > warm_until
         for side, function in sides.items():
+            before, then = _parts(function)
             turn_end = clock() + 0.01
             calls, elapsed = 0, 0.0
             while clock() < turn_end or (calls < 2 and elapsed < LONG):
+                arguments = before()
                 start = clock()
-                function()
+                then(*arguments)
                 elapsed = clock() - start
+                del arguments
                 # The first call of a turn finds the caches as the other side left them.
                 if warm and (calls > 0 or elapsed >= LONG):
                     taken[side].append(elapsed)
@@ -168,9 +190,12 @@ def measure_cuda(sides: dict[str, Callable], seconds: float) -> dict[str, list[f
 
     def turn(function, calls: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before, then = _parts(function)
+        prepared = [before() for _ in range(calls)]
+        torch.cuda.synchronize()
         start.record()
-        for _ in range(calls):
-            function()
+        for arguments in prepared:
+            then(*arguments)
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
@@ -187,6 +212,12 @@ def measure_cuda(sides: dict[str, Callable], seconds: float) -> dict[str, list[f
         for side, function in sides.items():
             taken[side].append(turn(function, calls[side]))
     return taken
+
+
+def _parts(function: Callable) -> tuple[Callable, Callable]:
+    if isinstance(function, Sequel):
+        return function.before, function.then
+    return tuple, function  # no arguments
 
 
 def graphed(once: Callable[[], Iterable[torch.Tensor]]) -> Callable[[], Iterable[torch.Tensor]]:

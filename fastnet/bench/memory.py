@@ -40,7 +40,12 @@ def saved_bytes(once: Callable[[], object]) -> int:
     """How much autograd keeps from forward to backward, beyond the tensors that were there before:
     the inputs and parameters."""
     # The memory itself is held on to, so that what is freed meanwhile is not taken for it.
-    before = _memory(t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
+    before = _memory(
+        t
+        for t in gc.get_objects()
+        if type(t) in (torch.Tensor, nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)  # these have no memory
+    )
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""An op's two passes as cases: forward, and forward with backward."""
+"""An op's two passes as cases: each alone, and both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastnet.bench import machine
-from fastnet.bench.harness import Case, graphed
+from fastnet.bench.harness import Case, Sequel, graphed
 
 T = TypeVar("T")
 # The arguments of one call, and the gradient that its result gets; None for a scalar's own, 1.
@@ -63,7 +63,7 @@ def passes(
     backward: float = 1.0,
     trained: bool = True,
 ) -> Iterator[Case]:
-    """The case forward, and forward with backward; on a GPU each as a CUDA graph, too.
+    """The case forward, backward, and both; on a GPU forward and both as CUDA graphs, too.
 
     Args:
         case: named, with the flops and bytes of its forward pass.
@@ -74,6 +74,7 @@ def passes(
     """
     modes = [("forward", _forward, 1.0)]
     if trained:
+        modes.append(("backward", _backward, backward))
         modes.append(("forward+backward", _forward_backward, 1.0 + backward))
     plain = [
         replace(
@@ -88,6 +89,8 @@ def passes(
     yield from plain
     if torch.cuda.is_available():
         for whole, (mode, build, _) in zip(plain, modes, strict=True):
+            if build is _backward:  # a graph cannot leave out what comes first
+                continue
             # Of calls that begin with the first batch: those above have gone on to others.
             graphs = {side: graphed(build(*work)) for side, work in sides.items()}
             yield replace(whole, mode=f"{mode}, graph", sides=graphs)
@@ -103,7 +106,7 @@ def _forward(function: Callable[..., Tensor], batches: list[Batch]):
     return once
 
 
-def _forward_backward(function: Callable[..., Tensor], batches: list[Batch]):
+def _backward(function: Callable[..., Tensor], batches: list[Batch]) -> Sequel:
     turn = itertools.cycle(
         [
             (arguments, grad, [a for a in arguments if isinstance(a, Tensor) and a.requires_grad])
@@ -111,12 +114,19 @@ def _forward_backward(function: Callable[..., Tensor], batches: list[Batch]):
         ]
     )
 
-    def once():
+    def forward():
         arguments, grad, leaves = next(turn)
-        function(*arguments).backward(grad)
+        return function(*arguments), grad, leaves
+
+    def backward(output, grad, leaves):
+        output.backward(grad)
         gradients = [leaf.grad for leaf in leaves]
         for leaf in leaves:  # gone before the next call, as in a training
             leaf.grad = None
         return gradients
 
-    return once
+    return Sequel(forward, backward)
+
+
+def _forward_backward(function: Callable[..., Tensor], batches: list[Batch]):
+    return _backward(function, batches).__call__

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from fastnet.bench import machine
 from fastnet.errors import FastnetError
+from fastnet.recipes.files import write_whole
 
 # In a checkout this is where the committed ones are.
 RESULTS = Path("benchmarks") / "results"
@@ -69,11 +71,22 @@ def save(rows: list[Row], folder: Path = RESULTS) -> Path:
     kept = read(path)
     kept.update({row.key: asdict(row) for row in rows})
     folder.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept.values())
+
+    def write(file: Path) -> None:
+        with file.open("w", newline="") as lines:
+            names = [field.name for field in fields(Row)]
+            writer = csv.DictWriter(lines, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(sorted(kept.values(), key=_place))
+
+    write_whole(path, write)
     return path
+
+
+def _place(row: dict) -> tuple:
+    """Cases by their numbers, not digits: 64 before 256. Of a case the sides stay as they came."""
+    numbers = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row["case"])]
+    return row["op"], numbers, row["mode"], str(row["threads"])
 
 
 def fallen(rows: list[Row], folder: Path = RESULTS, share: float = 0.8) -> list[str]:

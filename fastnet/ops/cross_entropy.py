@@ -15,6 +15,8 @@ from fastnet import _library
 _forward = torch.ops.fastnet.cross_entropy_forward.default
 _backward = torch.ops.fastnet.cross_entropy_backward.default
 _backward_out = torch.ops.fastnet.cross_entropy_backward.out
+_with_gradient = torch.ops.fastnet.cross_entropy_with_gradient.default
+_with_gradient_out = torch.ops.fastnet.cross_entropy_with_gradient.out
 
 # As torch numbers them, which is how the raw ops take them.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -62,6 +64,16 @@ def fake_backward(
 @torch.library.register_fake("fastnet::cross_entropy_backward.out")
 def fake_backward_out(*arguments, out: Tensor) -> None:
     return None
+
+
+@torch.library.register_fake("fastnet::cross_entropy_with_gradient")
+def fake_with_gradient(logits: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    return logits.new_empty((), dtype=accumulate_dtype(logits.dtype)), torch.empty_like(logits)
+
+
+@torch.library.register_fake("fastnet::cross_entropy_with_gradient.out")
+def fake_with_gradient_out(logits: Tensor, *arguments, gradient: Tensor) -> Tensor:
+    return logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
 
 
 class KeptMemory:
@@ -130,7 +142,7 @@ def apply(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Te
         logits, target, weight: as the kernels take them.
         options: reduction, ignore_index, label_smoothing.
     """
-    if _library.NODES is None or torch.compiler.is_compiling() or _is_kept(logits):
+    if _library.NODES is None or torch.compiler.is_compiling():
         return CrossEntropy.apply(logits, target, weight, *options)
     return _library.NODES.cross_entropy(logits, target, weight, *options)
 
@@ -140,8 +152,45 @@ def _is_kept(logits: Tensor) -> bool:
     return logits.is_cpu and logits.nbytes >= KeptMemory.MIN_BYTES
 
 
+def _makes_gradient(logits: Tensor, reduction: int) -> bool:
+    """Whether the forward pass makes the gradient, too, so that every logit is read once and every
+    exponential is computed once.
+
+    The backward pass multiplies it by the loss's own gradient, nearly always 1: half types would
+    be rounded before that. On a GPU, exponentials take no time.
+    """
+    return (
+        logits.is_cpu
+        and logits.dtype in (torch.float32, torch.float64)
+        and reduction != REDUCTIONS["none"]
+        and not torch.compiler.is_compiling()
+    )
+
+
+def with_gradient(logits: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient, in the memory of the last one where that was kept."""
+    if not _is_kept(logits):
+        return _with_gradient(logits, *arguments)
+    gradient = MEMORY.take(logits)
+    if gradient is not None:
+        return _with_gradient_out(logits, *arguments, gradient=gradient), gradient
+    loss, gradient = _with_gradient(logits, *arguments)
+    return loss, MEMORY.keep(gradient)
+
+
+def backward(grad_loss: Tensor, logits: Tensor, *arguments) -> tuple[Tensor]:
+    """The gradient, in the memory of the last one where that was kept."""
+    if torch.compiler.is_compiling() or not _is_kept(logits):
+        return (_backward(grad_loss, logits, *arguments),)
+    gradient = MEMORY.take(logits)
+    if gradient is not None:
+        _backward_out(grad_loss, logits, *arguments, out=gradient)
+        return (gradient,)
+    return (MEMORY.keep(_backward(grad_loss, logits, *arguments)),)
+
+
 class CrossEntropy(torch.autograd.Function):
-    """Saves the logits, and two numbers a row. The target has no gradient."""
+    """Saves the logits, and two numbers a row or the gradient. The target has no gradient."""
 
     @staticmethod
     def forward(
@@ -153,29 +202,35 @@ class CrossEntropy(torch.autograd.Function):
         ignore_index: int,
         label_smoothing: float,
     ) -> Tensor:
-        loss, statistics = _forward(
-            logits, target, weight, reduction, ignore_index, label_smoothing
-        )
-        ctx.save_for_backward(logits, target, weight, statistics)
+        arguments = (logits, target, weight, reduction, ignore_index, label_smoothing)
+        ctx.has_gradient = _makes_gradient(logits, reduction)
+        if ctx.has_gradient:
+            loss, for_backward = with_gradient(*arguments)
+        else:
+            loss, for_backward = _forward(*arguments)
+        ctx.save_for_backward(logits, target, weight, for_backward)
         ctx.options = (reduction, ignore_index, label_smoothing)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        logits, target, weight, statistics = ctx.saved_tensors
+        logits, target, weight, from_forward = ctx.saved_tensors
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             (gradient,) = differentiate(grad_loss, logits, target, weight, *ctx.options)
-            return gradient, None, None, None, None, None
-        arguments = (grad_loss, logits, target, weight, statistics, *ctx.options)
-        is_kept = not torch.compiler.is_compiling() and _is_kept(logits)
-        gradient = MEMORY.take(logits) if is_kept else None
-        if gradient is not None:
-            _backward_out(*arguments, out=gradient)
+        elif ctx.has_gradient:
+            gradient = _scaled(from_forward, grad_loss)
         else:
-            gradient = _backward(*arguments)
-            if is_kept:
-                gradient = MEMORY.keep(gradient)
+            (gradient,) = backward(grad_loss, logits, target, weight, from_forward, *ctx.options)
         return gradient, None, None, None, None, None
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """The gradient that the forward pass has made, times the loss's own: in its place, which nobody
+    wants any more, unless there may be another backward pass."""
+    factor = grad_loss.item()
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * factor
+    return gradient if factor == 1 else gradient.mul_(factor)
 
 
 def differentiate(
