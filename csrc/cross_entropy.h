@@ -21,8 +21,8 @@
 // only.
 //
 // On the CPU, where exponentials are most of the work, a training's forward pass has the gradient
-// made, too: the kernel writes the exponentials where that belongs, and divides them by their sum
-// while they are still in the first-level cache.
+// made, too. Of class indices without smoothing the kernel writes the exponentials of a row where
+// that belongs, and divides them by their sum while they are near.
 #pragma once
 
 #include "common.h"

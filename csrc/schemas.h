@@ -28,7 +28,8 @@ void define_schemas(Library& library) {
       "Tensor statistics, int reduction, int ignore_index, float label_smoothing, *, "
       "Tensor(a!) out) -> ()");
   // The loss and its gradient (not for reduction none) at once, and the same with the gradient in
-  // memory at hand. On the CPU alone, where the exponentials are most of the work.
+  // memory at hand, apart from the logits. On the CPU alone, where the exponentials are most of the
+  // work.
   library.def(
       "cross_entropy_with_gradient(Tensor logits, Tensor target, Tensor? weight, int reduction, "
       "int ignore_index, float label_smoothing) -> (Tensor, Tensor)");

@@ -239,7 +239,8 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     r"""Computes softmax, logarithm and negative log-likelihood in one pass over the logits, and
-    their gradient in one more.
+    their gradient in one more, or on the CPU, for "mean" and "sum" in float32 and float64, along
+    with them.
 
     Takes what `F.cross_entropy` takes, with the same result. What the kernels do not cover (float16
     on the CPU, targets that want a gradient or are uint8, sparse tensors) goes to that function.

@@ -494,12 +494,18 @@ def test_gradient_of_the_forward_pass_is_used_once(nodes, shape, monkeypatch):
     (last,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(last, once, **close)
 
-    # Scaled, which in memory of its own leaves what another backward pass has given.
+    # Scaled, while another loss of that shape waits for its own backward pass.
+    others = sample(shape, torch.float32)[0]
+    waiting = 5 * cross_entropy(others, target)
     (3 * cross_entropy(logits, target)).backward()
     torch.testing.assert_close(logits.grad, 3 * once, **close)
-    (cross_entropy(logits, target) + cross_entropy(logits, target)).backward()
-    torch.testing.assert_close(logits.grad, 5 * once, **close)
+    waiting.backward()
+    (of_others,) = torch.autograd.grad(F.cross_entropy(others, target), others)
+    torch.testing.assert_close(others.grad, 5 * of_others, **close)
+    torch.testing.assert_close(logits.grad, 3 * once, **close)
     torch.testing.assert_close(last, once, **close)
+    (cross_entropy(logits, target) - 2 * cross_entropy(logits, target)).backward()
+    torch.testing.assert_close(logits.grad, 2 * once, **close)
 
     # Differentiated, and used thereafter.
     loss = cross_entropy(logits, target)
@@ -507,6 +513,63 @@ def test_gradient_of_the_forward_pass_is_used_once(nodes, shape, monkeypatch):
     assert gradient.requires_grad
     torch.testing.assert_close(gradient, once, **close)
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], once, **close)
+
+
+@pytest.mark.parametrize("nodes", ["C++", "Python"])
+@pytest.mark.parametrize("shape", [(2000, 10), (1024, 1000)], ids=str)
+def test_a_gradient_that_is_not_finite_leaves_ignored_rows_alone(nodes, shape, monkeypatch):
+    if nodes == "Python":
+        monkeypatch.setattr(fastnet._library, "NODES", None)
+        monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
+    logits, target, _ = sample(shape, torch.float32)
+    target[:5] = -100
+    for factor in (math.inf, math.nan):
+        actual, expected = (
+            torch.autograd.grad(factor * loss(logits, target), logits)[0]
+            for loss in (cross_entropy, F.cross_entropy)
+        )
+        assert (expected[:5] == 0).all()
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+        assert not actual.requires_grad
+
+
+@pytest.mark.parametrize("nodes", ["C++", "Python"])
+@pytest.mark.parametrize("shape", [(2000, 10), (1024, 1000)], ids=str)
+def test_traced_steps(nodes, shape, monkeypatch):
+    """make_fx records what is called, and must not find a number or a kept gradient in it."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    if nodes == "Python":
+        monkeypatch.setattr(fastnet._library, "NODES", None)
+        monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
+    logits, target, _ = sample(shape, torch.float32)
+    cross_entropy(logits, target).backward()
+
+    def step(logits, target, factor):
+        return torch.autograd.grad(factor * cross_entropy(logits, target), logits)
+
+    for mode in ("real", "fake"):
+        traced = make_fx(step, tracing_mode=mode)(logits, target, torch.tensor(2.0))
+        for factor in (torch.tensor(1.0), torch.tensor(3.0)):
+            (expected,) = torch.autograd.grad(factor * F.cross_entropy(logits, target), logits)
+            torch.testing.assert_close(traced(logits, target, factor)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_large_logits_of_every_kind(dtype, reduction):
+    logits, target, _ = sample((600, 2000), dtype)
+    wide = logits.detach().float().requires_grad_()
+    for _ in range(2):  # in new memory, and in that
+        loss = cross_entropy(logits, target, reduction=reduction)
+        expected = F.cross_entropy(wide, target, reduction=reduction)
+        grad = torch.rand_like(expected)
+        (actual,) = torch.autograd.grad(loss, logits, grad.to(loss.dtype))
+        (of_logits,) = torch.autograd.grad(expected, wide, grad)
+        torch.testing.assert_close(actual, of_logits.to(dtype), rtol=2e-2, atol=1e-5)
+    target[3] = 2000
+    with pytest.raises(IndexError, match="target 2000 at position 3"):
+        cross_entropy(logits, target, reduction=reduction)
 
 
 def test_changed_logits_are_noticed(device):
@@ -891,7 +954,11 @@ print("went on")
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    run_on_isa(isa, __file__, "cpu and (float64 or strides or nan or bits or large) or ulp")
+    run_on_isa(
+        isa,
+        __file__,
+        "cpu and (float64 or strides or nan or bits or large) or ulp or with_the_loss",
+    )
 
 
 # -------------------------------------------------------------------------------------------------

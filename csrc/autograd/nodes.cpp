@@ -9,7 +9,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/item.h>
-#include <ATen/ops/mul.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -172,44 +171,36 @@ bool has_kept_memory(const Tensor& logits) {
   return logits.is_cpu() && logits.nbytes() >= kKept;
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
-                                                       const OptionalTensor& weight,
-                                                       int64_t reduction, int64_t ignore_index,
-                                                       double label_smoothing) {
-  if (has_kept_memory(logits)) {
-    variable_list both = from_python("cross_entropy", "with_gradient", logits, target, weight,
-                                     reduction, ignore_index, label_smoothing);
-    return {both[0], both[1]};
-  }
-  static const Op<CrossEntropyForward> with_gradient("fastnet::cross_entropy_with_gradient");
-  return with_gradient(logits, target, weight, reduction, ignore_index, label_smoothing);
+// Whether a call is recorded or only pretended: then it must say the same whatever the numbers are.
+bool is_traced(const Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kTracing{DispatchKey::Python, DispatchKey::Functionalize};
+  return tensor.key_set().has_any(kTracing) ||
+         c10::impl::tls_is_dispatch_key_included(DispatchKey::Python);
 }
 
-// The gradient that the forward pass has made, times the loss's own: in its place, which nobody
-// wants any more, unless there may be another backward pass.
-Tensor scaled(Tensor gradient, const Tensor& grad_loss) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const double factor = grad_loss.item().toDouble();
-  if (torch::autograd::get_current_graph_task_keep_graph()) return gradient.mul(factor);
-  return factor == 1 ? gradient : gradient.mul_(factor);
-}
-
-// Saves the logits, and two numbers a row or the gradient (see `_makes_gradient` in
-// fastnet/ops/cross_entropy.py). The target has no gradient.
+// Saves the logits, and two numbers a row or the gradient, as the Function in
+// fastnet/ops/cross_entropy.py, which does here what is not plain or large.
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static constexpr bool is_traceable = true;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                         const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                         double label_smoothing) {
-    const bool has_gradient = logits.is_cpu() && is_real(logits) && reduction != 0;
-    auto [loss, for_backward] = has_gradient
-                                    ? cross_entropy_with_gradient(logits, target, weight, reduction,
-                                                                  ignore_index, label_smoothing)
-                                    : cross_entropy_forward(logits, target, weight, reduction,
-                                                            ignore_index, label_smoothing);
-    ctx->save_for_backward({logits, target, or_undefined(weight), for_backward});
-    ctx->saved_data["has_gradient"] = has_gradient;
+    static const Op<CrossEntropyForward> with_gradient("fastnet::cross_entropy_with_gradient");
+    Tensor loss, statistics, gradient;
+    if (!logits.is_cpu() || !is_real(logits) || reduction == 0 || is_traced(logits)) {
+      std::tie(loss, statistics) =
+          cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing);
+    } else if (has_kept_memory(logits)) {
+      const variable_list results = from_python("cross_entropy", "run_forward", logits, target,
+                                                weight, reduction, ignore_index, label_smoothing);
+      loss = results[0], statistics = results[1], gradient = results[2];
+    } else {
+      std::tie(loss, gradient) =
+          with_gradient(logits, target, weight, reduction, ignore_index, label_smoothing);
+    }
+    ctx->save_for_backward({logits, target, or_undefined(weight), statistics, gradient});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["label_smoothing"] = label_smoothing;
@@ -217,26 +208,32 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    variable_list result(6);
+    result[0] = gradient_of(ctx, gradients[0]);
+    return result;
+  }
+
+  static Tensor gradient_of(AutogradContext* ctx, const Tensor& grad_loss) {
     static const Op<CrossEntropyBackward> backward_op("fastnet::cross_entropy_backward");
     const variable_list saved = ctx->get_saved_variables();
+    const Tensor &logits = saved[0], &target = saved[1], &statistics = saved[3];
+    const Tensor& gradient = saved[4];
+    const OptionalTensor weight = given(saved[2]);
+    const bool is_plain = !is_differentiated() && !is_traced(grad_loss);
+    if (is_plain && gradient.defined() && grad_loss.item().toDouble() == 1 &&
+        !torch::autograd::get_current_graph_task_keep_graph()) {
+      return gradient;
+    }
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
     const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
-    variable_list result(6);
-    if (is_differentiated()) {
-      result[0] = differentiable("cross_entropy", gradients[0], saved[0], saved[1], saved[2],
-                                 reduction, ignore_index, label_smoothing)[0];
-    } else if (ctx->saved_data["has_gradient"].toBool()) {
-      result[0] = scaled(saved[3], gradients[0]);
-    } else if (has_kept_memory(saved[0])) {
-      result[0] =
-          from_python("cross_entropy", "backward", gradients[0], saved[0], saved[1],
-                      given(saved[2]), saved[3], reduction, ignore_index, label_smoothing)[0];
-    } else {
-      result[0] = backward_op(gradients[0], saved[0], saved[1], given(saved[2]), saved[3],
-                              reduction, ignore_index, label_smoothing);
+    if (is_plain && !gradient.defined() && !has_kept_memory(logits)) {
+      return backward_op(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
+                         label_smoothing);
     }
-    return result;
+    return from_python("cross_entropy", "gradient_of", grad_loss, logits, target, weight,
+                       given(statistics), given(gradient), reduction, ignore_index,
+                       label_smoothing)[0];
   }
 };
 

@@ -259,10 +259,13 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
 template <class T>
 double divisor_of(const CrossEntropyShape& shape, const CrossEntropyCall<T>& call) {
   if (!call.classes) return static_cast<double>(shape.rows());
+  int64_t count = 0;
+  for (int64_t row = 0; row < shape.rows(); ++row) count += call.classes[row] != call.ignore_index;
+  if (!call.weight) return static_cast<double>(count);
   double divisor = 0;
   for (int64_t row = 0; row < shape.rows(); ++row) {
     const int64_t y = call.classes[row];
-    if (y != call.ignore_index) divisor += call.weight ? call.weight[y] : acc_t<T>(1);
+    if (y != call.ignore_index) divisor += call.weight[y];
   }
   return divisor;
 }

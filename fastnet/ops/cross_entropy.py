@@ -1,4 +1,5 @@
-"""cross_entropy: log-softmax and negative log-likelihood, in one pass over the logits each way."""
+"""cross_entropy: log-softmax and negative log-likelihood, in one pass over the logits each way, or
+in one for both."""
 
 from __future__ import annotations
 
@@ -147,46 +148,85 @@ def apply(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Te
     return _library.NODES.cross_entropy(logits, target, weight, *options)
 
 
+def _is_traced() -> bool:
+    """Whether a call is recorded or only pretended: then it must say the same whatever is in
+    memory, and whatever the loss's own gradient is."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _is_kept(logits: Tensor) -> bool:
     """Whether the gradient's memory is kept for the next one."""
-    return logits.is_cpu and logits.nbytes >= KeptMemory.MIN_BYTES
+    return not _is_traced() and logits.is_cpu and logits.nbytes >= KeptMemory.MIN_BYTES
 
 
 def _makes_gradient(logits: Tensor, reduction: int) -> bool:
-    """Whether the forward pass makes the gradient, too, so that every logit is read once and every
-    exponential is computed once.
+    """Whether the forward pass makes the gradient, too, so that every logit is read once, and of
+    most layouts every exponential computed once.
 
     The backward pass multiplies it by the loss's own gradient, nearly always 1: half types would
     be rounded before that. On a GPU, exponentials take no time.
     """
     return (
-        logits.is_cpu
+        not _is_traced()
+        and logits.is_cpu
         and logits.dtype in (torch.float32, torch.float64)
         and reduction != REDUCTIONS["none"]
-        and not torch.compiler.is_compiling()
     )
 
 
-def with_gradient(logits: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient, in the memory of the last one where that was kept."""
-    if not _is_kept(logits):
-        return _with_gradient(logits, *arguments)
-    gradient = MEMORY.take(logits)
+def run_forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, *options
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, with the rows' statistics or the gradient, which is in memory that was kept where
+    there is some."""
+    arguments = (logits, target, weight, reduction, *options)
+    if not _makes_gradient(logits, reduction):
+        return *_forward(*arguments), None
+    is_kept = _is_kept(logits)
+    gradient = MEMORY.take(logits) if is_kept else None
     if gradient is not None:
-        return _with_gradient_out(logits, *arguments, gradient=gradient), gradient
-    loss, gradient = _with_gradient(logits, *arguments)
-    return loss, MEMORY.keep(gradient)
+        return _with_gradient_out(*arguments, gradient=gradient), None, gradient
+    loss, gradient = _with_gradient(*arguments)
+    return loss, None, MEMORY.keep(gradient) if is_kept else gradient
 
 
-def backward(grad_loss: Tensor, logits: Tensor, *arguments) -> tuple[Tensor]:
-    """The gradient, in the memory of the last one where that was kept."""
-    if torch.compiler.is_compiling() or not _is_kept(logits):
-        return (_backward(grad_loss, logits, *arguments),)
-    gradient = MEMORY.take(logits)
+def gradient_of(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor | None,
+    gradient: Tensor | None,
+    *options,
+) -> tuple[Tensor]:
+    """The logits' gradient, from what the forward pass has left."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return differentiate(grad_loss, logits, target, weight, *options)
+    if gradient is None:
+        return (_from_statistics(grad_loss, logits, target, weight, statistics, *options),)
+    if type(grad_loss) is not Tensor or _is_traced():
+        return (gradient * grad_loss,)
+    factor = grad_loss.item()
+    if not math.isfinite(factor):  # which would not leave alone the rows that are ignored
+        (gradient,) = differentiate(grad_loss, logits, target, weight, *options)
+        return (gradient.detach(),)
+    # In its place only where nobody wants it any more.
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return (gradient * factor,)
+    if factor == 1:
+        return (gradient,)
+    return (gradient.mul_(factor) if _is_kept(logits) else gradient * factor,)
+
+
+def _from_statistics(grad_loss: Tensor, logits: Tensor, *arguments) -> Tensor:
+    """The gradient, in memory that was kept where there is some."""
+    is_kept = _is_kept(logits)
+    gradient = MEMORY.take(logits) if is_kept else None
     if gradient is not None:
         _backward_out(grad_loss, logits, *arguments, out=gradient)
-        return (gradient,)
-    return (MEMORY.keep(_backward(grad_loss, logits, *arguments)),)
+        return gradient
+    gradient = _backward(grad_loss, logits, *arguments)
+    return MEMORY.keep(gradient) if is_kept else gradient
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -202,35 +242,15 @@ class CrossEntropy(torch.autograd.Function):
         ignore_index: int,
         label_smoothing: float,
     ) -> Tensor:
-        arguments = (logits, target, weight, reduction, ignore_index, label_smoothing)
-        ctx.has_gradient = _makes_gradient(logits, reduction)
-        if ctx.has_gradient:
-            loss, for_backward = with_gradient(*arguments)
-        else:
-            loss, for_backward = _forward(*arguments)
-        ctx.save_for_backward(logits, target, weight, for_backward)
         ctx.options = (reduction, ignore_index, label_smoothing)
+        loss, statistics, gradient = run_forward(logits, target, weight, *ctx.options)
+        ctx.save_for_backward(logits, target, weight, statistics, gradient)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        logits, target, weight, from_forward = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            (gradient,) = differentiate(grad_loss, logits, target, weight, *ctx.options)
-        elif ctx.has_gradient:
-            gradient = _scaled(from_forward, grad_loss)
-        else:
-            (gradient,) = backward(grad_loss, logits, target, weight, from_forward, *ctx.options)
+        (gradient,) = gradient_of(grad_loss, *ctx.saved_tensors, *ctx.options)
         return gradient, None, None, None, None, None
-
-
-def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """The gradient that the forward pass has made, times the loss's own: in its place, which nobody
-    wants any more, unless there may be another backward pass."""
-    factor = grad_loss.item()
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * factor
-    return gradient if factor == 1 else gradient.mul_(factor)
 
 
 def differentiate(
