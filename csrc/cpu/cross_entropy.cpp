@@ -177,6 +177,23 @@ struct Operands {
     call.by_columns = shape.D >= kWidestVector && call.logits_at.inner == 1 &&
                       (!call.probabilities || call.target_at.inner == 1);
   }
+
+  // Where its own layout has no class strides, the gradient is made in a dense one, and copied at
+  // the end.
+  std::optional<Tensor> dense_gradient;
+
+  void write_to(Tensor& gradient) {
+    if (!class_strides(gradient)) dense_gradient = allocate(logits, logits.sizes());
+    Tensor& written = dense_gradient ? *dense_gradient : gradient;
+    call.gradient = mutable_data<T>(written);
+    call.gradient_at = *class_strides(written);
+    // In the logits' own place only by rows: columns would be read again after they are written.
+    call.by_columns =
+        call.by_columns && call.gradient_at.inner == 1 && call.gradient != call.logits;
+  }
+  void finish(Tensor& gradient) const {
+    if (dense_gradient) torch::stable::copy_(gradient, *dense_gradient);
+  }
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -221,16 +238,9 @@ void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits, c
     using A = acc_t<T>;
     Tensor stats = dense(statistics);
     const Tensor g = dense(grad_loss);
-    // Where the gradient's own layout has no class strides, it is made in a dense one.
-    const bool has_strides = class_strides(gradient).has_value();
-    Tensor written = has_strides ? gradient : allocate(logits, logits.sizes());
     Operands<T> operands(shape, logits, target, weight, stats, ignore_index, label_smoothing);
+    operands.write_to(gradient);
     auto& call = operands.call;
-    call.gradient = mutable_data<T>(written);
-    call.gradient_at = *class_strides(written);
-    // In the logits' own place only by rows: columns would be read again after they are written.
-    call.by_columns =
-        call.by_columns && call.gradient_at.inner == 1 && call.gradient != call.logits;
     call.grad_loss = static_cast<const A*>(g.const_data_ptr());
     call.per_row = static_cast<Reduction>(reduction) == Reduction::none;
     call.grad_scale = static_cast<Reduction>(reduction) == Reduction::mean
@@ -241,7 +251,7 @@ void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits, c
       const auto [begin, end] = chunks[chunk];
       FASTNET_BEST_ISA(cross_entropy_backward_kernel(call, begin, end));
     });
-    if (!has_strides) torch::stable::copy_(gradient, written);
+    operands.finish(gradient);
   });
 }
 
@@ -287,13 +297,9 @@ Tensor cross_entropy_with_gradient_out(const Tensor& logits, const Tensor& targe
   dispatch_float("cross_entropy_with_gradient", logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
-    const bool has_strides = class_strides(gradient).has_value();
-    Tensor written = has_strides ? gradient : allocate(logits, logits.sizes());
     Operands<T> operands(shape, logits, target, weight, statistics, ignore_index, label_smoothing);
+    operands.write_to(gradient);
     auto& call = operands.call;
-    call.gradient = mutable_data<T>(written);
-    call.gradient_at = *class_strides(written);
-    call.by_columns = call.by_columns && call.gradient_at.inner == 1;
     const A one = 1;
     call.grad_loss = &one;
     call.grad_scale = static_cast<Reduction>(reduction) == Reduction::mean
@@ -303,7 +309,7 @@ Tensor cross_entropy_with_gradient_out(const Tensor& logits, const Tensor& targe
       FASTNET_BEST_ISA(cross_entropy_with_gradient_kernel(call, rows.first, rows.second, sums));
     });
     total.reduce(reduction, loss);
-    if (!has_strides) torch::stable::copy_(gradient, written);
+    operands.finish(gradient);
   });
   return loss;
 }
