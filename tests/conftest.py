@@ -86,3 +86,13 @@ def device(request, monkeypatch) -> Device:
     if name != "cpu":
         device.dtypes += (torch.float16,)
     return device
+
+
+@pytest.fixture(params=["C++", "Python"])
+def nodes(request, monkeypatch) -> None:
+    """Nodes of autograd's graph in C++, then those in Python, small calls' too."""
+    if request.param == "Python":
+        import fastnet
+
+        monkeypatch.setattr(fastnet._library, "NODES", None)
+        monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)

@@ -477,12 +477,9 @@ def test_gradient_with_the_loss_of_infinite_logits(bad, C):
         torch.testing.assert_close(gradient, of_logits, equal_nan=True)
 
 
-@pytest.mark.parametrize("nodes", ["C++", "Python"])
+@pytest.mark.usefixtures("nodes")
 @pytest.mark.parametrize("shape", [(64, 10), (1024, 1000)], ids=str)  # with memory kept, or not
-def test_gradient_of_the_forward_pass_is_used_once(nodes, shape, monkeypatch):
-    if nodes == "Python":
-        monkeypatch.setattr(fastnet._library, "NODES", None)
-        monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
+def test_gradient_of_the_forward_pass_is_used_once(shape):
     logits, target, _ = sample(shape, torch.float32)
     (once,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)
     close = {"rtol": 1e-4, "atol": 1e-9}
@@ -515,12 +512,9 @@ def test_gradient_of_the_forward_pass_is_used_once(nodes, shape, monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], once, **close)
 
 
-@pytest.mark.parametrize("nodes", ["C++", "Python"])
+@pytest.mark.usefixtures("nodes")
 @pytest.mark.parametrize("shape", [(2000, 10), (1024, 1000)], ids=str)
-def test_a_gradient_that_is_not_finite_leaves_ignored_rows_alone(nodes, shape, monkeypatch):
-    if nodes == "Python":
-        monkeypatch.setattr(fastnet._library, "NODES", None)
-        monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
+def test_a_gradient_that_is_not_finite_leaves_ignored_rows_alone(shape):
     logits, target, _ = sample(shape, torch.float32)
     target[:5] = -100
     for factor in (math.inf, math.nan):
@@ -533,15 +527,12 @@ def test_a_gradient_that_is_not_finite_leaves_ignored_rows_alone(nodes, shape, m
         assert not actual.requires_grad
 
 
-@pytest.mark.parametrize("nodes", ["C++", "Python"])
+@pytest.mark.usefixtures("nodes")
 @pytest.mark.parametrize("shape", [(2000, 10), (1024, 1000)], ids=str)
-def test_traced_steps(nodes, shape, monkeypatch):
+def test_traced_steps(shape):
     """make_fx records what is called, and must not find a number or a kept gradient in it."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    if nodes == "Python":
-        monkeypatch.setattr(fastnet._library, "NODES", None)
-        monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
     logits, target, _ = sample(shape, torch.float32)
     cross_entropy(logits, target).backward()
 

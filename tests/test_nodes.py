@@ -97,14 +97,11 @@ def test_hooks_and_freed_graphs():
         output.sum().backward()
 
 
-@pytest.mark.parametrize("nodes", ["C++", "Python"])
+@pytest.mark.usefixtures("nodes")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", CALLS)
-def test_compiled_autograd(name, backend, nodes, monkeypatch):
+def test_compiled_autograd(name, backend):
     """Which traces the nodes, and calls what they call."""
-    if nodes == "Python":
-        monkeypatch.setattr(fastnet._library, "NODES", None)
-        monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
     call, make = CALLS[name]
     given = make()
     results = []
