@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int kThreads = 64;
+constexpr int kThreads = 64, kClusterBlocks = 2;
 
 // Every thread leaves a value, and reads its neighbour's.
 template <bool kBarrier>
@@ -82,6 +82,40 @@ __global__ void dynamic_bounds_kernel(int* out) {
   out[threadIdx.x] = values[threadIdx.x];
 }
 
+// Every block of a cluster leaves values in its own shared memory, and reads the next one's. (The
+// barrier at the end is for what is read to be there still.)
+template <bool kBarrier>
+__global__ void cluster_memory_kernel(int* out) {
+  FASTNET_DYNAMIC_SHARED(int, values);
+  const int i = threadIdx.x, rank = fastnet::emulation::cluster_rank();
+  values[i] = 100 * rank + i;
+  if (kBarrier) fastnet::emulation::cluster_barrier(FastnetWhere::current());
+  const int next = (rank + 1) % kClusterBlocks;
+  const int value = static_cast<int*>(fastnet::emulation::shared_of(values, next))[i];
+  if (rank == 0) out[i] = value;
+  fastnet::emulation::cluster_barrier(FastnetWhere::current());
+}
+
+template <int kPast>
+__global__ void cluster_bounds_kernel(int* out) {
+  FASTNET_DYNAMIC_SHARED(int, values);
+  const int i = threadIdx.x, rank = fastnet::emulation::cluster_rank();
+  static_cast<int*>(fastnet::emulation::shared_of(values, kClusterBlocks - 1 - rank))[i + kPast] = i;
+  fastnet::emulation::cluster_barrier(FastnetWhere::current());
+  if (rank == 0) out[i] = values[i];
+}
+
+// A block's barrier is none for the cluster: each waits for threads that the other does not send.
+__global__ void divergent_cluster_kernel(int*) {
+  if (fastnet::emulation::cluster_rank() == 0) {
+    fastnet::emulation::cluster_barrier(FastnetWhere::current());
+  } else if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    fastnet::emulation::cluster_barrier(FastnetWhere::current());
+  }
+}
+
 __global__ void divergent_barrier_kernel(int* out) {
   if (threadIdx.x < 32) {
     __syncthreads();
@@ -129,6 +163,7 @@ int main(int count, char** arguments) {
     const char* name;
     Kernel kernel;
     int threads;
+    int cluster = 0;
   };
   const Case cases[] = {
       {"neighbour", neighbour_kernel<true>, kThreads},
@@ -145,6 +180,12 @@ int main(int count, char** arguments) {
       {"static-bounds-fault", static_bounds_kernel<1>, kThreads},
       {"dynamic-bounds", dynamic_bounds_kernel<0>, kThreads},
       {"dynamic-bounds-fault", dynamic_bounds_kernel<1>, kThreads},
+      {"cluster-memory", cluster_memory_kernel<true>, kThreads, kClusterBlocks},
+      {"cluster-memory-fault", cluster_memory_kernel<false>, kThreads, kClusterBlocks},
+      {"cluster-bounds", cluster_bounds_kernel<0>, kThreads, kClusterBlocks},
+      {"cluster-bounds-fault", cluster_bounds_kernel<1>, kThreads, kClusterBlocks},
+      {"divergent-cluster-fault", divergent_cluster_kernel, kThreads, kClusterBlocks},
+      {"too-many-blocks-fault", cluster_memory_kernel<true>, kThreads, 16},
       {"divergent-barrier-fault", divergent_barrier_kernel, kThreads},
       {"early-return-fault", early_return_kernel, kThreads},
       {"partial-warp-fault", partial_warp_kernel, 32},
@@ -153,8 +194,11 @@ int main(int count, char** arguments) {
   };
   for (const Case& each : cases) {
     if (std::strcmp(each.name, name) != 0) continue;
-    // Several blocks: what one leaves behind must not be the next one's race.
-    fastnet::launch(each.kernel, dim3(3), dim3(each.threads), kThreads * sizeof(int), nullptr, out);
+    // Several blocks, or clusters: what one leaves behind must not be the next one's race.
+    const int blocks = each.cluster > 0 ? each.cluster : 1;
+    fastnet::emulation::run(
+        dim3(3 * blocks), dim3(each.threads), kThreads * sizeof(int), [&] { each.kernel(out); },
+        each.cluster);
     for (int i = 0; i < kThreads; ++i) std::printf("%d ", out[i]);
     std::printf("\n");
     delete[] out;

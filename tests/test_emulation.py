@@ -19,6 +19,10 @@ FAULTS = {
     "global-bounds": (None, "heap-buffer-overflow", None),
     "static-bounds": (None, "out of bounds", None),
     "dynamic-bounds": (None, "heap-buffer-overflow", None),
+    "cluster-memory": (None, None, "data race"),
+    "cluster-bounds": (None, "heap-buffer-overflow", None),
+    "divergent-cluster": ("divergent barrier",) * 3,
+    "too-many-blocks": ("no device launches",) * 3,
     "divergent-barrier": ("divergent barrier",) * 3,
     "early-return": ("has left the kernel",) * 3,
     "partial-warp": ("divergent barrier",) * 3,
@@ -32,6 +36,8 @@ RESULTS = {
     "global-bounds": [1] * 64,
     "static-bounds": [1] * 64,
     "dynamic-bounds": [1] * 64,
+    "cluster-memory": [100 + i for i in range(64)],
+    "cluster-bounds": list(range(64)),
     "vote": [3 * 64] + [0] * 63,
 }
 

@@ -26,7 +26,8 @@
 namespace fastnet::emulation {
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024;  // of a block
+constexpr int kMaxBlocks = 8;      // of a cluster
 constexpr size_t kStackBytes =
     256 * 1024;  // sanitizers make frames large; untouched pages cost none
 
@@ -93,7 +94,7 @@ struct Context {
 
 #endif
 
-enum class State { ready, at_block_barrier, at_warp_barrier, left };
+enum class State { ready, at_warp_barrier, at_block_barrier, at_cluster_barrier, left };
 
 struct Fiber {
   Context context;
@@ -107,7 +108,7 @@ struct Fiber {
   // For ThreadSanitizer, an address for every other barrier: a thread may be at the next one before
   // another has gone on from this one, which must not see what happened in between.
   char arrived[2];
-  unsigned arrivals = 0, block_arrivals = 0;
+  unsigned arrivals = 0, block_arrivals = 0, cluster_arrivals = 0;
   unsigned partners_parity = 0;  // which of its addresses each lane used
 };
 
@@ -116,16 +117,22 @@ struct Warp {
   uint64_t values[32];
 };
 
-struct Device {
+struct Block {
   Fiber fibers[kMaxThreads];
   Warp warps[kMaxThreads / 32];
+  std::unique_ptr<char[]> shared;
+  char at_barrier[2];  // addresses for ThreadSanitizer
+};
+
+struct Device {
+  Block cluster[kMaxBlocks];
+  int blocks = 0, threads = 0;  // of a cluster, and of each of its blocks
   Context scheduler;
   void* scheduler_sanitizer = nullptr;
+  Block* block = nullptr;  // and the fiber of it that runs
   Fiber* running = nullptr;
-  int threads = 0;
   const std::function<void()>* body = nullptr;
-  std::unique_ptr<char[]> shared;
-  char block_begun, block_ended, at_barrier[2];  // addresses for ThreadSanitizer
+  char cluster_begun, cluster_ended, at_barrier[2];  // addresses for ThreadSanitizer
 };
 
 // Not thread-safe: kernels are launched from one thread at a time, as tests do.
@@ -145,7 +152,8 @@ void acquire([[maybe_unused]] void* address) {
 #endif
 }
 
-FASTNET_HARDWARE void switch_to_fiber(Fiber& fiber) {
+FASTNET_HARDWARE void switch_to_fiber(Block& block, Fiber& fiber) {
+  device.block = &block;
   device.running = &fiber;
 #if defined(__SANITIZE_THREAD__)
   device.scheduler_sanitizer = __tsan_get_current_fiber();
@@ -186,9 +194,9 @@ FASTNET_HARDWARE void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
 #endif
   // Two addresses: through one, a thread that ends would be ordered before one that begins.
-  acquire(&device.block_begun);
+  acquire(&device.cluster_begun);
   (*device.body)();
-  release(&device.block_ended);
+  release(&device.cluster_ended);
   device.running->state = State::left;
   switch_to_scheduler();
   std::abort();  // a fiber that has left is not run again
@@ -197,8 +205,11 @@ FASTNET_HARDWARE void fiber_main() {
 // ---------------------------------------------------------------------------------------------
 // Barriers
 
+// A thread's number in its block.
 FASTNET_HARDWARE int index_of(const Fiber& fiber) {
-  return static_cast<int>(&fiber - device.fibers);
+  const dim3 size = fiber.thread.block_dim;
+  const uint3 at = fiber.thread.thread;
+  return static_cast<int>((at.z * size.y + at.y) * size.x + at.x);
 }
 
 [[noreturn]] FASTNET_HARDWARE void fail(const char* what, const Fiber& one, const Fiber& other) {
@@ -221,43 +232,50 @@ FASTNET_HARDWARE bool same_place(const Fiber& one, const Fiber& other) {
          one.where.column() == other.where.column() && one.mask == other.mask;
 }
 
-// Lets a barrier's threads go on once all are there. Returns whether any could.
-FASTNET_HARDWARE bool release_barriers() {
-  bool any = false;
-  int at_block = 0;
-  for (int i = 0; i < device.threads; ++i) {
-    at_block += device.fibers[i].state == State::at_block_barrier;
+// Lets the threads of a barrier of `count` blocks go on once all are there. Returns whether they
+// could.
+FASTNET_HARDWARE bool release_blocks(Block* blocks, int count, State barrier) {
+  for (int b = 0; b < count; ++b) {
+    for (int i = 0; i < device.threads; ++i) {
+      if (blocks[b].fibers[i].state != barrier) return false;
+    }
   }
-  if (at_block == device.threads) {
-    for (int i = 1; i < device.threads; ++i) {
-      if (!same_place(device.fibers[0], device.fibers[i])) {
-        fail("divergent barrier", device.fibers[0], device.fibers[i]);
+  for (int b = 0; b < count; ++b) {
+    for (int i = 0; i < device.threads; ++i) {
+      if (!same_place(blocks[0].fibers[0], blocks[b].fibers[i])) {
+        fail("divergent barrier", blocks[0].fibers[0], blocks[b].fibers[i]);
       }
     }
-    for (int i = 0; i < device.threads; ++i) device.fibers[i].state = State::ready;
-    return true;
   }
+  for (int b = 0; b < count; ++b) {
+    for (int i = 0; i < device.threads; ++i) blocks[b].fibers[i].state = State::ready;
+  }
+  return true;
+}
+
+FASTNET_HARDWARE bool release_warps(Block& block) {
+  bool any = false;
   for (int first = 0; first < device.threads; first += 32) {
     for (int i = first; i < first + 32 && i < device.threads; ++i) {
-      Fiber& fiber = device.fibers[i];
+      Fiber& fiber = block.fibers[i];
       if (fiber.state != State::at_warp_barrier) continue;
       bool complete = true;
       for (int lane = 0; lane < 32; ++lane) {
         // Lanes that a block's last warp lacks are taken to be there.
         if (!(fiber.mask >> lane & 1) || first + lane >= device.threads) continue;
-        complete = complete && same_place(fiber, device.fibers[first + lane]);
+        complete = complete && same_place(fiber, block.fibers[first + lane]);
       }
       if (!complete) continue;
       const unsigned mask = fiber.mask;
       unsigned parity = 0;
       for (int lane = 0; lane < 32 && first + lane < device.threads; ++lane) {
-        parity |= (device.fibers[first + lane].arrivals & 1) << lane;
+        parity |= (block.fibers[first + lane].arrivals & 1) << lane;
       }
       for (int lane = 0; lane < 32 && first + lane < device.threads; ++lane) {
         if (!(mask >> lane & 1)) continue;
-        device.fibers[first + lane].partners_parity = parity;
-        device.fibers[first + lane].state = State::ready;
-        device.warps[first / 32].values[lane] = device.fibers[first + lane].given;
+        block.fibers[first + lane].partners_parity = parity;
+        block.fibers[first + lane].state = State::ready;
+        block.warps[first / 32].values[lane] = block.fibers[first + lane].given;
       }
       any = true;
     }
@@ -265,41 +283,62 @@ FASTNET_HARDWARE bool release_barriers() {
   return any;
 }
 
+FASTNET_HARDWARE bool release_barriers() {
+  bool any = release_blocks(device.cluster, device.blocks, State::at_cluster_barrier);
+  for (int b = 0; b < device.blocks; ++b) {
+    Block& block = device.cluster[b];
+    const bool all = release_blocks(&block, 1, State::at_block_barrier);
+    any = all || release_warps(block) || any;
+  }
+  return any;
+}
+
 FASTNET_HARDWARE void report_deadlock() {
-  const Fiber* waiting = nullptr;
-  for (int i = 0; i < device.threads; ++i) {
-    if (device.fibers[i].state == State::at_block_barrier) waiting = &device.fibers[i];
-  }
-  for (int i = 0; i < device.threads && !waiting; ++i) {
-    if (device.fibers[i].state == State::at_warp_barrier) waiting = &device.fibers[i];
-  }
-  for (int i = 0; i < device.threads; ++i) {
-    const Fiber& other = device.fibers[i];
-    const bool expected = waiting->state == State::at_block_barrier ||
-                          (i / 32 == index_of(*waiting) / 32 && (waiting->mask >> i % 32 & 1));
-    if (expected && !same_place(*waiting, other)) fail("divergent barrier", *waiting, other);
+  // A barrier of few threads is what those of many wait for.
+  for (const State barrier :
+       {State::at_warp_barrier, State::at_block_barrier, State::at_cluster_barrier}) {
+    for (int b = 0; b < device.blocks; ++b) {
+      for (int i = 0; i < device.threads; ++i) {
+        const Fiber& waiting = device.cluster[b].fibers[i];
+        if (waiting.state != barrier) continue;
+        for (int c = 0; c < device.blocks; ++c) {
+          for (int j = 0; j < device.threads; ++j) {
+            const Fiber& other = device.cluster[c].fibers[j];
+            const bool expected = barrier == State::at_cluster_barrier ||
+                                  (b == c && (barrier == State::at_block_barrier ||
+                                              (i / 32 == j / 32 && (waiting.mask >> j % 32 & 1))));
+            if (expected && !same_place(waiting, other)) {
+              fail("divergent barrier", waiting, other);
+            }
+          }
+        }
+      }
+    }
   }
   std::abort();
 }
 
-FASTNET_HARDWARE void run_block() {
-  release(&device.block_begun);
+FASTNET_HARDWARE void run_cluster() {
+  release(&device.cluster_begun);
   int left = 0;
-  while (left < device.threads) {
+  while (left < device.blocks * device.threads) {
     bool ran = false;
-    for (int i = 0; i < device.threads; ++i) {
-      if (device.fibers[i].state != State::ready) continue;
-      switch_to_fiber(device.fibers[i]);
-      left += device.fibers[i].state == State::left;
-      ran = true;
+    for (int b = 0; b < device.blocks; ++b) {
+      Block& block = device.cluster[b];
+      for (int i = 0; i < device.threads; ++i) {
+        if (block.fibers[i].state != State::ready) continue;
+        switch_to_fiber(block, block.fibers[i]);
+        left += block.fibers[i].state == State::left;
+        ran = true;
+      }
     }
     if (!release_barriers() && !ran) report_deadlock();
   }
-  acquire(&device.block_ended);
+  acquire(&device.cluster_ended);
 }
 
-FASTNET_HARDWARE void make_fibers(int threads) {
-  for (Fiber* fiber = device.fibers; fiber < device.fibers + threads; ++fiber) {
+FASTNET_HARDWARE void make_fibers(Block& block) {
+  for (Fiber* fiber = block.fibers; fiber < block.fibers + device.threads; ++fiber) {
     if (fiber->stack) continue;
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -308,6 +347,20 @@ FASTNET_HARDWARE void make_fibers(int threads) {
 #if defined(__SANITIZE_THREAD__)
     fiber->sanitizer = __tsan_create_fiber(0);
 #endif
+  }
+}
+
+FASTNET_HARDWARE void prepare(Block& block, uint3 at, dim3 grid, dim3 size) {
+  for (int number = 0; number < device.threads; ++number) {
+    Fiber& fiber = block.fibers[number];
+    const unsigned i = static_cast<unsigned>(number);
+    fiber.thread.thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+    fiber.thread.block = at;
+    fiber.thread.block_dim = size;
+    fiber.thread.grid_dim = grid;
+    fiber.state = State::ready;
+    fiber.arrivals = fiber.block_arrivals = fiber.cluster_arrivals = 0;
+    fiber.context.prepare(fiber.stack);
   }
 }
 
@@ -324,56 +377,76 @@ FASTNET_HARDWARE int lane() {
 }
 
 FASTNET_HARDWARE void* dynamic_shared() {
-  return device.shared.get();
+  return device.block->shared.get();
+}
+
+FASTNET_HARDWARE int cluster_rank() {
+  return static_cast<int>(device.block - device.cluster);
+}
+
+FASTNET_HARDWARE void* shared_of(void* mine, int rank) {
+  const ptrdiff_t at = static_cast<char*>(mine) - device.block->shared.get();
+  return device.cluster[rank].shared.get() + at;
 }
 
 FASTNET_HARDWARE void run(dim3 grid, dim3 block, size_t shared_bytes,
-                          const std::function<void()>& body) {
+                          const std::function<void()>& body, int cluster) {
   const unsigned threads = block.x * block.y * block.z;
-  // The limits of every device from compute capability 7.5 on.
+  // The limits of every device from compute capability 7.5 on, and for clusters, from 9.0 on.
+  const size_t most_shared = cluster > 0 ? kClusterSharedBytes : 48 * 1024;
+  const int blocks = cluster > 0 ? cluster : 1;
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 ||
       grid.z == 0 || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535 ||
-      shared_bytes > 48 * 1024) {
+      blocks > kMaxBlocks || grid.x % static_cast<unsigned>(blocks) != 0 ||
+      shared_bytes > most_shared) {
     std::fprintf(stderr,
-                 "fastnet emulation: no device launches grid (%u, %u, %u), block (%u, %u, %u) with "
-                 "%zu bytes of shared memory\n",
-                 grid.x, grid.y, grid.z, block.x, block.y, block.z, shared_bytes);
+                 "fastnet emulation: no device launches grid (%u, %u, %u) in clusters of %d, block "
+                 "(%u, %u, %u) with %zu bytes of shared memory\n",
+                 grid.x, grid.y, grid.z, cluster, block.x, block.y, block.z, shared_bytes);
     std::abort();
   }
-  make_fibers(static_cast<int>(threads));
+  device.blocks = blocks;
   device.threads = static_cast<int>(threads);
   device.body = &body;
-  // Exactly as large as asked for, so that AddressSanitizer sees where it ends.
-  device.shared.reset(shared_bytes ? new char[shared_bytes] : nullptr);
+  for (int b = 0; b < blocks; ++b) {
+    make_fibers(device.cluster[b]);
+    // Exactly as large as asked for, so that AddressSanitizer sees where it ends.
+    device.cluster[b].shared.reset(shared_bytes ? new char[shared_bytes] : nullptr);
+  }
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        for (unsigned i = 0; i < threads; ++i) {
-          Fiber& fiber = device.fibers[i];
-          fiber.thread.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
-          fiber.thread.block = {x, y, z};
-          fiber.thread.block_dim = block;
-          fiber.thread.grid_dim = grid;
-          fiber.state = State::ready;
-          fiber.arrivals = fiber.block_arrivals = 0;
-          fiber.context.prepare(fiber.stack);
+      for (unsigned x = 0; x < grid.x; x += static_cast<unsigned>(blocks)) {
+        for (int b = 0; b < blocks; ++b) {
+          prepare(device.cluster[b], {x + static_cast<unsigned>(b), y, z}, grid, block);
         }
-        run_block();
+        run_cluster();
       }
     }
   }
-  device.shared.reset();
+  for (int b = 0; b < blocks; ++b) device.cluster[b].shared.reset();
 }
 
-FASTNET_HARDWARE void block_barrier(const Where& where) {
+// At a barrier of a block, or of a cluster: `addresses` are its own, `arrivals` the thread's count.
+FASTNET_HARDWARE static void wait_for_all(State barrier, char* addresses, unsigned* arrivals,
+                                          const Where& where) {
   Fiber& fiber = *device.running;
-  fiber.state = State::at_block_barrier;
+  fiber.state = barrier;
   fiber.where = where;
   fiber.mask = 0;
-  char* const address = &device.at_barrier[fiber.block_arrivals++ & 1];
+  char* const address = &addresses[(*arrivals)++ & 1];
   release(address);
   switch_to_scheduler();
   acquire(address);
+}
+
+FASTNET_HARDWARE void block_barrier(const Where& where) {
+  wait_for_all(State::at_block_barrier, device.block->at_barrier, &device.running->block_arrivals,
+               where);
+}
+
+FASTNET_HARDWARE void cluster_barrier(const Where& where) {
+  wait_for_all(State::at_cluster_barrier, device.at_barrier, &device.running->cluster_arrivals,
+               where);
 }
 
 FASTNET_HARDWARE static void wait_for_warp(unsigned mask, const Where& where) {
@@ -396,7 +469,8 @@ FASTNET_HARDWARE void warp_barrier(unsigned mask, const Where& where) {
   wait_for_warp(mask, where);
   const int first = index_of(fiber) / 32 * 32;
   for (int i = 0; i < 32 && first + i < device.threads; ++i) {
-    if (mask >> i & 1) acquire(&device.fibers[first + i].arrived[fiber.partners_parity >> i & 1]);
+    if (mask >> i & 1)
+      acquire(&device.block->fibers[first + i].arrived[fiber.partners_parity >> i & 1]);
   }
 }
 
@@ -407,7 +481,7 @@ FASTNET_HARDWARE uint64_t exchange(unsigned mask, uint64_t mine, int source, con
   if (present < 32) mask &= (1u << present) - 1;
   device.running->given = mine;
   wait_for_warp(mask, where);
-  const Warp& warp = device.warps[index_of(*device.running) / 32];
+  const Warp& warp = device.block->warps[index_of(*device.running) / 32];
   if (all) {
     for (int i = 0; i < 32; ++i) all[i] = mask >> i & 1 ? warp.values[i] : 0;
   }

@@ -1,12 +1,12 @@
 // A CUDA device on the host, for tests: with FASTNET_EMULATION defined, cuda/common.cuh includes
 // this instead of launching, and a kernel file compiles, unchanged, as C++20.
 //
-// The threads of a block are user-level fibers on one OS thread; blocks run one after the other. A
-// fiber runs until it meets a barrier or a warp exchange, and the next one goes on. So results do
-// not depend on timing; what a missing barrier would allow to happen, ThreadSanitizer is told: to
-// it every fiber is a thread, and nothing but a barrier orders two of them. AddressSanitizer sees
-// global memory (the tensors' own) and dynamic shared memory; UndefinedBehaviorSanitizer the bounds
-// of static shared arrays.
+// The threads of a block are user-level fibers on one OS thread, as are those of a cluster's blocks
+// together; other blocks run one after the other. A fiber runs until it meets a barrier or a warp
+// exchange, and the next one goes on. So results do not depend on timing; what a missing barrier
+// would allow to happen, ThreadSanitizer is told: to it every fiber is a thread, and nothing but a
+// barrier orders two of them. AddressSanitizer sees global memory (the tensors' own) and dynamic
+// shared memory; UndefinedBehaviorSanitizer the bounds of static shared arrays.
 //
 // What this cannot see: races between blocks, the memory model below barriers, reads of shared
 // memory that nothing has written, tensor cores, speed.
@@ -27,7 +27,8 @@
 #undef __launch_bounds__
 #define __launch_bounds__(...)  // registers are no concern here
 
-// Shared memory of a block: blocks run one after the other, so one copy does.
+// Shared memory of a block: blocks run one after the other, so one copy does. (Those of a cluster
+// do not: their kernels keep to dynamic shared memory, of which each has its own.)
 #undef __shared__
 #define __shared__ static
 
@@ -41,12 +42,20 @@ struct ThreadState {
 };
 const ThreadState& current();
 
-// Runs body() once for every thread of every block. `shared_bytes` of dynamic shared memory.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// What a block may have of it where clusters are.
+inline constexpr size_t kClusterSharedBytes = 227 * 1024;
+
+// Runs body() once for every thread of every block. `shared_bytes` of dynamic shared memory;
+// `cluster` blocks, neighbours along x, at a time.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body,
+         int cluster = 0);
 
 void* dynamic_shared();
+int cluster_rank();
+void* shared_of(void* mine, int rank);  // where another block of the cluster has what is `mine`
 
 void block_barrier(const Where& where);
+void cluster_barrier(const Where& where);
 void warp_barrier(unsigned mask, const Where& where);
 // Gives `mine` (8 bytes) to the warp and returns what `source` gave, or all lanes' where the caller
 // passes a table of 32.
