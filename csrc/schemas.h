@@ -54,6 +54,8 @@ void define_schemas(Library& library) {
       "Tensor shift, Tensor(a!)[] weights, Tensor(b!)[] biases, bool[] relu, "
       "Tensor(c!)[] first, Tensor(d!)[] second, Tensor(e!)[] steps, int optimizer, float lr, "
       "float beta1, float beta2, float eps, float weight_decay) -> Tensor");
+  // How many blocks of a CUDA device train a network of these widths together; 0: it does not fit.
+  library.def("mlp_cluster(Tensor images, int[] widths, int batch_size, int optimizer) -> int");
   // Its logits.
   library.def(
       "mlp_forward(Tensor images, Tensor scale, Tensor shift, Tensor[] weights, Tensor[] biases, "

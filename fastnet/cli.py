@@ -168,8 +168,6 @@ def train_command(
     chosen = [(recipe, recipe.settings(schedule=schedule, **choices)) for recipe in recipes]
     out = out or Path("runs") / name
     began = time.time()
-    if native and device == "auto":
-        device = "cpu"  # where the native loop is
     with start(device, amp) as runtime:
         first, settings = chosen[0]
         if (compare or name in COMPARISONS) and runtime.world_size > 1:

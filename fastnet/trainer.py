@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,10 +18,13 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fastnet import functional, modules
 from fastnet.acceleration import chains, tracing
 from fastnet.acceleration.guards import Untraceable
+from fastnet.graphs import GraphedStep
 from fastnet.ops import mlp
 
-# Seconds of batches in one native call: how long Ctrl-C may wait.
+# Seconds of batches in one native call on the CPU: how long Ctrl-C may wait.
 CALL_SECONDS = 0.05
+# Images whose hidden units are in memory at once, where they are predicted by torch's operators.
+PREDICTED_AT_ONCE = 8192
 
 
 class Epoch(NamedTuple):
@@ -44,6 +47,11 @@ class MLPTrainer:
     native code: the batch is gathered and normalised, goes forward and backward, and the optimizer
     is applied where a gradient is computed, with no Python, dispatch or allocation between.
 
+    On a GPU all batches of an epoch are one kernel, on a cluster of thread blocks that keep the
+    network in their shared memory (from compute capability 9.0 on). A network, or a batch, that is
+    too large for that is trained by fastnet's operators and the optimizer itself, each step a CUDA
+    graph.
+
     The parameters and the optimizer's state are the model's own tensors, before and after. So this
     can take turns with a loop in torch: `trainer.optimizer` is a `torch.optim.Adam` or `SGD` on
     `model.parameters()`, whose `state_dict` can be saved and loaded, and whose learning rate a
@@ -52,7 +60,7 @@ class MLPTrainer:
     Args:
         model: `nn.Linear` layers, with or without ReLU after each but the last, in `nn.Sequential`
             or in a `forward` of its own, also after `fastnet.accelerate`. The input may be
-            flattened first, and log-softmax may come last. float32, on the CPU.
+            flattened first, and log-softmax may come last. float32, on the CPU or a GPU.
         optimizer: "adam" or "sgd"; or a `torch.optim.Adam` or `SGD` on just these parameters, which
             then says all that follows.
         lr: learning rate.
@@ -96,6 +104,7 @@ class MLPTrainer:
         self.optimizer = optimizer
         self._read_optimizer()
         self._batches_per_call = 4  # until it is known how long they take
+        self._graphed: tuple[tuple, GraphedStep] | None = None  # the last, and what it is of
 
     def fit(
         self,
@@ -115,7 +124,7 @@ class MLPTrainer:
 
         Args:
             images: `(n, ...)`, of the network's `in_features` values each; uint8, which are scaled
-                to 0...1, or float32.
+                to 0...1, or float32. They and the targets are where the model is.
             targets: the classes, `(n)`, int64.
             batch_size: images in a batch; the last one of an epoch may be smaller.
             epochs: passes through the images.
@@ -141,31 +150,110 @@ class MLPTrainer:
             raise ValueError("there are no images to train on")
         batch_size = min(batch_size, len(rows))
         state = self._state(kind)
-        history = []
-        for _ in range(epochs):
-            if shuffle:
-                order = torch.randperm(len(rows), generator=generator, device="cpu")
-            else:
-                order = torch.arange(len(rows), device="cpu")
-            total = torch.zeros(2, dtype=torch.float64, device="cpu")
-            done = 0
-            while done < len(order):
-                part = order[done : done + self._batches_per_call * batch_size]
-                start = time.perf_counter()
-                total += mlp.train(
+        if self._is_one_kernel(rows, batch_size, kind):
+
+            def train(part: Tensor) -> Tensor:
+                sums = mlp.train(
                     rows, targets, part, batch_size, scale, shift, *network, *state, kind, *options
                 )
                 # As every in-place operator does: nobody must go back through an older graph.
                 torch.autograd.graph.increment_version(list(self.model.parameters()))
                 # As a step does, for the schedulers that ask whether there has been one.
                 self.optimizer._opt_called = True
-                done += len(part)
-                per_image = (time.perf_counter() - start) / len(part)
-                wanted = int(CALL_SECONDS / (per_image * batch_size))
-                self._batches_per_call = max(1, min(wanted, 4 * self._batches_per_call))
+                return sums
+
+            split = self._split_by_time if rows.device.type == "cpu" else _whole
+        else:
+            train = self._step_on(rows, targets, scale, shift, batch_size, options[1:])
+            split = torch.split
+        history = []
+        for _ in range(epochs):
+            if shuffle:
+                device = "cpu" if generator is None else generator.device
+                order = torch.randperm(len(rows), generator=generator, device=device)
+            else:
+                order = torch.arange(len(rows), device="cpu")
+            total = torch.zeros(2, dtype=torch.float64, device=rows.device)
+            for part in split(order.to(rows.device), batch_size):
+                total += train(part)
             loss, right = (total / len(rows)).tolist()
             history.append(Epoch(loss, right))
         return history
+
+    def _split_by_time(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+        """Parts of whole batches, as long as Ctrl-C may wait."""
+        done = 0
+        while done < len(order):
+            part = order[done : done + self._batches_per_call * batch_size]
+            start = time.perf_counter()
+            yield part
+            done += len(part)
+            per_image = (time.perf_counter() - start) / len(part)
+            wanted = int(CALL_SECONDS / (per_image * batch_size))
+            self._batches_per_call = max(1, min(wanted, 4 * self._batches_per_call))
+
+    def _is_one_kernel(self, rows: Tensor, batch_size: int, kind: int) -> bool:
+        """Whether a native loop can hold the network: on the CPU any, on a GPU small ones."""
+        if rows.device.type == "cpu":
+            return True
+        widths = [rows.shape[1], *(layer.linear.out_features for layer in self.layers)]
+        return mlp.cluster(rows, widths, batch_size, kind) > 0
+
+    def _step_on(
+        self,
+        rows: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        batch_size: int,
+        options: tuple,
+    ) -> Callable[[Tensor], Tensor]:
+        """A step of operators on the images chosen: on a GPU in a graph, wherever there can be one.
+
+        The last graph is kept, for a call on the same tensors.
+        """
+        parameters = list(self.model.parameters())
+        states = [v for p in parameters for v in self.optimizer.state[p].values()]
+
+        def step(chosen: Tensor) -> Tensor:
+            logits = self._apply(torch.addcmul(shift, rows[chosen].float(), scale))
+            target = targets[chosen]
+            loss = functional.cross_entropy(logits, target)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            right = (logits.argmax(1) == target).sum()
+            return torch.stack([loss.detach().double() * len(chosen), right.double()])
+
+        def train(chosen: Tensor) -> Tensor:
+            # Gradients, and whether they are taken, are the caller's own.
+            before = [p.grad for p in parameters]
+            try:
+                with torch.inference_mode(False), torch.enable_grad():
+                    return taken(chosen)
+            finally:
+                for parameter, grad in zip(parameters, before, strict=True):
+                    parameter.grad = grad
+
+        tensors = [rows, targets, *parameters, *(v for v in states if isinstance(v, Tensor))]
+        # A graph cannot count steps on the host, as optimizers that are not fused do.
+        if any(tensor.device.type != "cuda" for tensor in tensors):
+            taken = step
+            return train
+        key = (*((tensor.data_ptr(), tensor.shape) for tensor in tensors), batch_size)
+        key += (*options, *scale.tolist(), *shift.tolist())
+        if self._graphed is None or self._graphed[0] != key:
+            self._graphed = key, GraphedStep(step, [self.optimizer])
+        taken = self._graphed[1]
+        return train
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        """The network's logits, by fastnet's operators."""
+        with torch.autocast(rows.device.type, enabled=False):
+            for layer in self.layers:
+                product = functional.linear_relu if layer.relu else F.linear
+                rows = product(rows, layer.linear.weight, layer.linear.bias)
+        return rows
 
     def evaluate(
         self,
@@ -193,16 +281,26 @@ class MLPTrainer:
 
     def _logits(self, images, mean, std) -> Tensor:
         network = self._network()
-        return mlp.forward(*self._read_images(images, mean, std), *network)
+        rows, scale, shift = self._read_images(images, mean, std)
+        if rows.device.type == "cpu":
+            return mlp.forward(rows, scale, shift, *network)
+        with torch.no_grad():
+            parts = rows.split(PREDICTED_AT_ONCE)
+            return torch.cat([self._apply(torch.addcmul(shift, p.float(), scale)) for p in parts])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and images and targets must be."""
+        return self.layers[0].linear.weight.device
 
     def _network(self) -> tuple[list[Tensor], list[Tensor], list[bool]]:
         if _signature(self.model) != self._modules_read:
             self.layers = read_layers(self.model)
             self._modules_read = _signature(self.model)
-        none = torch.empty(0, dtype=torch.float32, device="cpu")
         linears = [layer.linear for layer in self.layers]
         for linear in linears:
-            _check_layer(linear)
+            _check_layer(linear, self.device)
+        none = torch.empty(0, dtype=torch.float32, device=self.device)
         _check_apart([p for linear in linears for p in linear.parameters()])
         return (
             [linear.weight.detach() for linear in linears],
@@ -249,7 +347,8 @@ class MLPTrainer:
             return [], [], []
         names = ("exp_avg", "exp_avg_sq") if kind == mlp.ADAM else ("momentum_buffer",)
         self._check_state(kind, names)
-        none = torch.empty(0, dtype=torch.float32, device="cpu")
+        none = torch.empty(0, dtype=torch.float32, device=self.device)
+        counts_on = self._counts_on()
         lists: tuple[list[Tensor], ...] = ([], [])
         steps = []
         for layer in self.layers:
@@ -263,13 +362,19 @@ class MLPTrainer:
                 with torch.inference_mode(False):
                     if kind == mlp.ADAM:
                         if "step" not in state:
-                            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                            state["step"] = torch.zeros((), dtype=torch.float32, device=counts_on)
                         steps.append(state["step"])
                     for name, states in zip(names, lists, strict=False):
                         if state.get(name) is None:
                             state[name] = torch.zeros_like(parameter, requires_grad=False)
                         states.append(state[name])
         return *lists, steps
+
+    def _counts_on(self) -> torch.device | str:
+        """Where the optimizer counts its steps: with the parameters only where a kernel does."""
+        (group,) = self.optimizer.param_groups
+        on_device = group.get("fused") or group.get("capturable")
+        return self.device if on_device else "cpu"
 
     def _check_state(self, kind: int, names: tuple[str, ...]) -> None:
         """Raises ValueError for a state that is not as the optimizer itself would have it."""
@@ -305,9 +410,10 @@ class MLPTrainer:
         if not isinstance(images, Tensor):
             raise ValueError(f"images must be a tensor, not {type(images).__name__}")
         values = images[0].numel() if images.dim() > 1 and len(images) else width
-        if images.dtype not in (torch.uint8, torch.float32) or images.device.type != "cpu":
+        if images.dtype not in (torch.uint8, torch.float32) or images.device != self.device:
             raise ValueError(
-                f"images must be uint8 or float32 on the CPU, not {images.dtype} on {images.device}"
+                f"images must be uint8 or float32 and, as the model, on {self.device}, not "
+                f"{images.dtype} on {images.device}"
             )
         if images.dim() < 2 or values != width:
             raise ValueError(f"images must have {width} values each, but are {tuple(images.shape)}")
@@ -325,7 +431,7 @@ class MLPTrainer:
         return (
             images.reshape(len(images), width).contiguous(),
             *(
-                torch.tensor(values, dtype=torch.float32, device="cpu").repeat_interleave(
+                torch.tensor(values, dtype=torch.float32, device=self.device).repeat_interleave(
                     width // len(values)
                 )
                 for values in (scale, shift)
@@ -336,10 +442,14 @@ class MLPTrainer:
         classes = self.layers[-1].linear.out_features
         if not isinstance(targets, Tensor):
             raise ValueError(f"targets must be a tensor, not {type(targets).__name__}")
-        if targets.dtype is not torch.int64 or tuple(targets.shape) != (count,):
+        if (
+            targets.dtype is not torch.int64
+            or tuple(targets.shape) != (count,)
+            or targets.device != self.device
+        ):
             raise ValueError(
-                f"targets must be ({count},), int64, but are {tuple(targets.shape)}, "
-                f"{targets.dtype}"
+                f"targets must be ({count},), int64, on {self.device}, but are "
+                f"{tuple(targets.shape)}, {targets.dtype}, on {targets.device}"
             )
         if count and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
             raise ValueError(
@@ -347,6 +457,10 @@ class MLPTrainer:
                 f"{int(targets.max())}"
             )
         return targets.contiguous()
+
+
+def _whole(order: Tensor, _batch_size: int) -> tuple[Tensor]:
+    return (order,)
 
 
 def _by_channel(name: str, value: float | Sequence[float] | Tensor, channels: int) -> list[float]:
@@ -387,7 +501,7 @@ def read_layers(model: nn.Module) -> list[Layer]:
                     f"a layer gives {layers[-1].linear.out_features} values, and the next takes "
                     f"{step.in_features}"
                 )
-            _check_layer(step)
+            _check_layer(step, layers[0].linear.weight.device if layers else step.weight.device)
             layers.append(Layer(step, False))
         elif step == "ReLU" and layers and not layers[-1].relu:
             layers[-1] = Layer(layers[-1].linear, True)
@@ -410,12 +524,14 @@ def _refusal(what: str) -> ValueError:
     return ValueError(f"MLPTrainer trains linear layers with ReLU between, and {what}")
 
 
-def _check_layer(linear: nn.Linear) -> None:
+def _check_layer(linear: nn.Linear, device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise _refusal(f"{linear} is on {device}, not on the CPU or a GPU")
     for name, parameter in linear.named_parameters():
-        if parameter.dtype is not torch.float32 or parameter.device.type != "cpu":
+        if parameter.dtype is not torch.float32 or parameter.device != device:
             raise _refusal(
                 f"{name} of {linear} is {parameter.dtype} on {parameter.device}, not float32 on "
-                "the CPU"
+                f"{device}"
             )
         if not parameter.requires_grad:
             raise _refusal(f"{name} of {linear} is frozen")

@@ -13,7 +13,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from conftest import load_emulated
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import interruptible, run_on_isa
 from torch import nn
@@ -23,6 +24,7 @@ from fastnet.bench import networks
 from fastnet.functional import build_info
 from fastnet.models import MnistNet, mlp
 
+EMULATED = torch.ops.fastnet_emulated
 OPTIMIZERS = {
     "sgd": {"optimizer": "sgd", "lr": 0.05},
     "sgd, decay": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 0.01},
@@ -32,12 +34,44 @@ OPTIMIZERS = {
 }
 
 
+NETWORKS = {
+    "mnist-net": networks.MnistNet,
+    "softmax": networks.SoftmaxRegression,
+    "activation-net": networks.ActivationNet,
+    "deep, linear": lambda: plain(784, 64, 48, 32, 10, relu=False),
+}
+
+
 @pytest.fixture(params=[1, 2, 3])
 def _threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["emulated", "steps", "cuda", "cuda, steps"])
+def elsewhere(request, monkeypatch) -> str:
+    """Not the CPU's loop: the one kernel of CUDA on the host, and on a GPU; and steps of operators,
+    which train what is too large for it. Gives the device for tensors."""
+    path, _, steps = request.param.partition(", ")
+    if path == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+    if path == "cuda" and not steps and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no clusters on this GPU")
+    if path == "emulated":
+        if not load_emulated():
+            pytest.skip("`make emulation` builds what this needs")
+        monkeypatch.setattr(fastnet.ops.mlp, "train", EMULATED.mlp_train.default)
+
+        def is_one_kernel(trainer, rows, batch_size, kind):
+            widths = [rows.shape[1], *(layer.linear.out_features for layer in trainer.layers)]
+            return EMULATED.mlp_cluster(rows, widths, batch_size, kind) > 0
+
+        monkeypatch.setattr(fastnet.MLPTrainer, "_is_one_kernel", is_one_kernel)
+    if "steps" in (path, steps):
+        monkeypatch.setattr(fastnet.MLPTrainer, "_is_one_kernel", lambda *_: False)
+    return "cuda" if path == "cuda" else "cpu"
 
 
 @pytest.fixture(scope="session")
@@ -101,19 +135,20 @@ def assert_models_agree(actual, expected, tolerance=1e-4):
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize(
-    "network",
-    [
-        networks.MnistNet,
-        networks.SoftmaxRegression,
-        networks.ActivationNet,
-        lambda: plain(784, 64, 48, 32, 10, relu=False),
-    ],
-    ids=["mnist-net", "softmax", "activation-net", "deep, linear"],
-)
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_a_hundred_steps_agree_with_torch(network, options, digits):
-    images, targets = digits
-    model = network()
+    compare_a_hundred_steps(network, options, digits, "cpu")
+
+
+@pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_a_hundred_steps_elsewhere(network, options, digits, elsewhere):
+    compare_a_hundred_steps(network, options, digits, elsewhere)
+
+
+def compare_a_hundred_steps(network, options, digits, device):
+    images, targets = (part.to(device) for part in digits)
+    model = network().to(device)
     twin = copy.deepcopy(model)
     trainer = fastnet.MLPTrainer(model, **options)
     (epoch,) = trainer.fit(images, targets, 32, mean=0.1, std=0.5, shuffle=False)
@@ -125,25 +160,42 @@ def test_a_hundred_steps_agree_with_torch(network, options, digits):
     assert epoch.accuracy == pytest.approx(accuracy, abs=2 / len(images))
 
 
-@given(
-    widths=st.lists(st.integers(1, 40), min_size=2, max_size=6),
-    relu=st.lists(st.booleans(), min_size=5, max_size=5),
-    bias=st.booleans(),
-    n=st.integers(1, 70),
-    batch_size=st.integers(1, 40),
-    dtype=st.sampled_from([torch.uint8, torch.float32]),
-    kind=st.sampled_from(list(OPTIMIZERS)),
-)
-def test_random_networks(widths, relu, bias, n, batch_size, dtype, kind):
+RANDOM = {
+    "relu": st.lists(st.booleans(), min_size=5, max_size=5),
+    "bias": st.booleans(),
+    "n": st.integers(1, 70),
+    "batch_size": st.integers(1, 40),
+    "dtype": st.sampled_from([torch.uint8, torch.float32]),
+    "kind": st.sampled_from(list(OPTIMIZERS)),
+}
+
+
+@given(widths=st.lists(st.integers(1, 40), min_size=2, max_size=6), **RANDOM)
+def test_random_networks(**drawn):
     """Widths below a vector's, batches of one, a last batch that is smaller, no bias."""
+    compare_random_networks("cpu", **drawn)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    # From one block of a cluster to eight, of which some have no units.
+    first=st.sampled_from([1, 3, 30, 64, 100, 130, 300, 517, 784]),
+    widths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    **RANDOM,
+)
+def test_random_networks_elsewhere(elsewhere, first, widths, **drawn):
+    compare_random_networks(elsewhere, widths=[first, *widths], **drawn)
+
+
+def compare_random_networks(device, widths, relu, bias, n, batch_size, dtype, kind):
     torch.manual_seed(len(widths) + n)
     steps = [nn.Flatten()]
     for i, (a, b) in enumerate(itertools.pairwise(widths)):
         steps.append(nn.Linear(a, b, bias))
         if i < len(widths) - 2 and relu[i]:
             steps.append(nn.ReLU())
-    model = nn.Sequential(*steps)
-    images, targets = data(n, widths[0], widths[-1], dtype)
+    model = nn.Sequential(*steps).to(device)
+    images, targets = (part.to(device) for part in data(n, widths[0], widths[-1], dtype))
     twin = copy.deepcopy(model).double()
     # Adam divides by the size of the gradient: where that is nothing but rounding, so is the step.
     options = {**OPTIMIZERS[kind]}
@@ -168,10 +220,18 @@ def test_on_every_instruction_set(isa):
 
 @pytest.mark.usefixtures("_threads")
 def test_hostile_values():
+    check_hostile_values("cpu")
+
+
+def test_hostile_values_elsewhere(elsewhere):
+    check_hostile_values(elsewhere)
+
+
+def check_hostile_values(device):
     """Large logits, dead units, and NaN where torch has it."""
-    images, targets = data(64, 20, 5, torch.float32)
+    images, targets = (part.to(device) for part in data(64, 20, 5, torch.float32))
     images *= 1e3
-    model = plain(20, 8, 5)
+    model = plain(20, 8, 5).to(device)
     twin = copy.deepcopy(model)
     (epoch,) = fastnet.MLPTrainer(model, "sgd", lr=1e-6).fit(images, targets, 16, shuffle=False)
     loss, _ = torch_fit(twin, torch_optimizer(twin, "sgd", lr=1e-6), images, targets, 16)
@@ -260,9 +320,18 @@ def test_learns_real_digits():
 
 @pytest.mark.parametrize("kind", ["adam, decay", "momentum", "sgd"])
 def test_back_and_forth(kind):
+    go_back_and_forth(kind, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["adam, decay", "momentum", "sgd"])
+def test_back_and_forth_elsewhere(kind, elsewhere):
+    go_back_and_forth(kind, elsewhere)
+
+
+def go_back_and_forth(kind, device):
     """Native, torch on the same optimizer, native; and a state dict carried over to a new one."""
-    images, targets = data(320, 784, 10)
-    model, options = networks.MnistNet(), OPTIMIZERS[kind]
+    images, targets = (part.to(device) for part in data(320, 784, 10))
+    model, options = networks.MnistNet().to(device), OPTIMIZERS[kind]
     twin = copy.deepcopy(model)
     optimizer = torch_optimizer(twin, **options)
     trainer = fastnet.MLPTrainer(model, **options)
@@ -284,6 +353,92 @@ def test_back_and_forth(kind):
     if "adam" in kind:
         steps = {int(state["step"]) for state in other.state.values()}
         assert steps == {int(state["step"]) for state in optimizer.state.values()} == {30}
+
+
+@pytest.mark.parametrize("kind", ["adam, decay", "momentum"])
+@pytest.mark.parametrize("widths", [(784, 256, 10), (320, 260, 180, 33)])
+def test_optimizer_states_in_global_memory(kind, widths, elsewhere):
+    images, targets = (part.to(elsewhere) for part in data(100, widths[0], widths[-1]))
+    model = plain(*widths).to(elsewhere)
+    twin = copy.deepcopy(model)
+    fastnet.MLPTrainer(model, **OPTIMIZERS[kind]).fit(images, targets, 32, shuffle=False)
+    torch_fit(twin, torch_optimizer(twin, **OPTIMIZERS[kind]), images, targets, 32)
+    assert_models_agree(model, twin)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}])
+def test_torchs_own_adam_elsewhere(options, elsewhere):
+    """Which counts its steps on the host or on the device."""
+    if options.get("capturable") and elsewhere == "cpu":
+        pytest.skip("capturable is for a GPU")
+    images, targets = (part.to(elsewhere) for part in data(100, 784, 10))
+    model = networks.MnistNet().to(elsewhere)
+    twin = copy.deepcopy(model)
+    for m, train in ((model, False), (twin, True)):
+        optimizer = torch.optim.Adam(m.parameters(), **options)
+        if train:
+            torch_fit(m, optimizer, images, targets, 32)
+            torch_fit(m, optimizer, images, targets, 32)
+        else:
+            fastnet.MLPTrainer(m, optimizer).fit(images, targets, 32, epochs=2, shuffle=False)
+        assert {s["step"].item() for s in optimizer.state.values()} == {8.0}
+    assert_models_agree(model, twin)
+
+
+def test_gradients_stay_the_callers(elsewhere):
+    images, targets = (part.to(elsewhere) for part in data(100, 40, 3))
+    model = plain(40, 6, 3).to(elsewhere)
+    model[1].weight.grad = before = torch.ones_like(model[1].weight)
+    with torch.no_grad():
+        fastnet.MLPTrainer(model).fit(images, targets, 16, epochs=2)
+    assert model[1].weight.grad is before
+    assert torch.equal(before, torch.ones_like(before))
+    assert model[1].bias.grad is None
+
+
+def test_order_elsewhere(elsewhere):
+    """A generator of the CPU's, and of the device's own."""
+    images, targets = (part.to(elsewhere) for part in data(100, 12, 3))
+    for where in {"cpu", elsewhere}:
+        model = plain(12, 6, 3).to(elsewhere)
+        twin = copy.deepcopy(model)
+        generators = [torch.Generator(where).manual_seed(5) for _ in range(2)]
+        trainer = fastnet.MLPTrainer(model, "sgd", lr=0.1)
+        trainer.fit(images, targets, 8, generator=generators[0])
+        order = torch.randperm(100, generator=generators[1], device=where).to(elsewhere)
+        torch_fit(twin, torch_optimizer(twin, "sgd", lr=0.1), images, targets, 8, order=order)
+        assert_models_agree(model, twin)
+
+
+@pytest.mark.parametrize(
+    ("widths", "batch_size", "blocks"),
+    [
+        ((7, 3), 8, 1),
+        ((100, 10), 8, 2),
+        ((784, 28, 10), 64, 8),
+        ((784, 28, 10), 256, 8),
+        ((784, 28, 10), 257, 0),  # a thread looks up each row
+        ((12, 100, 100, 10), 64, 2),  # no work for two, but memory
+        ((784, 256, 10), 32, 8),  # with the optimizer's states in global memory
+        ((784, 256, 10), 64, 0),
+        ((4,) * 10, 8, 0),
+        ((1 << 40, 10), 8, 0),
+    ],
+)
+def test_what_a_cluster_holds(widths, batch_size, blocks):
+    if not load_emulated():
+        pytest.skip("`make emulation` builds what this needs")
+    cluster = EMULATED.mlp_cluster
+    assert cluster(torch.empty(0), list(widths), batch_size, fastnet.ops.mlp.ADAM) == blocks
+
+
+def test_a_cluster_refuses_what_it_cannot_hold(monkeypatch):
+    if not load_emulated():
+        pytest.skip("`make emulation` builds what this needs")
+    monkeypatch.setattr(fastnet.ops.mlp, "train", EMULATED.mlp_train.default)
+    images, targets = data(300, 12, 3)
+    with pytest.raises(RuntimeError, match="batches of 300, does not fit"):
+        fastnet.MLPTrainer(plain(12, 6, 3)).fit(images, targets, 300)
 
 
 def test_a_graph_of_before_is_noticed():

@@ -100,14 +100,7 @@ struct Training {
   int64_t right = 0;
 
   MlpStep step(int64_t number) const {
-    MlpStep s{.lr = static_cast<float>(lr),
-              .beta1 = static_cast<float>(beta1),
-              .beta2 = static_cast<float>(beta2),
-              .eps = static_cast<float>(eps),
-              .weight_decay = static_cast<float>(weight_decay),
-              .second_scale = 1,
-              .beta1_rest = static_cast<float>(1 - beta1),
-              .beta2_rest = static_cast<float>(1 - beta2)};
+    MlpStep s = mlp_step(lr, beta1, beta2, eps, weight_decay);
     if (optimizer == MlpOptimizer::adam) {
       const double t = static_cast<double>(first_step + number);
       s.lr = static_cast<float>(lr / (1 - std::pow(beta1, t)));
@@ -358,19 +351,11 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
                  std::vector<Tensor> first, std::vector<Tensor> second, std::vector<Tensor> steps,
                  int64_t optimizer, double lr, double beta1, double beta2, double eps,
                  double weight_decay) {
-  std::vector<MlpLayer> layers = check_mlp_layers(weights, biases, relu);
-  check_mlp_images(images, scale, shift, layers.front());
+  const MlpOptimizer kind = mlp_optimizer(optimizer);
+  const std::vector<MlpLayer> layers =
+      check_mlp_training(images, targets, order, &batch_size, scale, shift, weights, biases, relu,
+                         first, second, steps, kind);
   const int64_t n = images.size(0);
-  check(targets.scalar_type() == ScalarType::Long && targets.dim() == 1 && targets.size(0) == n &&
-            targets.is_contiguous(),
-        "mlp: targets must be (", n, "), int64 and contiguous, but are ", ShapeOf{targets}, " of ",
-        targets.scalar_type());
-  check(order.scalar_type() == ScalarType::Long && order.dim() == 1 && order.is_contiguous(),
-        "mlp: order must be int64, of one dimension and contiguous");
-  check(batch_size > 0, "mlp: batch_size must be at least 1, not ", batch_size);
-  batch_size = std::min(batch_size, std::max<int64_t>(1, n));
-  check(optimizer >= 0 && optimizer <= 2, "mlp: there is no optimizer ", optimizer);
-  const auto kind = static_cast<MlpOptimizer>(optimizer);
   const auto* const classes = static_cast<const int64_t*>(targets.const_data_ptr());
   const auto* const chosen = static_cast<const int64_t*>(order.const_data_ptr());
   for (int64_t i = 0; i < order.size(0); ++i) {
@@ -379,40 +364,12 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
     check(target >= 0 && target < layers.back().out, "mlp: target ", target, " is no class of ",
           layers.back().out);
   }
-  // What is written to must be no copy-on-write view of somebody else's.
-  for (std::vector<Tensor>* tensors : {&weights, &biases, &first, &second, &steps}) {
-    for (Tensor& tensor : *tensors) {
-      if (tensor.numel() > 0) tensor.mutable_data_ptr();
-    }
-  }
-  const auto add_state = [&](const std::vector<Tensor>& states, Tensor MlpLayer::* weight,
-                             Tensor MlpLayer::* bias) {
-    check(states.size() == 2 * layers.size(), "mlp: a state for every weight and bias is needed");
-    for (size_t l = 0; l < layers.size(); ++l) {
-      const Tensor &of_weight = states[2 * l], &of_bias = states[2 * l + 1];
-      check(of_weight.scalar_type() == ScalarType::Float && of_weight.is_contiguous() &&
-                of_weight.numel() == layers[l].weight.numel() &&
-                of_bias.scalar_type() == ScalarType::Float && of_bias.is_contiguous() &&
-                of_bias.numel() == layers[l].bias.numel(),
-            "mlp: the optimizer's state of layer ", l, " does not fit");
-      layers[l].*weight = of_weight;
-      layers[l].*bias = of_bias;
-    }
-  };
-  if (kind != MlpOptimizer::sgd) {
-    add_state(first, &MlpLayer::weight_first, &MlpLayer::bias_first);
-  }
   double steps_before = 0;
   for (const Tensor& step : steps) {
-    check(step.scalar_type() == ScalarType::Float && step.numel() == 1, "mlp: a step is a float32");
     const float value = *floats(step);
     check(&step == &steps.front() || value == steps_before, "mlp: the optimizer has taken ",
           steps_before, " steps with one parameter and ", value, " with another");
     steps_before = value;
-  }
-  if (kind == MlpOptimizer::adam) {
-    check(!steps.empty(), "mlp: Adam needs to know how many steps it has taken");
-    add_state(second, &MlpLayer::weight_second, &MlpLayer::bias_second);
   }
 
   const int64_t rows = std::min(batch_size, order.size(0));

@@ -54,6 +54,7 @@ class OnDeviceOf {
   OnDeviceOf& operator=(const OnDeviceOf&) = delete;
 
   cudaStream_t stream() const { return stream_; }
+  int index() const { return device_; }
 
  private:
   int device_;
@@ -140,6 +141,13 @@ __device__ __forceinline__ void narrow(float value, __half* to) {
 // assertion. (assert() itself is compiled out of release builds.)
 __device__ __forceinline__ void device_assert(bool holds, const char* what) {
   if (!holds) __assert_fail(what, __FILE__, __LINE__, __func__);
+}
+
+// Brings a line on its way to the second-level cache.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
 }
 
 // The sum over a warp, in every lane. The order of additions is fixed.

@@ -15,9 +15,8 @@ from fastnet.bench import machine, networks
 from fastnet.bench.harness import FASTNET, Case
 from fastnet.data import Batches, Samples
 from fastnet.recipes import RECIPES, Recipe
-from fastnet.recipes.graphs import step_in_graph
 from fastnet.recipes.runtime import start
-from fastnet.recipes.tasks import Task
+from fastnet.recipes.tasks import Task, step_in_graph
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 # The training, the shape of its pictures, how many classes, and batches beside its own.

@@ -8,7 +8,8 @@ from torch import Tensor
 from fastnet import _library  # noqa: F401  registers torch.ops.fastnet
 
 train = torch.ops.fastnet.mlp_train.default
-forward = torch.ops.fastnet.mlp_forward.default
+forward = torch.ops.fastnet.mlp_forward.default  # on the CPU
+cluster = torch.ops.fastnet.mlp_cluster.default  # on CUDA
 
 # By their numbers in csrc/mlp.h.
 SGD, MOMENTUM, ADAM = 0, 1, 2

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from fastnet.data import Batches, Samples
-from fastnet.recipes.graphs import step_in_graph
 from fastnet.recipes.recipe import Recipe, Settings
 from fastnet.recipes.runtime import ONE_PROCESS, Runtime
+from fastnet.recipes.tasks import step_in_graph
 
 
 def step_times(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +10,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fastnet.data import Batches, Samples
+from fastnet.graphs import GraphedStep
 from fastnet.recipes import plots
 from fastnet.recipes.recipe import Recipe, Settings
 from fastnet.recipes.runtime import Runtime
 
 Measures = dict[str, Tensor]  # means over a batch, by the name they get in the metrics
+
+Step = Callable[[Tensor, Tensor, float], Measures]
 
 
 class Task:
@@ -262,3 +266,14 @@ class Adversaries(Task):
 
     def overview(self, title, history, pictures, samples) -> Figure:  # noqa: ARG002
         return plots.with_pictures(title, history, self.made(), "made from noise")
+
+
+def step_in_graph(task: Task) -> Step:
+    """The task's step, in a graph where one can be: on a GPU, in one process, and without a scaler,
+    which looks at gradients from the host."""
+    possible = (
+        task.runtime.device.type == "cuda"
+        and task.runtime.world_size == 1
+        and task.runtime.amp is not torch.float16
+    )
+    return GraphedStep(task.step, task.optimizers) if possible else task.step
