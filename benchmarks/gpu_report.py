@@ -25,13 +25,15 @@ sys.path.insert(0, str(ROOT))
 
 # Seconds after which a part is stopped; together less than ten minutes.
 LIMITS = {"build": 100, "tests": 100, "memcheck": 40, "racecheck": 40}
-TIMED = ("linear_relu", "cross_entropy", "conv_relu_pool", "recipes")
-LIMITS |= dict.fromkeys(TIMED, 65)  # what is timed until then is kept
-SHORT = "cuda and float64 and not no and (784 or 130 or 600)"  # a short list for compute-sanitizer
+TIMED = ("linear_relu", "cross_entropy", "conv_relu_pool", "mlp_trainer", "recipes")
+LIMITS |= dict.fromkeys(TIMED, 60)  # what is timed until then is kept
+# A short list for compute-sanitizer.
+SHORT_TESTS = ("tests/test_linear_relu.py", "tests/test_trainer.py")
+SHORT = "cuda and (float64 and not no and (784 or 130 or 600) or hostile and not steps)"
 
 
 OPS = ("linear_relu", "cross_entropy", "conv_relu_pool")
-OP_TESTS = [f"tests/test_{op}.py" for op in (*OPS, "linear_cross_entropy")]
+OP_TESTS = [f"tests/test_{op}.py" for op in (*OPS, "linear_cross_entropy", "trainer")]
 OP_TESTS += [
     "tests/test_accelerate.py::test_cuda_graph",
     "tests/test_recipes.py::test_cuda_graphs_train_as_steps_do",
@@ -90,7 +92,7 @@ def sanitize(tool: str, out: Path) -> Part:
     if program is None:
         return Part(tool, False, 0, "compute-sanitizer is not installed")
     command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest"]
-    return run(tool, [*command, "-q", "-x", "tests/test_linear_relu.py", "-k", SHORT], out)
+    return run(tool, [*command, "-q", "-x", *SHORT_TESTS, "-k", SHORT], out)
 
 
 def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:

@@ -1,7 +1,8 @@
 """Epochs of fully connected networks: one native loop against torch's own loops.
 
 Eager torch and torch.compile are given batches that are gathered and normalised already; fastnet
-gathers and normalises in the loop, from uint8.
+gathers and normalises in the loop, from uint8. On a GPU all data are there from the start,
+torch.compile makes CUDA graphs of its own, and another side has the whole step as one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import fastnet
 from fastnet.bench import machine, recipes
 from fastnet.bench.harness import FASTNET, Case
 from fastnet.data import MNIST, Batches, Samples
+from fastnet.graphs import GraphedStep
 from fastnet.recipes import RECIPES
 
 LR = 1e-3
@@ -27,15 +29,16 @@ Trainer = Callable[[nn.Sequential, Samples, int], Callable[[], list[torch.Tensor
 
 
 def cases(quick: bool = False, others: dict[str, Trainer] | None = None) -> Iterator[Case]:
-    """On the CPU: there is no native loop on a GPU yet.
-
+    """
     Args:
         quick: the most important one only.
         others: further sides (`benchmarks/peers.py` has some).
     """
     if torch.cuda.is_available():
-        return
-    digits, _ = MNIST.load()
+        digits = recipes.pictures(recipes.GREY, 10, 60_000)  # as many as the full set
+    else:
+        digits, _ = MNIST.load()
+    digits = digits.to(machine.device())
     yield _epoch((784, 28, 10), digits, 64, others)
     if quick:
         return
@@ -43,9 +46,10 @@ def cases(quick: bool = False, others: dict[str, Trainer] | None = None) -> Iter
         yield _epoch((784, 28, 10), digits, batch_size, others)
     yield _epoch((784, 10), digits, 64, others)
     yield _epoch((784, 300, 100, 10), digits, 64, others)
-    colour = recipes.pictures(recipes.COLOUR, 10, 320)
+    colour = recipes.pictures(recipes.COLOUR, 10, 320).to(machine.device())
     yield _epoch((3072, 1000, 500, 10), colour, 16, others)
-    if not others and machine.has("the document's script", "torchvision", "PIL"):
+    on_gpu = torch.cuda.is_available()  # where the script does not train
+    if not others and not on_gpu and machine.has("the document's script", "torchvision", "PIL"):
         yield _document()
 
 
@@ -54,7 +58,7 @@ def _network(widths: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers[:-1]).to(machine.device())
 
 
 def _epoch(
@@ -85,10 +89,14 @@ def _sides(
     batches = list(Batches(images, batch_size, MNIST.mean, MNIST.std))
     torch._dynamo.reset()
     sides: dict[str, Callable] = {}
-    for side in ("eager", "compile"):
+    on_gpu = torch.cuda.is_available()
+    mode = "reduce-overhead" if on_gpu else None
+    for side in ("eager", "compile", "graph")[: 3 if on_gpu else 2]:
         model = _network(widths)
-        called = torch.compile(model, dynamic=False) if side == "compile" else model
-        sides[side] = _torch_epoch(model, called, batches)
+        called = model
+        if side == "compile":
+            called = torch.compile(model, dynamic=False, mode=mode)
+        sides[side] = _torch_epoch(model, called, batches, graphed=side == "graph")
     for side, trainer in (others or {}).items():
         sides[side] = trainer(_network(widths), images, batch_size)
     model = _network(widths)
@@ -109,14 +117,19 @@ def _sides(
     return sides
 
 
-def _torch_epoch(model, called, batches):
+def _torch_epoch(model, called, batches, graphed):
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+
+    def step(pictures, labels):
+        optimizer.zero_grad()
+        F.cross_entropy(called(pictures), labels).backward()
+        optimizer.step()
+
+    taken = GraphedStep(step, [optimizer]) if graphed else step
 
     def once():
         for pictures, labels in batches:
-            optimizer.zero_grad()
-            F.cross_entropy(called(pictures), labels).backward()
-            optimizer.step()
+            taken(pictures, labels)
         return [p.detach() for p in model.parameters()]
 
     return once
