@@ -215,7 +215,11 @@ def compare_random_networks(device, widths, relu, bias, n, batch_size, dtype, ki
 def test_on_every_instruction_set(isa):
     if build_info()["cpu_isa"] == isa:
         pytest.skip("the other tests run on it")
-    run_on_isa(isa, __file__, "random_networks or hundred_steps or evaluate")
+    run_on_isa(
+        isa,
+        __file__,
+        "(random_networks or hundred_steps or evaluate or large_batches) and not elsewhere",
+    )
 
 
 @pytest.mark.usefixtures("_threads")
@@ -261,6 +265,38 @@ def test_normalisation_by_channel(shape):
     expected = twin(ready)
     evaluation = trainer.evaluate(images, targets, mean, std)
     assert evaluation.loss == pytest.approx(F.cross_entropy(expected, targets).item(), rel=1e-4)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("widths", [(784, 28, 10), (784, 10), (500, 90, 40, 7), (40, 3)])
+@pytest.mark.parametrize("kind", ["adam, decay", "momentum"])
+def test_large_batches(widths, kind):
+    """Which go through in blocks of rows, also the smaller last one."""
+    images, targets = data(2900, widths[0], widths[-1])
+    model = plain(*widths)
+    twin = copy.deepcopy(model).double()
+    trainer = fastnet.MLPTrainer(model, **OPTIMIZERS[kind])
+    (epoch,) = trainer.fit(images, targets, 1100, mean=0.4, std=0.7, shuffle=False)
+    optimizer = torch_optimizer(twin, **OPTIMIZERS[kind])
+    loss, _ = torch_fit(twin, optimizer, images.double() / 255, targets, 1100, 0.4, 0.7)
+    assert_models_agree(model.double(), twin)
+    assert epoch.loss == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_adam_without_eps():
+    """Divides by zero where torch does, and not behind the last of a thread's units."""
+    images, targets = data(96, 40, 10, torch.float32)
+    model = plain(40, 21, 10, relu=False)  # where no unit is dead
+    twin = copy.deepcopy(model)
+    fastnet.MLPTrainer(model, eps=0.0).fit(images, targets, 32, epochs=2, shuffle=False)
+    optimizer = torch_optimizer(twin, eps=0.0)
+    for _ in range(2):
+        torch_fit(twin, optimizer, images, targets, 32)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert ours.isfinite().all()
+        assert theirs.isfinite().all()
+    assert_models_agree(model, twin, 1e-3)
 
 
 def test_order_is_the_generators():
@@ -712,7 +748,7 @@ def test_models_that_change_between_calls():
 
 def test_bits_do_not_depend_on_how_batches_fall_into_calls():
     """A call of the small last batch alone, and of all."""
-    images, targets = data(259, 784, 10)
+    images, targets = data(416, 784, 10)
     results = []
     for batches in (1, 100):
         torch.manual_seed(2)

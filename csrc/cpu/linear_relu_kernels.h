@@ -230,18 +230,19 @@ static void product_rows(const acc_t<T>* a, int64_t a_row, int64_t a_step, const
   }
 }
 
-// c[i, k] for i in [i_begin, i_end), k in [k_begin, k_end). A range of k is either as wide as a
-// vector at least, or all of K.
+// c[i, k] for i in [i_begin, i_end), k in [k_begin, k_end); with `is_more`, added to what is there.
+// A range of k is either as wide as a vector at least, or all of K.
 template <class T>
 void product_kernel(const acc_t<T>* a, int64_t a_row, int64_t a_step, const T* b, T* c, int64_t J,
-                    int64_t K, int64_t i_begin, int64_t i_end, int64_t k_begin, int64_t k_end) {
+                    int64_t K, int64_t i_begin, int64_t i_end, int64_t k_begin, int64_t k_end,
+                    bool is_more = false) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
   constexpr int kWide = kStep * kProductVectors;
   if (k_end - k_begin < kStep) {
     for (int64_t i = i_begin; i < i_end; ++i) {
       for (int64_t k = k_begin; k < k_end; ++k) {
-        A sum = 0;
+        A sum = is_more ? widen(c[i * K + k]) : A(0);
         for (int64_t j = 0; j < J; ++j) sum += a[i * a_row + j * a_step] * widen(b[j * K + k]);
         narrow(sum, c + i * K + k);
       }
@@ -256,7 +257,7 @@ void product_kernel(const acc_t<T>* a, int64_t a_row, int64_t a_step, const T* b
     const int64_t steps = J - j < depth ? J - j : depth;
     const A* a_block = a + j * a_step;
     const T* b_block = b + j * K;
-    const bool add = j > 0;
+    const bool add = is_more || j > 0;
     int64_t k = k_begin;
     for (; k + kWide <= k_end; k += kWide) {
       product_rows<T, kProductRows, kProductVectors>(a_block, a_row, a_step, b_block + k, c + k,

@@ -7,6 +7,9 @@
 //   1                 after the parts of the logits
 //   L - 2             after the parts of each hidden layer's gradient
 // that is, one for up to two layers.
+//
+// A batch that does not stay in the cache goes through in blocks of rows, with these barriers for
+// each; gradients add up, and the last block's pass applies the optimizer.
 
 #include "../mlp.h"
 
@@ -88,12 +91,14 @@ struct Training {
   double lr, beta1, beta2, eps, weight_decay;
   int64_t first_step;
 
-  int64_t row_stride;  // the batch's rows, in whole vectors
+  int64_t block_rows;  // at most
+  bool is_in_blocks;   // whether a batch has several
+  int64_t row_stride;  // those, in whole vectors
   int64_t threads;
   SpinBarrier barrier;
-  // What threads pass to each other. Logits: per thread and parity of the step, since a fast thread
-  // writes those of the next step while a slow one reads. Hidden units (rows, out) of all layers
-  // but the last two; and per thread the parts of their gradients.
+  // What threads pass to each other. Logits: per thread and parity of the block, since a fast
+  // thread writes those of the next block while a slow one reads. Hidden units (rows, out) of all
+  // layers but the last two; and per thread the parts of their gradients.
   std::vector<Floats> logits, hidden, hidden_grads;
 
   double loss = 0;
@@ -140,6 +145,7 @@ struct Part {
   float *bias = nullptr, *bias_first = nullptr, *bias_second = nullptr;
   Floats dz;
   Floats copies[6];
+  Floats grad, bias_grad;  // sums over the blocks of a batch; of the weight, none where one is all
 };
 
 void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_stride,
@@ -153,7 +159,9 @@ void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_
 // the others waiting.
 struct Workspace {
   std::vector<Part> parts;
-  Range pixels;  // the images' columns that the thread needs
+  Range pixels;   // the images' columns that the thread needs
+  int64_t width;  // of its part of the last layer, behind hidden ones in whole vectors: few units
+                  // would go through the loops one by one
   Floats input;
   Floats activations, grads;  // of its units of the last hidden layer
   Floats dlogits;
@@ -171,7 +179,7 @@ std::array<const Tensor*, 6> tensors_of(const MlpLayer& layer) {
 Workspace::Workspace(const Training& training, int64_t thread) {
   const std::vector<MlpLayer>& layers = training.layers;
   const int64_t L = static_cast<int64_t>(layers.size());
-  const int64_t rows_at_most = std::min(training.batch_size, training.count);
+  const int64_t rows = training.block_rows;
   parts.resize(L);
   for (int64_t l = 0; l + 1 < L; ++l) {
     const MlpLayer& layer = layers[l];
@@ -186,28 +194,34 @@ Workspace::Workspace(const Training& training, int64_t thread) {
       part.bias_first = floats(layer.bias_first) + part.units.begin;
       part.bias_second = floats(layer.bias_second) + part.units.begin;
     }
-    part.dz = Floats(rows_at_most * part.units.size());
+    part.dz = Floats(rows * part.units.size());
+    if (training.is_in_blocks) part.grad = Floats(part.units.size() * layer.in);
+    part.bias_grad = Floats(part.units.size());
   }
   const MlpLayer& last = layers.back();
   const int64_t C = last.out;
   Part& own = parts[L - 1];
   own.units = share_of(last.in, thread, training.threads);
-  const int64_t width = own.units.size();
+  width = own.units.size();
+  if (L > 1) width = divide_up(width, kWidestVector) * kWidestVector;
   const std::array<const Tensor*, 6> whole = tensors_of(last);
   for (int i = 0; i < 3; ++i) {
     own.copies[i] = Floats(C * width);
-    copy_columns(floats(*whole[i]) + own.units.begin, last.in, own.copies[i], width, C, width);
+    copy_columns(floats(*whole[i]) + own.units.begin, last.in, own.copies[i], width, C,
+                 own.units.size());
     own.copies[3 + i] = Floats(C);
     if (last.bias.numel() > 0) {
       std::copy_n(floats(*whole[3 + i]), C, own.copies[3 + i].operator float*());
     }
   }
+  if (training.is_in_blocks) own.grad = Floats(C * width);
+  own.bias_grad = Floats(C);
   own.weight = own.copies[0], own.weight_first = own.copies[1], own.weight_second = own.copies[2];
   own.bias = own.copies[3], own.bias_first = own.copies[4], own.bias_second = own.copies[5];
   pixels = L == 1 ? own.units : Range{0, layers.front().in};
-  input = Floats(rows_at_most * pixels.size());
-  activations = Floats(L == 1 ? 0 : rows_at_most * width);
-  grads = Floats(rows_at_most * width);
+  input = Floats(rows * pixels.size());
+  activations = Floats(L == 1 ? 0 : rows * width);
+  grads = Floats(rows * width);
   dlogits = Floats(C * training.row_stride);
   from_threads.resize(training.threads);
 }
@@ -224,14 +238,24 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
   float *const grads = space.grads, *const dlogits = space.dlogits;
   std::vector<const float*>& from_threads = space.from_threads;
   const Part& own = parts[L - 1];
-  const int64_t width = own.units.size();
+  const int64_t width = space.width;
   const bool is_uint8 = images.scalar_type() == ScalarType::Byte;
   double loss_sum = 0;
   int64_t right_sum = 0;
 
-  for (int64_t done = 0, number = 0; done < count; done += batch_size, ++number) {
-    const int64_t M = std::min(batch_size, count - done);
-    const MlpStep now = step(number);
+  MlpStep now{};
+  int64_t M = 0, left = 0;  // rows of a block, and those of its batch from it on
+  bool is_more = false;     // whether gradients of the batch's rows before it are there
+  float share = 0;
+  for (int64_t done = 0, block = 0; done < count; done += M, ++block) {
+    if (left == 0) {
+      now = step(done / batch_size);
+      left = std::min(batch_size, count - done);
+      share = 1.0f / static_cast<float>(left);
+      is_more = false;
+    }
+    M = std::min(block_rows, left);
+    const bool is_last = M == left;
     if (is_uint8) {
       gather<uint8_t>(*this, order + done, input, M, pixels);
     } else {
@@ -244,7 +268,7 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
       const MlpLayer& layer = layers[l];
       const Part& part = parts[l];
       const bool is_private = l + 2 == L;
-      const int64_t stride = is_private ? part.units.size() : layer.out;
+      const int64_t stride = is_private ? width : layer.out;
       float* const out = is_private ? activations : hidden[l] + part.units.begin;
       const auto forward = [&](auto relu) {
         FASTNET_BEST_ISA(forward_kernel<float, relu.value>(x, part.weight, part.bias, out, layer.in,
@@ -258,26 +282,47 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
     }
     const float* const h = L == 1 ? input : activations;
     FASTNET_BEST_ISA(forward_kernel<float, false>(
-        own.weight, h, nullptr, logits[2 * thread + number % 2], width, stride, 0, C, 0, M));
+        own.weight, h, nullptr, logits[2 * thread + block % 2], width, stride, 0, C, 0, M));
     barrier.wait();
-    for (int64_t p = 0; p < threads; ++p) from_threads[p] = logits[2 * p + number % 2];
+    for (int64_t p = 0; p < threads; ++p) from_threads[p] = logits[2 * p + block % 2];
     // Every thread computes the same of all rows: less work than to pass it on.
-    loss_sum += FASTNET_BEST_ISA(mlp_loss_kernel(from_threads.data(), threads, own.bias, targets,
-                                                 order + done, dlogits, &right_sum, M, C, stride));
+    loss_sum +=
+        FASTNET_BEST_ISA(mlp_loss_kernel(from_threads.data(), threads, own.bias, targets,
+                                         order + done, dlogits, &right_sum, M, C, stride, share));
 
     const int64_t next = done + M;
-    prefetch(*this, order + next, std::min(batch_size, count - next), pixels);
+    prefetch(*this, order + next, std::min(block_rows, count - next), pixels);
 
     // Backward. A weight is read for the gradient of its layer's input before it is updated.
     if (L > 1) {
       FASTNET_BEST_ISA(
           product_kernel<float>(dlogits, 1, stride, own.weight, grads, C, width, 0, M, 0, width));
     }
-    FASTNET_BEST_ISA(mlp_update_kernel<kOptimizer>(
-        dlogits, 1, stride, h, own.weight, own.weight_first, own.weight_second, M, C, width, now));
-    if (last.bias.numel() > 0) {
-      FASTNET_BEST_ISA(mlp_update_bias_kernel<kOptimizer>(
-          dlogits, 1, stride, own.bias, own.bias_first, own.bias_second, M, C, now));
+    // A layer's gradient, and with a batch's last rows, its step.
+    const auto apply = [&](const MlpLayer& layer, const Part& part, const float* dz,
+                           int64_t m_stride, int64_t n_stride, const float* x, int64_t N,
+                           int64_t K) {
+      if (layer.bias.numel() > 0) {
+        FASTNET_BEST_ISA(mlp_sum_kernel(dz, m_stride, n_stride, part.bias_grad, M, N, is_more));
+      }
+      if (!is_last) {
+        FASTNET_BEST_ISA(
+            product_kernel<float>(dz, n_stride, m_stride, x, part.grad, M, K, 0, N, 0, K, is_more));
+        return;
+      }
+      FASTNET_BEST_ISA(mlp_update_kernel<kOptimizer>(
+          dz, m_stride, n_stride, x, is_more ? part.grad.operator float*() : nullptr, part.weight,
+          part.weight_first, part.weight_second, M, N, K, now));
+      if (layer.bias.numel() > 0) {
+        FASTNET_BEST_ISA(mlp_update_bias_kernel<kOptimizer>(
+            part.bias_grad, part.bias, part.bias_first, part.bias_second, N, now));
+      }
+    };
+    apply(last, own, dlogits, 1, stride, h, C, width);
+    if (eps == 0 && is_last) {  // Adam has divided by zero behind the last unit
+      for (int64_t c = 0; c < C; ++c) {
+        std::fill(own.weight + c * width + own.units.size(), own.weight + (c + 1) * width, 0.0f);
+      }
     }
     for (int64_t l = L - 2; l >= 0; --l) {
       const MlpLayer& layer = layers[l];
@@ -293,8 +338,8 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
       }
       const auto mask = [&](auto relu) {
         FASTNET_BEST_ISA(mlp_mask_kernel<relu.value>(
-            from_threads.data(), is_private ? 1 : threads, is_private ? units : layer.out,
-            is_private ? activations : hidden[l] + part.units.begin, is_private ? units : layer.out,
+            from_threads.data(), is_private ? 1 : threads, is_private ? width : layer.out,
+            is_private ? activations : hidden[l] + part.units.begin, is_private ? width : layer.out,
             part.dz, M, units));
       };
       layer.relu ? mask(std::true_type{}) : mask(std::false_type{});
@@ -304,16 +349,12 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
                                                layer.in, 0, M, 0, layer.in));
       }
       const float* const below = l > 0 ? hidden[l - 1] : input;
-      FASTNET_BEST_ISA(mlp_update_kernel<kOptimizer>(part.dz, units, 1, below, part.weight,
-                                                     part.weight_first, part.weight_second, M,
-                                                     units, layer.in, now));
-      if (part.bias) {
-        FASTNET_BEST_ISA(mlp_update_bias_kernel<kOptimizer>(
-            part.dz, units, 1, part.bias, part.bias_first, part.bias_second, M, units, now));
-      }
-      // Also so that nobody writes the next step's units while somebody still reads these.
+      apply(layer, part, part.dz, units, 1, below, units, layer.in);
+      // Also so that nobody writes the next block's units while somebody still reads these.
       if (l > 0) barrier.wait();
     }
+    left -= M;
+    is_more = true;
   }
 
   const int states = optimizer == MlpOptimizer::sgd        ? 1
@@ -321,7 +362,8 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
                                                            : 3;
   const std::array<const Tensor*, 6> whole = tensors_of(last);
   for (int i = 0; i < states; ++i) {
-    copy_columns(own.copies[i], width, floats(*whole[i]) + own.units.begin, last.in, C, width);
+    copy_columns(own.copies[i], width, floats(*whole[i]) + own.units.begin, last.in, C,
+                 own.units.size());
     if (thread == 0 && last.bias.numel() > 0) {
       std::copy_n(own.copies[3 + i].operator float*(), C, floats(*whole[3 + i]));
     }
@@ -343,6 +385,21 @@ int64_t choose_threads(const std::vector<MlpLayer>& layers, int64_t rows) {
   }
   const int64_t threads = torch::stable::get_num_threads();
   return std::max<int64_t>(1, std::min({threads, products / kStepPerThread, narrowest / 2}));
+}
+
+// Rows of a batch that go through at a time: what stays in a core's second-level cache, where the
+// gradients do that are added up meanwhile.
+int64_t choose_block(const std::vector<MlpLayer>& layers, int64_t rows) {
+  constexpr int64_t kCachedRows = 1024 * 1024, kCachedGradients = 512 * 1024;  // bytes
+  int64_t row = 0, parameters = 0;
+  for (const MlpLayer& layer : layers) {
+    row += layer.in * static_cast<int64_t>(sizeof(float));
+    parameters += layer.weight.numel() * static_cast<int64_t>(sizeof(float));
+  }
+  const int64_t most = std::max(kWidestVector * 4, kCachedRows / row);
+  if (parameters > kCachedGradients || rows <= most + most / 2) return rows;
+  const int64_t blocks = divide_up(rows, most);
+  return divide_up(divide_up(rows, blocks), kWidestVector) * kWidestVector;
 }
 
 Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& order,
@@ -372,10 +429,10 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
     steps_before = value;
   }
 
-  const int64_t rows = std::min(batch_size, order.size(0));
-  // By a whole batch, also where this call has a smaller one only: what comes out depends on how
-  // many threads there are, and must not on how batches fall into calls.
-  const int64_t threads = choose_threads(layers, std::min(batch_size, n));
+  // By a whole batch, also where this call has a smaller one only: what comes out depends on blocks
+  // and on how many threads there are, and must not on how batches fall into calls.
+  const int64_t rows = choose_block(layers, batch_size);
+  const int64_t threads = choose_threads(layers, batch_size);
   const int64_t stride = divide_up(rows, kWidestVector) * kWidestVector;
   Training training{.images = images,
                     .targets = classes,
@@ -392,6 +449,8 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
                     .eps = eps,
                     .weight_decay = weight_decay,
                     .first_step = static_cast<int64_t>(steps_before) + 1,
+                    .block_rows = rows,
+                    .is_in_blocks = rows < batch_size,
                     .row_stride = stride,
                     .threads = threads,
                     .barrier = SpinBarrier(static_cast<int>(threads)),

@@ -52,16 +52,15 @@ void mlp_gather_kernel(const Pixel* images, const int64_t* order, const float* s
 
 // ---------------------------------------------------------------------------------------------
 // Softmax and cross-entropy, with vectors along the rows of the batch: logits (C, rows) = bias +
-// Σ_p parts[p]; grad (C, rows), of the mean loss, is (softmax - one-hot) / rows. Returns the sum of
-// the losses, and adds to *right how many targets have the largest logit, the first of its value.
+// Σ_p parts[p]; grad (C, rows) is (softmax - one-hot) · share. Returns the sum of the losses, and
+// adds to *right how many targets have the largest logit, the first of its value.
 //
 // Rows of parts and grad are `stride` wide, a multiple of the vector.
 
 double mlp_loss_kernel(const float* const* parts, int64_t part_count, const float* bias,
                        const int64_t* targets, const int64_t* order, float* grad, int64_t* right,
-                       int64_t rows, int64_t C, int64_t stride) {
+                       int64_t rows, int64_t C, int64_t stride, float share) {
   constexpr int kStep = kLanes<float>;
-  const float share = 1.0f / static_cast<float>(rows);
   double loss = 0;
   for (int64_t row = 0; row < rows; row += kStep) {
     const int64_t count = rows - row < kStep ? rows - row : kStep;
@@ -194,17 +193,21 @@ FASTNET_INLINE void update(float* w, float* first, float* second, Vec<float> gra
 
 // ---------------------------------------------------------------------------------------------
 // The gradient of a weight, applied where it is computed: of w (N, K), for all K and N,
-//   grad[n, k] = Σ_m dz[m, n] · x[m, k],  m in [0, M)
-// dz[m, n] lies at m · m_stride + n · n_stride. Vectors lie along K; dz's elements are broadcast.
+//   grad[n, k] = before[n, k] + Σ_m dz[m, n] · x[m, k],  m in [0, M)
+// `before` is of other rows of the batch, or null. dz[m, n] lies at m · m_stride + n · n_stride.
+// Vectors lie along K; dz's elements are broadcast.
 
 template <MlpOptimizer kOptimizer, int kRows, int kVectors>
 FASTNET_INLINE void mlp_update_tile(const float* dz, int64_t m_stride, int64_t n_stride,
-                                    const float* x, float* w, float* first, float* second,
-                                    int64_t M, int64_t K, int64_t skip, const MlpStep& step) {
+                                    const float* x, const float* before, float* w, float* first,
+                                    float* second, int64_t M, int64_t K, int64_t skip,
+                                    const MlpStep& step) {
   constexpr int kStep = kLanes<float>;
   Vec<float> sum[kRows][kVectors];
   FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
-    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<float>{};
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = before ? load(before + r * K + v * kStep) : Vec<float>{};
+    }
   }
   for (int64_t m = 0; m < M; ++m) {
     Vec<float> row[kVectors];
@@ -224,26 +227,27 @@ FASTNET_INLINE void mlp_update_tile(const float* dz, int64_t m_stride, int64_t n
 
 template <MlpOptimizer kOptimizer, int kRows, int kVectors>
 static void mlp_update_rows(const float* dz, int64_t m_stride, int64_t n_stride, const float* x,
-                            float* w, float* first, float* second, int64_t M, int64_t K,
-                            int64_t rows, int64_t skip, const MlpStep& step) {
+                            const float* before, float* w, float* first, float* second, int64_t M,
+                            int64_t K, int64_t rows, int64_t skip, const MlpStep& step) {
   if (rows == kRows) {
-    mlp_update_tile<kOptimizer, kRows, kVectors>(dz, m_stride, n_stride, x, w, first, second, M, K,
-                                                 skip, step);
+    mlp_update_tile<kOptimizer, kRows, kVectors>(dz, m_stride, n_stride, x, before, w, first,
+                                                 second, M, K, skip, step);
   } else if constexpr (kRows > 1) {
-    mlp_update_rows<kOptimizer, kRows - 1, kVectors>(dz, m_stride, n_stride, x, w, first, second, M,
-                                                     K, rows, skip, step);
+    mlp_update_rows<kOptimizer, kRows - 1, kVectors>(dz, m_stride, n_stride, x, before, w, first,
+                                                     second, M, K, rows, skip, step);
   }
 }
 
 template <MlpOptimizer kOptimizer>
 void mlp_update_kernel(const float* dz, int64_t m_stride, int64_t n_stride, const float* x,
-                       float* w, float* first, float* second, int64_t M, int64_t N, int64_t K,
-                       const MlpStep& step) {
+                       const float* before, float* w, float* first, float* second, int64_t M,
+                       int64_t N, int64_t K, const MlpStep& step) {
   constexpr int kStep = kLanes<float>;
   constexpr int kWide = kStep * kProductVectors;
   if (K < kStep) {
     for (int64_t n = 0; n < N; ++n) {
       Vec<float> sum = {};
+      for (int64_t k = 0; k < K && before; ++k) sum[k] = before[n * K + k];
       for (int64_t m = 0; m < M; ++m) {
         for (int64_t k = 0; k < K; ++k) sum[k] += dz[m * m_stride + n * n_stride] * x[m * K + k];
       }
@@ -256,8 +260,8 @@ void mlp_update_kernel(const float* dz, int64_t m_stride, int64_t n_stride, cons
   const auto tile_at = [&](auto vectors, int64_t tile, int64_t k, int64_t skip) {
     const int64_t n = tile * N / tiles, rows = (tile + 1) * N / tiles - n;
     mlp_update_rows<kOptimizer, kProductRows, decltype(vectors)::value>(
-        dz + n * n_stride, m_stride, n_stride, x + k, w + n * K + k, first + n * K + k,
-        second + n * K + k, M, K, rows, skip, step);
+        dz + n * n_stride, m_stride, n_stride, x + k, before ? before + n * K + k : nullptr,
+        w + n * K + k, first + n * K + k, second + n * K + k, M, K, rows, skip, step);
   };
   const auto columns = [&](int64_t tile, int64_t tile_end) {
     const auto tiles_at = [&](auto vectors, int64_t k, int64_t skip) {
@@ -281,24 +285,33 @@ void mlp_update_kernel(const float* dz, int64_t m_stride, int64_t n_stride, cons
   }
 }
 
-// The same of a bias (N): grad[n] = Σ_m dz[m, n].
-template <MlpOptimizer kOptimizer>
-void mlp_update_bias_kernel(const float* dz, int64_t m_stride, int64_t n_stride, float* bias,
-                            float* first, float* second, int64_t M, int64_t N,
-                            const MlpStep& step) {
+// sums (N) = Σ_m dz[m, n]; with `is_more`, added to what is there.
+void mlp_sum_kernel(const float* dz, int64_t m_stride, int64_t n_stride, float* sums, int64_t M,
+                    int64_t N, bool is_more) {
   constexpr int kStep = kLanes<float>;
   for (int64_t n = 0; n < N; n += kStep) {
     const int64_t count = N - n < kStep ? N - n : kStep;
-    Vec<float> sum = {};
     if (count == kStep && n_stride == 1) {
+      Vec<float> sum = is_more ? load(sums + n) : Vec<float>{};
       for (int64_t m = 0; m < M; ++m) sum += load(dz + m * m_stride + n);
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        float one = 0;
-        for (int64_t m = 0; m < M; ++m) one += dz[m * m_stride + (n + i) * n_stride];
-        sum[i] = one;
-      }
+      store(sums + n, sum);
+      continue;
     }
-    update<kOptimizer>(bias + n, first + n, second + n, sum, step, 0, count);
+    for (int64_t i = n; i < n + count; ++i) {
+      float sum = is_more ? sums[i] : 0;
+      for (int64_t m = 0; m < M; ++m) sum += dz[m * m_stride + i * n_stride];
+      sums[i] = sum;
+    }
+  }
+}
+
+// A bias (N), by its gradient.
+template <MlpOptimizer kOptimizer>
+void mlp_update_bias_kernel(const float* grad, float* bias, float* first, float* second, int64_t N,
+                            const MlpStep& step) {
+  constexpr int kStep = kLanes<float>;
+  for (int64_t n = 0; n < N; n += kStep) {
+    update<kOptimizer>(bias + n, first + n, second + n, load(grad + n), step, 0,
+                       N - n < kStep ? N - n : kStep);
   }
 }
