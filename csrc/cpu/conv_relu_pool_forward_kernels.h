@@ -7,6 +7,8 @@
 //   strip   [C][rows][2][half]     some rows of a padded image, even columns and odd ones apart
 //   patches [points][C][tiles]     the tiles of a block, by position in the patch, or transformed
 //   pooled  [K][tiles]             the block's results, then written in the output's layout
+//
+// Patches of very few channels are [C][points][tiles], with distances that the compiler knows.
 
 // Winograd's F(2x2, 3x3): the four convolution outputs of a tile, that is one pooling window, by 16
 // multiplications instead of 36:
@@ -68,6 +70,12 @@ inline constexpr int kMaxVectors = 32;
 // products of a few filters, while all filters go past them. Of more channels, those of one point
 // do so.
 inline constexpr int64_t kFewChannels = 8;
+// Input channels up to which a block has a function of its own, of kFusedFilters filters and
+// kProductVectors vectors at a time, whose products never are in memory. Its patches stand in rows
+// of kFusedRow tiles.
+inline constexpr int64_t kFusedChannels = 4;
+inline constexpr int kFusedFilters = 2, kFusedVectors = 2 * kProductVectors;
+inline constexpr int64_t kFusedRow = (kFusedVectors + 1) * kLanes<float>;
 inline constexpr int kDirectFilters = kRegisters == 32 ? 6 : 3;
 
 FASTNET_INLINE int64_t round_up(int64_t value, int64_t to) {
@@ -88,6 +96,11 @@ struct FilterGroups {
 // Filters, rearranged
 
 template <class T>
+static bool is_fused(const ConvForward<T>& call) {
+  return call.by_winograd && call.C <= kFusedChannels;
+}
+
+template <class T>
 int64_t filter_count(const ConvForward<T>& call) {
   return call.by_winograd ? kPoints * round_up(call.K, kProductFilters) * call.C
                           : call.K * call.C * call.kernel * call.kernel;
@@ -105,11 +118,13 @@ static int64_t part_begin(const ConvForward<T>& call, int64_t part) {
                           : FilterGroups(call.K).begin(part);
 }
 
-// filters[point][k / 4][c][k % 4] = (G g Gᵀ)[point], of filters that there are not 0.
+// filters[point][k / 4][c][k % 4] = (G g Gᵀ)[point], of filters that there are not 0. Of very few
+// channels filters[k / 4][point][c][k % 4].
 template <class T>
 static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
   using V = Vec4<float>;
-  const int64_t C = call.C, plane = round_up(call.K, kProductFilters) * C;
+  const int64_t C = call.C, step = kProductFilters * C;
+  const int64_t plane = is_fused(call) ? step : round_up(call.K, kProductFilters) * C;
   const int64_t first = part_begin(call, part), count = part_begin(call, part + 1) - first;
   V largest = {};
   Vec4<int32_t> is_number = V{} == V{};
@@ -137,7 +152,8 @@ static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
       half[2][s] = outer - inner;
       half[3][s] = g[2][s];
     }
-    float* to = call.arranged_filters + first * C + c * kProductFilters;
+    float* to = call.arranged_filters + part * (is_fused(call) ? kPoints * step : step) +
+                c * kProductFilters;
     for (int r = 0; r < 4; ++r) {
       const V outer = (half[r][0] + half[r][2]) * 0.5f, inner = half[r][1] * 0.5f;
       const V row[4] = {half[r][0], outer + inner, outer - inner, half[r][2]};
@@ -241,19 +257,20 @@ struct ForwardPlan {
     if (call.by_winograd) {
       vectors = vectors / kProductVectors * kProductVectors;
       if (vectors < kProductVectors || C > kFewChannels) vectors = kProductVectors;
+      if (is_fused(call)) vectors = least(vectors, kFusedVectors);
     }
     vectors = vectors < 1 ? 1 : least(vectors, kMaxVectors);
     tiles = vectors * kLanes<T>;
     // Patches are written a vector at a time, past the end of a row of tiles, and read so.
     constexpr int64_t kSlack = 4 * kLanes<T>, kLine = 64 / sizeof(A);
-    patch_row = tiles + kLanes<T>;
-    plane = off_pages(C * patch_row);
+    patch_row = is_fused(call) ? kPoints * kFusedRow : tiles + kLanes<T>;
+    plane = is_fused(call) ? kFusedRow : off_pages(C * patch_row);
     filters = round_up(call.K, kProductFilters);
     products_plane = off_pages(filters * tiles);
     strip_plane = off_pages((2 * strip_rows + call.kernel - 1) * 2 * half);
     strip_at = 0;
     patches_at = round_up(strip_at + C * strip_plane + kSlack, kLine);
-    products_at = patches_at + points * plane;
+    products_at = patches_at + round_up(is_fused(call) ? C * patch_row : points * plane, kLine);
     pooled_at = products_at + (call.by_winograd ? kPoints * products_plane : 0);
     codes_at = pooled_at + filters * tiles;
     end = codes_at + filters * tiles / static_cast<int64_t>(sizeof(A)) + kSlack;
@@ -371,6 +388,15 @@ FASTNET_INLINE void transform_patch(const float* strip, int64_t half, float* to,
   row(3, d(1, 0) - d(3, 0), d(1, 1) - d(3, 1), d(1, 2) - d(3, 2), d(1, 3) - d(3, 3));
 }
 
+// The same of `count` neighbouring tiles, and some beyond, of very few channels. A function of its
+// own, in which sixteen addresses of a known distance need no registers.
+__attribute__((noinline)) static void transform_row(const float* strip, int64_t half, float* to,
+                                                    int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<float>) {
+    transform_patch(strip + i, half, to + i, kFusedRow);
+  }
+}
+
 // What the strip in the scratch memory is.
 struct Strip {
   int64_t id = -1;
@@ -408,6 +434,10 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
         A* to = scratch + plan.patches_at + c * plan.patch_row + (t - first);
         for (int64_t i = 0; i < count; i += kLanes<T>) {
           if constexpr (sizeof(A) == sizeof(float) && kKernel == 3) {
+            if (is_fused(call)) {
+              transform_row(from, plan.half, to, count);
+              break;
+            }
             if (call.by_winograd) {
               transform_patch(from + i, plan.half, to + i, plan.plane);
               continue;
@@ -434,8 +464,7 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
 // Winograd's form
 
 // products[k][tile] = Σ_c filters[c][k] · patches[c][tile], for 4 filters and kVectors vectors.
-// kChannels is C where that is known to the compiler, else 0.
-template <int kVectors, int kChannels>
+template <int kVectors>
 FASTNET_INLINE void product_block(const float* filters, const float* patches, int64_t C,
                                   int64_t patch_row, int64_t tiles, float* products) {
   using V = Vec<float>;
@@ -444,7 +473,7 @@ FASTNET_INLINE void product_block(const float* filters, const float* patches, in
   FASTNET_UNROLL for (int k = 0; k < kProductFilters; ++k) {
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[k][v] = V{};
   }
-  const auto add = [&](int64_t c) __attribute__((always_inline)) {
+  for (int64_t c = 0; c < C; ++c) {
     V x[kVectors];
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
       x[v] = load(patches + c * patch_row + v * kStep);
@@ -453,11 +482,6 @@ FASTNET_INLINE void product_block(const float* filters, const float* patches, in
       const V w = splat(filters[c * kProductFilters + k]);
       FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[k][v] += w * x[v];
     }
-  };
-  if constexpr (kChannels > 0) {
-    FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) add(c);
-  } else {
-    for (int64_t c = 0; c < C; ++c) add(c);
   }
   FASTNET_UNROLL for (int k = 0; k < kProductFilters; ++k) {
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -475,94 +499,100 @@ struct ProductPlan {
 };
 
 // All points of `count` filters.
-template <int kVectors, int kChannels>
+template <int kVectors>
 static void products_of_points(const ProductPlan& at, int64_t count) {
   for (int point = 0; point < kPoints; ++point) {
     const float* const filters = at.filters + point * at.filters_plane;
     const float* const patches = at.patches + point * at.patches_plane;
     float* const products = at.products + point * at.products_plane;
     for (int64_t k = 0; k < count; k += kProductFilters) {
-      product_block<kVectors, kChannels>(filters + k * at.C, patches, at.C, at.patch_row, at.tiles,
-                                         products + k * at.tiles);
+      product_block<kVectors>(filters + k * at.C, patches, at.C, at.patch_row, at.tiles,
+                              products + k * at.tiles);
     }
-  }
-}
-
-template <int kVectors>
-static void products_of_vectors(const ProductPlan& at, int64_t count) {
-  // Of a few channels, a loop's beginning and end would take longer than its turns.
-  switch (at.C) {
-    case 2:
-      return products_of_points<kVectors, 2>(at, count);
-    case 3:
-      return products_of_points<kVectors, 3>(at, count);
-    case 4:
-      return products_of_points<kVectors, 4>(at, count);
-    default:
-      return products_of_points<kVectors, 0>(at, count);
   }
 }
 
 template <class A>
 using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
 
-// The lowest byte of every lane. (As a conversion of vectors this takes an instruction a lane and
-// more.)
-template <class I, int... kLane>
-FASTNET_INLINE void store_bytes(uint8_t* to, Vec<I> codes, LaneList<kLane...>) {
+// The lowest byte of every lane, in two steps: side by side within 16 bytes, and then across those.
+// (As a conversion of vectors this takes an instruction a lane and more.)
+template <class I, int... kByte, int... kUnit>
+FASTNET_INLINE void store_bytes(uint8_t* to, Vec<I> codes, LaneList<kByte...>, LaneList<kUnit...>) {
+  constexpr int kSize = sizeof(I), kNear = 16 / kSize;
+  constexpr int kUnits = sizeof...(kUnit), kNext = 16 / kNear;  // of kNear bytes
+  using Unit = std::conditional_t<kNear == 4, uint32_t, uint16_t>;
   const Vec<uint8_t> all = (Vec<uint8_t>)codes;
-  const auto bytes = __builtin_shufflevector(all, all, (kLane * static_cast<int>(sizeof(I)))...);
-  __builtin_memcpy(to, &bytes, sizeof bytes);
+  const Vec<Unit> near =
+      (Vec<Unit>)__builtin_shufflevector(all, all, (kByte / 16 * 16 + kByte % kNear * kSize)...);
+  const Vec<Unit> bytes = __builtin_shufflevector(near, near, (kUnit * kNext % kUnits)...);
+  __builtin_memcpy(to, &bytes, kVectorBytes / kSize);
 }
 template <class A>
 FASTNET_INLINE void store_codes(uint8_t* to, Vec<Index<A>> codes) {
-  store_bytes<Index<A>>(to, codes, typename MakeLanes<kVectorBytes / sizeof(A)>::type{});
+  store_bytes<Index<A>>(to, codes, typename MakeLanes<kVectorBytes>::type{},
+                        typename MakeLanes<kVectorBytes * sizeof(A) / 16>::type{});
 }
 
-// The maximum of the four elements of a window, in the order 2·dy + dx, and which one it is. Where
-// no NaN can be among them, fewer comparisons do.
-template <bool kMayBeNaN, class A>
-FASTNET_INLINE Vec<A> window_maximum(const Vec<A>* y, Vec<Index<A>>* code) {
+// The maximum of the four elements of each window, in the order 2·dy + dx, and which one it is. Of
+// several vectors step by step, for each step waits for the one before. Where no NaN can be among
+// them, fewer comparisons do.
+template <bool kMayBeNaN, class A, int kCount>
+FASTNET_INLINE void window_maxima(const Vec<A> (&y)[kCount][4], Vec<A> (&most)[kCount],
+                                  Vec<Index<A>> (&code)[kCount]) {
   using I = Vec<Index<A>>;
-  Vec<A> most = y[0];
-  *code = I{};
-  FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
-    if constexpr (kMayBeNaN) {
-      const I wins = (most < y[i]) | (y[i] != y[i]);
-      most = wins ? y[i] : most;
-      *code = wins ? I{} + i : *code;
-    } else {
-      *code = most < y[i] ? I{} + i : *code;
-      most = maximum<A>(most, y[i]);
+  if constexpr (kMayBeNaN) {
+    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+      most[n] = y[n][0];
+      code[n] = I{};
+      FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
+        const I wins = (most[n] < y[n][i]) | (y[n][i] != y[n][i]);
+        most[n] = wins ? y[n][i] : most[n];
+        code[n] = wins ? I{} + i : code[n];
+      }
+    }
+  } else {
+    Vec<A> lower[kCount];
+    I lower_code[kCount];
+    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+      const I wins = y[n][0] < y[n][1];
+      most[n] = wins ? y[n][1] : y[n][0];
+      code[n] = wins ? I{} + 1 : I{};
+    }
+    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+      const I wins = y[n][2] < y[n][3];
+      lower[n] = wins ? y[n][3] : y[n][2];
+      lower_code[n] = wins ? I{} + 3 : I{} + 2;
+    }
+    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+      const I wins = most[n] < lower[n];
+      most[n] = wins ? lower[n] : most[n];
+      code[n] = wins ? lower_code[n] : code[n];
     }
   }
-  return most;
 }
 
-// Its ReLU, and the code where that passes nothing.
-template <bool kMayBeNaN, class A, class To>
-FASTNET_INLINE void store_window(Vec<A> most, Vec<Index<A>> code, To* pooled, uint8_t* codes) {
+// Their ReLU, and the code where that passes nothing.
+template <class A, class T, int kCount>
+FASTNET_INLINE void store_windows(const Vec<A> (&most)[kCount], const Vec<Index<A>> (&code)[kCount],
+                                  T* const (&pooled)[kCount], uint8_t* const (&codes)[kCount]) {
   using I = Vec<Index<A>>;
-  const I dead = most <= Vec<A>{};
-  store(pooled, kMayBeNaN ? (dead ? Vec<A>{} : most) : maximum<A>(Vec<A>{}, most));
-  store_codes<A>(codes, dead ? I{} + kDead : code);
-}
-
-template <bool kMayBeNaN, class A, class To>
-FASTNET_INLINE void pool_window(const Vec<A>* y, To* pooled, uint8_t* codes) {
-  Vec<Index<A>> code;
-  const Vec<A> most = window_maximum<kMayBeNaN, A>(y, &code);
-  store_window<kMayBeNaN, A>(most, code, pooled, codes);
+  FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+    const I dead = most[n] <= Vec<A>{};
+    store(pooled[n], dead ? Vec<A>{} : most[n]);
+    store_codes<A>(codes[n], dead ? I{} + kDead : code[n]);
+  }
 }
 
 // Aᵀ M A, bias, ReLU and maximum for a vector of tiles of one filter. A function of its own:
 // inlined into the loops around it, the sixteen addresses would be kept from turn to turn, and
 // spilled.
-template <class To>
+template <class T>
 __attribute__((noinline)) static void pool_products(const float* products, int64_t plane,
-                                                    float bias, To* pooled, uint8_t* codes) {
+                                                    float bias, T* pooled, uint8_t* codes) {
   using V = Vec<float>;
-  V y[4];
+  V windows[1][4];
+  V(&y)[4] = windows[0];
   FASTNET_UNROLL for (int j = 0; j < 4; ++j) {
     const float* const m = products + j * plane;
     const V m1 = load(m + 4 * plane), m2 = load(m + 8 * plane);
@@ -582,44 +612,171 @@ __attribute__((noinline)) static void pool_products(const float* products, int64
       y[3] -= lower;
     }
   }
-  // The bias moves all four alike.
-  Vec<int32_t> code;
-  const V most = window_maximum<false, float>(y, &code) + bias;
-  store_window<false, float>(most, code, pooled, codes);
+  V most[1];
+  Vec<int32_t> code[1];
+  window_maxima<false, float>(windows, most, code);
+  most[0] += bias;  // which moves all four alike
+  store_windows<float, T, 1>(most, code, {pooled}, {codes});
 }
 
-// Where in the output, for the first filter, the results of a vector of tiles stand side by side;
-// -1 where they do not, and go through the scratch memory.
+// Where the results of a vector of tiles go: a filter's `next` elements after those of the one
+// before.
 template <class T>
-FASTNET_INLINE int64_t output_of_vector(const ConvForward<T>& call, int64_t tile, int64_t last) {
-  const int64_t image = call.P * call.Q, window = tile % image;
-  const bool is_whole = window + kLanes<T> <= image && tile + kLanes<T> <= last;
-  return call.output_at.x == 1 && is_whole ? tile / image * call.output_at.n + window : -1;
-}
+struct Target {
+  T* pooled;
+  uint8_t* codes;
+  int64_t next;
+};
 
-struct OutputsOfVectors {
-  int64_t at[kMaxVectors];
-  template <class T>
-  OutputsOfVectors(const ConvForward<T>& call, int64_t first, int64_t last) {
-    int v = 0;
-    for (int64_t tile = first; tile < last; tile += kLanes<T>) {
-      at[v++] = output_of_vector(call, tile, last);
+// Of a block's vectors: into the output where their tiles stand side by side there, else through
+// the scratch memory.
+template <class T>
+struct Targets {
+  Target<T> of[kMaxVectors];
+  bool is_output[kMaxVectors];
+  Targets(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first, int64_t last,
+          acc_t<T>* scratch) {
+    T* const pooled = reinterpret_cast<T*>(scratch + plan.pooled_at);
+    uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
+    const int64_t image = call.P * call.Q;
+    int64_t n = first / image, window = first % image;
+    for (int64_t at = 0; at < plan.tiles; at += kLanes<T>) {
+      const bool is_whole = window + kLanes<T> <= image && first + at + kLanes<T> <= last;
+      const int64_t to = n * call.output_at.n + window;
+      const int64_t v = at / kLanes<T>;
+      is_output[v] = call.output_at.x == 1 && is_whole;
+      of[v] = is_output[v] ? Target<T>{call.output + to, call.codes + to, call.output_at.c}
+                           : Target<T>{pooled + at, codes + at, plan.tiles};
+      for (window += kLanes<T>; window >= image; window -= image) ++n;
     }
   }
 };
 
-// Filters [k_begin, k_end) of tiles [first, last).
+// Of very few channels, kFusedFilters filters of kProductVectors vectors: products and Aᵀ from the
+// left in registers, a column of points after the other, and so half as many results to memory as
+// there are points. sums[filter][column][row][vector]: in any other order the compiler finds sums
+// that two turns of the loop over filters seem to share, keeps them, and spills.
+template <int kChannels>
+FASTNET_INLINE void fused_products(
+    const float* filters, const float* patches,
+    float (&sums)[kFusedFilters][4][2][kProductVectors][kLanes<float>]) {
+  using V = Vec<float>;
+  constexpr int kFilters = kFusedFilters, kVectors = kProductVectors;
+#pragma GCC unroll 1
+  for (int column = 0; column < 4; ++column) {
+    V upper[kFilters][kVectors], lower[kFilters][kVectors];
+    const auto multiply = [&](int row, int c, const auto& add) __attribute__((always_inline)) {
+      const int point = 4 * row + column;
+      const float* const w = filters + (point * kChannels + c) * kProductFilters;
+      V x[kVectors];
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+        x[v] = in_register(load(patches + (c * kPoints + point) * kFusedRow + v * kLanes<float>));
+      }
+      FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+        FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) add(k, v, splat(w[k]) * x[v]);
+      }
+    };
+    // The second row and the third first, whose sum goes to one result, their difference to the
+    // other.
+    FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) {
+      multiply(1, c, [&](int k, int v, V product) __attribute__((always_inline)) {
+        upper[k][v] = c == 0 ? product : upper[k][v] + product;
+      });
+      multiply(2, c, [&](int k, int v, V product) __attribute__((always_inline)) {
+        lower[k][v] = c == 0 ? product : lower[k][v] + product;
+      });
+    }
+    FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+        const V sum = upper[k][v] + lower[k][v];
+        lower[k][v] = upper[k][v] - lower[k][v];
+        upper[k][v] = sum;
+      }
+    }
+    FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) {
+      multiply(0, c, [&](int k, int v, V product) __attribute__((always_inline)) {
+        upper[k][v] += product;
+      });
+      multiply(3, c, [&](int k, int v, V product) __attribute__((always_inline)) {
+        lower[k][v] -= product;
+      });
+    }
+    FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+        store(sums[k][column][0][v], upper[k][v]);
+        store(sums[k][column][1][v], lower[k][v]);
+      }
+    }
+  }
+}
+
+// The same times A, bias, ReLU and maximum: filters [k_begin, k_end) of `tiles` tiles. All vectors
+// of a filter one after the other, so that a line of the output is whole before it leaves the
+// cache. It is asked for before the products: a store that has to wait for its line keeps those of
+// the products after it waiting, too.
+template <int kChannels, class T>
+static void fused_block(const ConvForward<T>& call, const float* patches, const Target<T>* targets,
+                        int64_t tiles, int64_t k_begin, int64_t k_end) {
+  using V = Vec<float>;
+  constexpr int kVectors = kProductVectors;
+  constexpr int64_t kGroup = kPoints * kChannels * kProductFilters;
+  for (int64_t k_first = k_begin; k_first < k_end; k_first += kFusedFilters) {
+    const float* const filters =
+        call.filters + k_first / kProductFilters * kGroup + k_first % kProductFilters;
+    const int count = static_cast<int>(least(kFusedFilters, k_end - k_first));
+    for (int64_t v_first = 0; v_first * kLanes<float> < tiles; v_first += kVectors) {
+      const Target<T>* const to = targets + v_first;
+      for (int i = 0; i < count; ++i) {
+        const int64_t k = k_first + i;
+        FASTNET_UNROLL for (int v = 0; v < kVectors; ++v)
+            __builtin_prefetch(to[v].pooled + k * to[v].next);
+        __builtin_prefetch(to[0].codes + k * to[0].next);
+      }
+      alignas(64) float sums[kFusedFilters][4][2][kVectors][kLanes<float>];
+      fused_products<kChannels>(filters, patches + v_first * kLanes<float>, sums);
+      for (int i = 0; i < count; ++i) {
+        const int64_t k = k_first + i;
+        V y[kVectors][4], most[kVectors];
+        Vec<int32_t> code[kVectors];
+        T* pooled[kVectors];
+        uint8_t* codes[kVectors];
+        FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+          pooled[v] = to[v].pooled + k * to[v].next;
+          codes[v] = to[v].codes + k * to[v].next;
+          FASTNET_UNROLL for (int row = 0; row < 2; ++row) {
+            const auto m = [&](int column) __attribute__((always_inline)) {
+              return load(sums[i][column][row][v]);
+            };
+            y[v][2 * row] = m(0) + (m(1) + m(2));
+            y[v][2 * row + 1] = (m(1) - m(2)) - m(3);
+          }
+        }
+        window_maxima<false, float>(y, most, code);
+        const V bias = splat(call.bias ? widen(call.bias[k]) : 0.0f);
+        FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) most[v] += bias;  // moves all four alike
+        store_windows<float, T, kVectors>(most, code, pooled, codes);
+      }
+    }
+  }
+}
+
+// Filters [k_begin, k_end) of a block's `count` tiles.
 template <class T>
-static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
-                           int64_t last, int64_t k_begin, int64_t k_end, float* scratch) {
+static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
+                           const Targets<T>& targets, int64_t count, int64_t k_begin, int64_t k_end,
+                           float* scratch) {
+  if (is_fused(call)) {
+    const auto block = call.C == 1   ? fused_block<1, T>
+                       : call.C == 2 ? fused_block<2, T>
+                       : call.C == 3 ? fused_block<3, T>
+                                     : fused_block<4, T>;
+    return block(call, scratch + plan.patches_at, targets.of, count, k_begin, k_end);
+  }
   const int64_t C = call.C, tiles = plan.tiles;
-  const int64_t vectors = (last - first + kLanes<float> - 1) / kLanes<float>;
+  const int64_t vectors = (count + kLanes<float> - 1) / kLanes<float>;
   const int64_t k_step = C <= kFewChannels ? kProductFilters : k_end - k_begin;
   const int64_t plane = C <= kFewChannels ? kProductFilters * tiles : plan.products_plane;
   float* const products = scratch + plan.products_at;
-  float* const pooled = scratch + plan.pooled_at;
-  uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
-  const OutputsOfVectors outputs(call, first, last);
   for (int64_t k_first = k_begin; k_first < k_end; k_first += k_step) {
     const int64_t k_last = least(k_end, k_first + k_step);
     for (int64_t v = 0; v < vectors; v += kProductVectors) {
@@ -632,22 +789,17 @@ static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& pla
                            C,
                            plan.patch_row,
                            tiles};
-      const auto multiply = vectors - v >= 3   ? products_of_vectors<3>
-                            : vectors - v == 2 ? products_of_vectors<2>
-                                               : products_of_vectors<1>;
+      const auto multiply = vectors - v >= 3   ? products_of_points<3>
+                            : vectors - v == 2 ? products_of_points<2>
+                                               : products_of_points<1>;
       multiply(at, k_last - k_first);
     }
     for (int64_t k = k_first; k < k_last; ++k) {
       const float bias = call.bias ? widen(call.bias[k]) : 0.0f;
       for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t at = v * kLanes<float>;
-        const float* from = products + (k - k_first) * tiles + at;
-        if (outputs.at[v] >= 0) {
-          const int64_t to = outputs.at[v] + k * call.output_at.c;
-          pool_products(from, plane, bias, call.output + to, call.codes + to);
-        } else {
-          pool_products(from, plane, bias, pooled + k * tiles + at, codes + k * tiles + at);
-        }
+        const Target<T>& to = targets.of[v];
+        pool_products(products + (k - k_first) * tiles + v * kLanes<float>, plane, bias,
+                      to.pooled + k * to.next, to.codes + k * to.next);
       }
     }
   }
@@ -656,12 +808,11 @@ static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& pla
 // ---------------------------------------------------------------------------------------------
 // The direct form
 
-// One vector of tiles for kFilters filters. A filter's results go `next` elements after those of
-// the one before.
-template <bool kMayBeNaN, class A, class To, int kKernel, int kFilters>
+// One vector of tiles for kFilters filters.
+template <bool kMayBeNaN, class A, class T, int kKernel, int kFilters>
 static void direct_tile(const A* patches, int64_t patch_row, int64_t plane, const A* filters,
-                        int64_t next_filter, int64_t next_tap, const A* bias, int64_t C, To* pooled,
-                        uint8_t* codes, int64_t next) {
+                        int64_t next_filter, int64_t next_tap, const A* bias, int64_t C,
+                        Target<T> to) {
   using V = Vec<A>;
   constexpr int kPatch = kKernel + 1;
   V sum[kFilters][4];
@@ -686,34 +837,38 @@ static void direct_tile(const A* patches, int64_t patch_row, int64_t plane, cons
       }
     }
   }
+  V most[kFilters];
+  Vec<Index<A>> code[kFilters];
+  T* pooled[kFilters];
+  uint8_t* codes[kFilters];
   FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
-    pool_window<kMayBeNaN, A>(sum[k], pooled + k * next, codes + k * next);
+    pooled[k] = to.pooled + k * to.next;
+    codes[k] = to.codes + k * to.next;
   }
+  window_maxima<kMayBeNaN, A>(sum, most, code);
+  store_windows<A, T, kFilters>(most, code, pooled, codes);
 }
 
-template <class A, class To, int kKernel, int kFilters = kDirectFilters, class... Arguments>
+template <class A, class T, int kKernel, int kFilters = kDirectFilters, class... Arguments>
 static void direct_group(int64_t filters, bool may_be_nan, Arguments... arguments) {
   if (filters != kFilters) {
     if constexpr (kFilters > 1) {
-      direct_group<A, To, kKernel, kFilters - 1>(filters, may_be_nan, arguments...);
+      direct_group<A, T, kKernel, kFilters - 1>(filters, may_be_nan, arguments...);
     }
   } else if (may_be_nan) {
-    direct_tile<true, A, To, kKernel, kFilters>(arguments...);
+    direct_tile<true, A, T, kKernel, kFilters>(arguments...);
   } else {
-    direct_tile<false, A, To, kKernel, kFilters>(arguments...);
+    direct_tile<false, A, T, kKernel, kFilters>(arguments...);
   }
 }
 
-// Filters in parts [part_first, part_last) of tiles [first, last).
+// Filters in parts [part_first, part_last) of a block's `count` tiles.
 template <class T, int kKernel>
-static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
-                         int64_t last, int64_t part_first, int64_t part_last, bool may_be_nan,
-                         acc_t<T>* scratch) {
+static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
+                         const Targets<T>& targets, int64_t tiles, int64_t part_first,
+                         int64_t part_last, bool may_be_nan, acc_t<T>* scratch) {
   using A = acc_t<T>;
-  const int64_t C = call.C, tiles = plan.tiles;
-  A* const pooled = scratch + plan.pooled_at;
-  uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
-  const OutputsOfVectors outputs(call, first, last);
+  const int64_t C = call.C;
   for (int64_t part = part_first; part < part_last; ++part) {
     const int64_t k = part_begin(call, part), k_stop = part_begin(call, part + 1);
     A bias[kDirectFilters] = {};
@@ -722,18 +877,13 @@ static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
     const A* const filters = call.filters + k * size;
     const int64_t next_filter = call.is_arranged ? 1 : size;
     const int64_t next_tap = call.is_arranged ? count : 1;
-    for (int64_t v = 0; v * kLanes<T> < last - first; ++v) {
-      const A* const patches = scratch + plan.patches_at + v * kLanes<T>;
-      if (outputs.at[v] >= 0) {
-        const int64_t to = outputs.at[v] + k * call.output_at.c;
-        direct_group<A, T, kKernel>(count, may_be_nan, patches, plan.patch_row, plan.plane, filters,
-                                    next_filter, next_tap, bias, C, call.output + to,
-                                    call.codes + to, call.output_at.c);
-      } else {
-        const int64_t at = k * tiles + v * kLanes<T>;
-        direct_group<A, A, kKernel>(count, may_be_nan, patches, plan.patch_row, plan.plane, filters,
-                                    next_filter, next_tap, bias, C, pooled + at, codes + at, tiles);
-      }
+    for (int64_t v = 0; v * kLanes<T> < tiles; ++v) {
+      Target<T> to = targets.of[v];
+      to.pooled += k * to.next;
+      to.codes += k * to.next;
+      direct_group<A, T, kKernel>(count, may_be_nan, scratch + plan.patches_at + v * kLanes<T>,
+                                  plan.patch_row, plan.plane, filters, next_filter, next_tap, bias,
+                                  C, to);
     }
   }
 }
@@ -742,27 +892,27 @@ static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
 // of tiles [first, last).
 template <class T>
 static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
-                        int64_t last, int64_t k_begin, int64_t k_end, const acc_t<T>* pooled,
-                        const uint8_t* codes) {
+                        int64_t last, int64_t k_begin, int64_t k_end, const Targets<T>& targets,
+                        const acc_t<T>* scratch) {
   const int64_t image = call.P * call.Q, tiles = plan.tiles;
+  const T* const pooled = reinterpret_cast<const T*>(scratch + plan.pooled_at);
+  const uint8_t* const codes = reinterpret_cast<const uint8_t*>(scratch + plan.codes_at);
   for (int64_t tile = first; tile < last;) {
+    const int64_t in_vector = kLanes<T> - (tile - first) % kLanes<T>;
+    if (targets.is_output[(tile - first) / kLanes<T>]) {
+      tile += in_vector;
+      continue;
+    }
     const int64_t n = tile / image, window = tile % image;
     int64_t count = least(last - tile, image - window);
-    if (call.output_at.x == 1) {
-      const int64_t in_vector = kLanes<T> - (tile - first) % kLanes<T>;
-      if (in_vector == kLanes<T> && output_of_vector(call, tile, last) >= 0) {
-        tile += kLanes<T>;
-        continue;
-      }
-      count = least(count, in_vector);
-    }
+    if (call.output_at.x == 1) count = least(count, in_vector);
     const int64_t from = k_begin * tiles + (tile - first);
     const int64_t to =
         n * call.output_at.n + k_begin * call.output_at.c + window * call.output_at.x;
     if (call.output_at.x == 1) {  // the windows of a channel stand side by side; part of a vector
       for (int64_t k = 0; k < k_end - k_begin; ++k) {
         for (int64_t i = 0; i < count; ++i) {
-          narrow(pooled[from + k * tiles + i], call.output + to + k * call.output_at.c + i);
+          call.output[to + k * call.output_at.c + i] = pooled[from + k * tiles + i];
           call.codes[to + k * call.output_at.c + i] = codes[from + k * tiles + i];
         }
       }
@@ -793,22 +943,22 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
   Strip strip;
   for (int64_t i = plan.strip_at; i < plan.patches_at; ++i) scratch[i] = 0;
   for (int64_t first = begin; first < end; first += plan.tiles) {
-    const int64_t last = least(end, first + plan.tiles);
+    const int64_t last = least(end, first + plan.tiles), count = last - first;
+    const Targets<T> targets(call, plan, first, last, scratch);
     const bool is_small = call.kernel == 3
                               ? gather_patches<T, 3>(call, plan, first, last, &strip, scratch)
                               : gather_patches<T, 5>(call, plan, first, last, &strip, scratch);
     if (call.by_winograd) {
       if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
         if (!is_small) return false;
-        winograd_block(call, plan, first, last, k_begin, k_end, scratch);
+        winograd_block(call, plan, targets, count, k_begin, k_end, scratch);
       }
     } else {
       const bool may_be_nan = !is_small || !call.filters_are_small;
       const auto block = call.kernel == 3 ? direct_block<T, 3> : direct_block<T, 5>;
-      block(call, plan, first, last, part_first, part_last, may_be_nan, scratch);
+      block(call, plan, targets, count, part_first, part_last, may_be_nan, scratch);
     }
-    write_block(call, plan, first, last, k_begin, k_end, scratch + plan.pooled_at,
-                reinterpret_cast<const uint8_t*>(scratch + plan.codes_at));
+    write_block(call, plan, first, last, k_begin, k_end, targets, scratch);
   }
   return true;
 }
@@ -849,8 +999,11 @@ void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* output, uint8
       narrow(most <= 0 ? A(0) : most, output + to + offset);
       codes[to + offset] = most <= 0 ? kDead : code;
     };
-    const auto vector = [&](const Vec<A>* y, int64_t offset) {
-      pool_window<true, A>(y, output + to + offset, codes + to + offset);
+    const auto vector = [&](const Vec<A>(&y)[1][4], int64_t offset) {
+      Vec<A> most[1];
+      Vec<Index<A>> code[1];
+      window_maxima<true, A>(y, most, code);
+      store_windows<A, T, 1>(most, code, {output + to + offset}, {codes + to + offset});
     };
     if (channels_last) {
       for (int64_t q = 0; q < Q; ++q) {
@@ -858,9 +1011,9 @@ void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* output, uint8
         int64_t i = 0;
         for (; i + kStep <= K; i += kStep) {
           const Vec<A> shift = bias ? load(bias + i) : Vec<A>{};
-          const Vec<A> y[4] = {
-              load(upper + from + i) + shift, load(upper + from + i + z_at.x) + shift,
-              load(lower + from + i) + shift, load(lower + from + i + z_at.x) + shift};
+          const Vec<A> y[1][4] = {
+              {load(upper + from + i) + shift, load(upper + from + i + z_at.x) + shift,
+               load(lower + from + i) + shift, load(lower + from + i + z_at.x) + shift}};
           vector(y, offset + i);
         }
         for (; i < K; ++i) one(from + i, bias ? widen(bias[i]) : A(0), offset + i);
@@ -871,10 +1024,10 @@ void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* output, uint8
     int64_t q = 0;
     for (; q + kStep <= Q; q += kStep) {
       constexpr typename MakeLanes<kStep>::type lanes{};
-      Vec<A> y[4];
-      deinterleave(load(upper + 2 * q), load(upper + 2 * q + kStep), y, y + 1, lanes);
-      deinterleave(load(lower + 2 * q), load(lower + 2 * q + kStep), y + 2, y + 3, lanes);
-      for (int j = 0; j < 4; ++j) y[j] += shift;
+      Vec<A> y[1][4];
+      deinterleave(load(upper + 2 * q), load(upper + 2 * q + kStep), y[0], y[0] + 1, lanes);
+      deinterleave(load(lower + 2 * q), load(lower + 2 * q + kStep), y[0] + 2, y[0] + 3, lanes);
+      for (int j = 0; j < 4; ++j) y[0][j] += shift;
       vector(y, q);
     }
     for (; q < Q; ++q) one(2 * q, shift, q);
