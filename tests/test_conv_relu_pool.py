@@ -31,6 +31,7 @@ SHAPES = [
     (1, 16, 40, 44, 9, 3, 1),  # several strips of an image, one image for all threads
     (2, 1, 100, 30, 3, 5, 2),  # too large for the own gradient of the input
     (40, 6, 4, 4, 17, 3, 1),  # several images in a list
+    (6, 4, 7, 10, 7, 3, 1),  # very few channels, filters and windows in no round number
 ]
 
 
@@ -257,7 +258,7 @@ def test_samples_of_the_operator(dtype, device):
 # Which of a window's elements wins
 
 
-@pytest.mark.parametrize("channels", [1, 8], ids=["direct", "winograd"])
+@pytest.mark.parametrize("channels", [1, 8], ids=["very few", "more"])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_of_equals_the_first_wins_and_of_nan_the_last(channels, memory_format, device):
     """The filter passes on its middle, so that z is the input's first channel."""
