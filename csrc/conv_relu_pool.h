@@ -167,12 +167,13 @@ inline Tensor allocate_image(const Tensor& like, const ConvReluPoolShape& shape,
 
 template <class Convolution>
 Tensor library_convolution(Convolution* convolution, const Tensor& input, const Tensor& weight,
-                           const ConvReluPoolShape& shape) {
+                           const std::optional<Tensor>& bias, const ConvReluPoolShape& shape) {
   NoGrad no_grad;
+  AtenTensorHandle bias_handle = bias ? bias->get() : nullptr;
   const std::array<int64_t, 2> none{0, 0};
   AtenTensorHandle z = nullptr;
-  check(convolution(input.get(), weight.get(), nullptr, shape.stride.data(), 2,
-                    shape.padding.data(), 2, shape.dilation.data(), 2, /*transposed=*/0,
+  check(convolution(input.get(), weight.get(), bias ? &bias_handle : nullptr, shape.stride.data(),
+                    2, shape.padding.data(), 2, shape.dilation.data(), 2, /*transposed=*/0,
                     none.data(), 2, shape.groups, &z) == 0,
         "conv_relu_pool: torch's convolution failed");
   return Tensor(z);

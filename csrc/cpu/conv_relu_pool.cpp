@@ -110,7 +110,8 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
       }
       if (met == Magnitude::small) return;
     }
-    Tensor z = library_convolution(aoti_torch_cpu_convolution, input, weight, shape);
+    // The bias costs nothing there, and what is rounded to a half type is what torch rounds.
+    Tensor z = library_convolution(aoti_torch_cpu_convolution, input, weight, bias, shape);
     if (!shape.channels_last || !is_channels_last(z)) z = dense(z);
     const bool channels_last = !z.is_contiguous();
     check(channels_last == shape.channels_last || shape.K == 1,
@@ -119,9 +120,8 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
     auto* out = mutable_data<T>(output);
     auto* code = static_cast<uint8_t*>(codes.mutable_data_ptr());
     parallel(rows, 8 * output.numel() / rows, [&](int64_t begin, int64_t end) {
-      FASTNET_BEST_ISA(relu_pool_kernel(data<T>(z), strides_of(z), bias_data, out, code,
-                                        strides_of(output), shape.K, shape.P, shape.Q,
-                                        channels_last, begin, end));
+      FASTNET_BEST_ISA(relu_pool_kernel(data<T>(z), strides_of(z), out, code, strides_of(output),
+                                        shape.K, shape.P, shape.Q, channels_last, begin, end));
     });
   });
   return {output, codes};

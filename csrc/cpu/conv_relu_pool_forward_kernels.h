@@ -975,9 +975,8 @@ FASTNET_INLINE void deinterleave(V a, V b, V* even, V* odd, LaneList<kLane...>) 
 }
 
 template <class T>
-void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* output, uint8_t* codes,
-                      Strides4 at, int64_t K, int64_t P, int64_t Q, bool channels_last,
-                      int64_t begin, int64_t end) {
+void relu_pool_kernel(const T* z, Strides4 z_at, T* output, uint8_t* codes, Strides4 at, int64_t K,
+                      int64_t P, int64_t Q, bool channels_last, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
   const int64_t rows_of_channels = channels_last ? 1 : K;
@@ -986,11 +985,11 @@ void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* output, uint8
     const T* const upper = z + n * z_at.n + k * z_at.c + 2 * p * z_at.y;
     const T* const lower = upper + z_at.y;
     const int64_t to = n * at.n + k * at.c + p * at.y;
-    const auto one = [&](int64_t from, A shift, int64_t offset) {
-      A most = widen(upper[from]) + shift;
+    const auto one = [&](int64_t from, int64_t offset) {
+      A most = widen(upper[from]);
       uint8_t code = 0;
       for (int j = 1; j < 4; ++j) {
-        const A y = widen((j < 2 ? upper : lower)[from + j % 2 * z_at.x]) + shift;
+        const A y = widen((j < 2 ? upper : lower)[from + j % 2 * z_at.x]);
         if (y > most || y != y) {
           most = y;
           code = static_cast<uint8_t>(j);
@@ -1010,26 +1009,22 @@ void relu_pool_kernel(const T* z, Strides4 z_at, const T* bias, T* output, uint8
         const int64_t from = 2 * q * z_at.x, offset = q * at.x;
         int64_t i = 0;
         for (; i + kStep <= K; i += kStep) {
-          const Vec<A> shift = bias ? load(bias + i) : Vec<A>{};
-          const Vec<A> y[1][4] = {
-              {load(upper + from + i) + shift, load(upper + from + i + z_at.x) + shift,
-               load(lower + from + i) + shift, load(lower + from + i + z_at.x) + shift}};
+          const Vec<A> y[1][4] = {{load(upper + from + i), load(upper + from + i + z_at.x),
+                                   load(lower + from + i), load(lower + from + i + z_at.x)}};
           vector(y, offset + i);
         }
-        for (; i < K; ++i) one(from + i, bias ? widen(bias[i]) : A(0), offset + i);
+        for (; i < K; ++i) one(from + i, offset + i);
       }
       continue;
     }
-    const A shift = bias ? widen(bias[k]) : A(0);
     int64_t q = 0;
     for (; q + kStep <= Q; q += kStep) {
       constexpr typename MakeLanes<kStep>::type lanes{};
       Vec<A> y[1][4];
       deinterleave(load(upper + 2 * q), load(upper + 2 * q + kStep), y[0], y[0] + 1, lanes);
       deinterleave(load(lower + 2 * q), load(lower + 2 * q + kStep), y[0] + 2, y[0] + 3, lanes);
-      for (int j = 0; j < 4; ++j) y[0][j] += shift;
       vector(y, q);
     }
-    for (; q < Q; ++q) one(2 * q, shift, q);
+    for (; q < Q; ++q) one(2 * q, q);
   }
 }

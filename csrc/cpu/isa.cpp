@@ -37,7 +37,7 @@ const bool detected_bfloat16 = detect_bfloat16();
 }  // namespace
 
 bool cpu_has_bfloat16() {
-  return detected_bfloat16;
+  return detected_bfloat16 && detected == Isa::avx512;
 }
 
 Isa cpu_isa() {

@@ -12,7 +12,7 @@ enum class Isa { baseline, avx2, avx512 };
 Isa cpu_isa();
 const char* cpu_isa_name();
 
-// Whether the processor has instructions that multiply bfloat16.
+// Whether the processor, as far as it is used, has instructions that multiply bfloat16.
 bool cpu_has_bfloat16();
 
 // How the kernels see a bfloat16 in memory.

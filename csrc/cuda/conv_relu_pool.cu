@@ -271,7 +271,7 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
     return {output, codes};
   }
 
-  const Tensor z = library_convolution(device_convolution, input, weight, shape);
+  const Tensor z = library_convolution(device_convolution, input, weight, std::nullopt, shape);
   dispatch_float_and_half("conv_relu_pool", input.scalar_type(), [&](auto type) {
     using T = decltype(type);
     launch(relu_pool_kernel<device_t<T>>, dim3(blocks_for(count, kThreads)), dim3(kThreads), 0,
