@@ -17,7 +17,11 @@ from benchmarks.plot import Row, of_a_training
 from fastnet.bench import results
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+# Of which results file which documents tell.
+DOCUMENTS = {
+    "amd-epyc-2-cores-avx2.csv": ("README.md", "docs/measured.md"),
+    "amd-epyc-2-cores-avx512.csv": ("docs/measured-avx512.md",),
+}
 BOTH = "forward+backward"
 
 
@@ -243,7 +247,10 @@ def updated(text: str, rows: Iterable[Row]) -> str:
 def main(
     file: Annotated[Path, typer.Argument(help="The results file.")],
 ) -> None:
-    for document in DOCUMENTS:
+    if file.name not in DOCUMENTS:
+        raise typer.BadParameter(f"no document tells of {file.name}, but of {', '.join(DOCUMENTS)}")
+    for name in DOCUMENTS[file.name]:
+        document = ROOT / name
         document.write_text(updated(document.read_text(), results.read(file).values()))
         print(document)
 
