@@ -402,7 +402,8 @@ def test_raw_backward_in_the_place_of_the_logits(shape, device):
         arguments = (torch.ones_like(loss), logits, target, None, statistics, *options)
         expected = device.ops.cross_entropy_backward(*arguments)
         device.ops.cross_entropy_backward(*arguments, out=logits)
-        assert torch.equal(logits, expected)
+        # What goes by columns otherwise goes by rows here; a compiler may fuse either's additions.
+        assert_near(logits, expected.double(), dtype)
 
 
 # Around a vector, around a block of 2,048 classes, and more blocks than a row keeps notes of.
