@@ -134,6 +134,8 @@ inline std::vector<MlpLayer> check_mlp_training(
     check(!steps.empty(), "mlp: Adam needs to know how many steps it has taken");
     add_state(second, &MlpLayer::weight_second, &MlpLayer::bias_second);
   }
+  check(steps.size() <= 2 * layers.size(), "mlp: ", steps.size(), " steps of ", layers.size(),
+        " layers' parameters");
   for (const Tensor& step : steps) {
     check(step.scalar_type() == ScalarType::Float && step.numel() == 1, "mlp: a step is a float32");
   }

@@ -55,15 +55,17 @@ class GraphedStep:
         return self.result
 
     def _rates(self) -> list[float]:
-        return [group["lr"] for o in self.optimizers for group in o.param_groups]
+        """The learning rates, but for those that a graph reads itself, from the GPU."""
+        rates = [group["lr"] for o in self.optimizers for group in o.param_groups]
+        return [float(r) for r in rates if not (isinstance(r, Tensor) and r.is_cuda)]
 
     def _capture(self, batch: Sequence) -> None:
-        self.rates = self._rates()
+        self.graph = None  # until there is a whole one
         self.batch = [v.clone() if isinstance(v, Tensor) else v for v in batch]
         for optimizer in self.optimizers:
             # Gradients shall be the graph's own memory.
             optimizer.zero_grad(set_to_none=True)
-        self.graph = torch.cuda.CUDAGraph()
+        graph, rates = torch.cuda.CUDAGraph(), self._rates()
         # Optimizers that count steps want to be told. Fused ones count them on the GPU in any case,
         # and warn where they are told and step outside of a graph.
         groups = [g for o in self.optimizers for g in o.param_groups if "capturable" in g]
@@ -71,8 +73,10 @@ class GraphedStep:
         for group in groups:
             group["capturable"] = True
         try:
-            with torch.cuda.graph(self.graph):
+            # On a stream of this device: the one that torch takes by itself is the first device's.
+            with torch.cuda.graph(graph, stream=self.side):
                 self.result = self.step(*self.batch)
         finally:
             for group, value in zip(groups, before, strict=True):
                 group["capturable"] = value
+        self.graph, self.rates = graph, rates

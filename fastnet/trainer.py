@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fastnet import functional, modules
+from fastnet import _library, functional, modules
 from fastnet.acceleration import chains, tracing
 from fastnet.acceleration.guards import Untraceable
 from fastnet.graphs import GraphedStep
@@ -120,7 +120,9 @@ class MLPTrainer:
     ) -> list[Epoch]:
         """Trains for whole epochs.
 
-        Ctrl-C stops between two batches, with model and optimizer as after the last one.
+        Ctrl-C stops between two batches, with model and optimizer as after the last one; where a
+        GPU has an epoch as one kernel, between two epochs. In steps of operators it can come
+        between the optimizer's count and its update, as in a loop in torch.
 
         Args:
             images: `(n, ...)`, of the network's `in_features` values each; uint8, which are scaled
@@ -156,10 +158,7 @@ class MLPTrainer:
                 sums = mlp.train(
                     rows, targets, part, batch_size, scale, shift, *network, *state, kind, *options
                 )
-                # As every in-place operator does: nobody must go back through an older graph.
-                torch.autograd.graph.increment_version(list(self.model.parameters()))
-                # As a step does, for the schedulers that ask whether there has been one.
-                self.optimizer._opt_called = True
+                self._note_step()
                 return sums
 
             split = self._split_by_time if rows.device.type == "cpu" else _whole
@@ -180,6 +179,13 @@ class MLPTrainer:
             history.append(Epoch(loss, right))
         return history
 
+    def _note_step(self) -> None:
+        """What torch's own step leaves behind, and a native one or a graph does not."""
+        # As every in-place operator does: nobody must go back through an older graph.
+        torch.autograd.graph.increment_version(list(self.model.parameters()))
+        # For the schedulers that ask whether there has been one.
+        self.optimizer._opt_called = True
+
     def _split_by_time(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
         """Parts of whole batches, as long as Ctrl-C may wait."""
         done = 0
@@ -196,6 +202,8 @@ class MLPTrainer:
         """Whether a native loop can hold the network: on the CPU any, on a GPU small ones."""
         if rows.device.type == "cpu":
             return True
+        if _library.CUDA_STATUS != "loaded":
+            return False
         widths = [rows.shape[1], *(layer.linear.out_features for layer in self.layers)]
         return mlp.cluster(rows, widths, batch_size, kind) > 0
 
@@ -219,8 +227,10 @@ class MLPTrainer:
             logits = self._apply(torch.addcmul(shift, rows[chosen].float(), scale))
             target = targets[chosen]
             loss = functional.cross_entropy(logits, target)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            # Not backward(): nodes of an older graph would bring their own streams into a capture.
+            gradients = torch.autograd.grad(loss, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             self.optimizer.step()
             right = (logits.argmax(1) == target).sum()
             return torch.stack([loss.detach().double() * len(chosen), right.double()])
@@ -229,8 +239,10 @@ class MLPTrainer:
             # Gradients, and whether they are taken, are the caller's own.
             before = [p.grad for p in parameters]
             try:
-                with torch.inference_mode(False), torch.enable_grad():
-                    return taken(chosen)
+                with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device_of(rows):
+                    sums = taken(chosen)
+                self._note_step()
+                return sums
             finally:
                 for parameter, grad in zip(parameters, before, strict=True):
                     parameter.grad = grad
@@ -241,9 +253,14 @@ class MLPTrainer:
             taken = step
             return train
         key = (*((tensor.data_ptr(), tensor.shape) for tensor in tensors), batch_size)
-        key += (*options, *scale.tolist(), *shift.tolist())
-        if self._graphed is None or self._graphed[0] != key:
-            self._graphed = key, GraphedStep(step, [self.optimizer])
+        key += (*options, *scale.tolist(), *shift.tolist(), *(layer.relu for layer in self.layers))
+        if (
+            self._graphed is None
+            or self._graphed[0] != key
+            or self._graphed[1].optimizers[0] is not self.optimizer
+        ):
+            with torch.cuda.device_of(rows):
+                self._graphed = key, GraphedStep(step, [self.optimizer])
         taken = self._graphed[1]
         return train
 

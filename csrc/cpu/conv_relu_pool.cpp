@@ -13,6 +13,10 @@
 namespace fastnet {
 namespace {
 
+// Input channels from which filters are multiplied in Winograd's form. Of one channel the direct
+// form takes little longer, and elements of a window that are equal, as strokes on a constant
+// background make them, stay equal in it: the first wins, as in torch.
+constexpr int64_t kWinogradChannels = 2;
 // Windows up to which rearranging the filters, let alone transforming them, takes longer than it
 // saves: the direct form takes them as they are.
 constexpr int64_t kFewTiles = 32;
@@ -89,20 +93,21 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
     if (has_own_kernels(shape, input.scalar_type())) {
       const bool is_arranged = sizeof(acc_t<T>) != sizeof(element_t<T>) ||
                                !weight.is_contiguous() || shape.N * shape.P * shape.Q > kFewTiles;
-      ConvForward<element_t<T>> call{
-          conv_call<T>(shape, input),
-          data<T>(weight),
-          strides_of(weight),
-          bias_data,
-          mutable_data<T>(output),
-          static_cast<uint8_t*>(codes.mutable_data_ptr()),
-          strides_of(output),
-          /*most_tiles=*/0,
-          /*by_winograd=*/is_arranged && shape.R == 3 && sizeof(acc_t<T>) == sizeof(float),
-          nullptr,
-          nullptr,
-          is_arranged,
-          false};
+      ConvForward<element_t<T>> call{conv_call<T>(shape, input),
+                                     data<T>(weight),
+                                     strides_of(weight),
+                                     bias_data,
+                                     mutable_data<T>(output),
+                                     static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                                     strides_of(output),
+                                     /*most_tiles=*/0,
+                                     /*by_winograd=*/is_arranged && shape.R == 3 &&
+                                         shape.C >= kWinogradChannels &&
+                                         sizeof(acc_t<T>) == sizeof(float),
+                                     nullptr,
+                                     nullptr,
+                                     is_arranged,
+                                     false};
       Magnitude met = run<T>(call, input);
       if (call.by_winograd && met == Magnitude::finite) {
         call.by_winograd = false;

@@ -766,8 +766,7 @@ static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& pla
                            const Targets<T>& targets, int64_t count, int64_t k_begin, int64_t k_end,
                            float* scratch) {
   if (is_fused(call)) {
-    const auto block = call.C == 1   ? fused_block<1, T>
-                       : call.C == 2 ? fused_block<2, T>
+    const auto block = call.C == 2   ? fused_block<2, T>
                        : call.C == 3 ? fused_block<3, T>
                                      : fused_block<4, T>;
     return block(call, scratch + plan.patches_at, targets.of, count, k_begin, k_end);

@@ -319,7 +319,7 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
       }
     };
     apply(last, own, dlogits, 1, stride, h, C, width);
-    if (eps == 0 && is_last) {  // Adam has divided by zero behind the last unit
+    if (now.eps == 0 && is_last) {  // Adam has divided by zero behind the last unit
       for (int64_t c = 0; c < C; ++c) {
         std::fill(own.weight + c * width + own.units.size(), own.weight + (c + 1) * width, 0.0f);
       }

@@ -11,7 +11,8 @@ inline constexpr int kMaxCluster = 8;  // blocks; what every device with cluster
 #if defined(FASTNET_EMULATION)
 
 // Dynamic shared memory that a cluster's blocks may have, in bytes; 0 where there are no clusters.
-inline size_t cluster_shared_bytes(const Tensor&) {
+template <class Kernel>
+size_t cluster_shared_bytes(const Tensor&, Kernel*) {
   return emulation::kClusterSharedBytes;
 }
 
@@ -37,8 +38,14 @@ T* shared_of(T* mine, int rank) {
 
 #else
 
-inline size_t cluster_shared_bytes(const Tensor& tensor) {
+template <class Kernel>
+size_t cluster_shared_bytes(const Tensor& tensor, Kernel* kernel) {
   const OnDeviceOf device(tensor);
+  cudaFuncAttributes attributes{};
+  const bool is_there = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+  if (!is_there) cudaGetLastError();  // which is no error of the next launch
+  // What was compiled for an older device only traps.
+  if (!is_there || attributes.ptxVersion < 90) return 0;
   int clusters = 0, bytes = 0;
   check_cuda(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device.index()),
              "cudaDeviceGetAttribute");

@@ -76,6 +76,8 @@ struct ClusterHeader {
   int targets[kMlpThreads];
 };
 
+static_assert(sizeof(ClusterHeader) % sizeof(Quad) == 0);
+
 // A block's features, or units, from `begin` on.
 struct Share {
   int begin, size;
@@ -630,6 +632,10 @@ ClusterCall plan_cluster(const std::vector<int64_t>& widths, int64_t batch_size,
   return call;
 }
 
+size_t most_shared_bytes(const Tensor& images) {
+  return cluster_shared_bytes(images, mlp_cluster_kernel<MlpOptimizer::adam, uint8_t>);
+}
+
 size_t shared_bytes(const ClusterCall& call) {
   return sizeof(ClusterHeader) + call.floats * sizeof(float);
 }
@@ -639,10 +645,10 @@ ClusterSize choose_cluster(const std::vector<int64_t>& widths, int64_t batch_siz
                            MlpOptimizer optimizer, size_t most_shared) {
   constexpr int64_t kColumnsPerBlock = 32;
   // Beyond this no network fits, and sizes would not fit an int.
-  constexpr int64_t kMostParameters = 1 << 24;
+  constexpr int64_t kWidest = 1 << 16, kMostParameters = 1 << 24;
   int64_t parameters = 0;
   for (size_t l = 0; l + 1 < widths.size(); ++l) {
-    if (widths[l] > kMostParameters || widths[l + 1] > kMostParameters) return {};
+    if (widths[l] > kWidest || widths[l + 1] > kWidest) return {};
     parameters += widths[l] * widths[l + 1];
   }
   if (parameters > kMostParameters || batch_size > kMlpThreads || widths.size() > kMaxLayers + 1) {
@@ -663,7 +669,7 @@ ClusterSize choose_cluster(const std::vector<int64_t>& widths, int64_t batch_siz
 int64_t mlp_cluster(const Tensor& images, std::vector<int64_t> widths, int64_t batch_size,
                     int64_t optimizer) {
   const MlpOptimizer kind = mlp_optimizer(optimizer);
-  return choose_cluster(widths, batch_size, kind, cluster_shared_bytes(images)).blocks;
+  return choose_cluster(widths, batch_size, kind, most_shared_bytes(images)).blocks;
 }
 
 Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& order,
@@ -678,7 +684,7 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
                          first, second, steps, kind);
   std::vector<int64_t> widths{layers.front().in};
   for (const MlpLayer& layer : layers) widths.push_back(layer.out);
-  const ClusterSize size = choose_cluster(widths, batch_size, kind, cluster_shared_bytes(images));
+  const ClusterSize size = choose_cluster(widths, batch_size, kind, most_shared_bytes(images));
   check(size.blocks > 0, "mlp: the network, with batches of ", batch_size,
         ", does not fit into the shared memory of a cluster of this device");
 
@@ -710,16 +716,17 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
   call.beta2 = beta2;
   call.step = mlp_step(lr, beta1, beta2, eps, weight_decay);
   // torch.optim keeps its counters on the device, or on the host, which need not wait to read them.
+  std::vector<float*> on_host;
   for (const Tensor& step : steps) {
+    float* const counter = static_cast<float*>(step.mutable_data_ptr());
     if (step.is_cpu() && !images.is_cpu()) {
-      float* const counter = static_cast<float*>(step.mutable_data_ptr());
+      on_host.push_back(counter);
       call.steps_before = *counter;
-      *counter += static_cast<float>((call.count + batch_size - 1) / batch_size);
     } else {
-      call.steps[call.step_count++] = mutable_data<float>(step);
+      call.steps[call.step_count++] = counter;
     }
   }
-  check(call.step_count == 0 || call.step_count == static_cast<int>(steps.size()),
+  check(on_host.empty() || call.step_count == 0,
         "mlp: the optimizer's steps must be all on the host or all on the device");
   Tensor result = torch::stable::new_empty(images, {2}, ScalarType::Double);
   call.result = mutable_data<double>(result);
@@ -742,6 +749,9 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
     case MlpOptimizer::adam:
       launch_for(std::integral_constant<MlpOptimizer, MlpOptimizer::adam>{});
       break;
+  }
+  for (float* counter : on_host) {
+    *counter += static_cast<float>((call.count + batch_size - 1) / batch_size);
   }
   return result;
 }

@@ -58,4 +58,11 @@ def saved_bytes(once: Callable[[], object]) -> int:
 
 
 def _memory(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
-    return {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+    memory = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        try:
+            memory[storage.data_ptr()] = storage
+        except RuntimeError:  # what torch has left of a trace has no memory
+            continue
+    return memory
