@@ -224,7 +224,7 @@ class MLPTrainer:
         states = [v for p in parameters for v in self.optimizer.state[p].values()]
 
         def step(chosen: Tensor) -> Tensor:
-            logits = self._apply(torch.addcmul(shift, rows[chosen].float(), scale))
+            logits = self._apply(rows[chosen], scale, shift)
             target = targets[chosen]
             loss = functional.cross_entropy(logits, target)
             # Not backward(): nodes of an older graph would bring their own streams into a capture.
@@ -264,13 +264,14 @@ class MLPTrainer:
         taken = self._graphed[1]
         return train
 
-    def _apply(self, rows: Tensor) -> Tensor:
+    def _apply(self, rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The network's logits, by fastnet's operators."""
+        x = torch.addcmul(shift, rows.float(), scale)
         with torch.autocast(rows.device.type, enabled=False):
             for layer in self.layers:
                 product = functional.linear_relu if layer.relu else F.linear
-                rows = product(rows, layer.linear.weight, layer.linear.bias)
-        return rows
+                x = product(x, layer.linear.weight, layer.linear.bias)
+        return x
 
     def evaluate(
         self,
@@ -303,7 +304,7 @@ class MLPTrainer:
             return mlp.forward(rows, scale, shift, *network)
         with torch.no_grad():
             parts = rows.split(PREDICTED_AT_ONCE)
-            return torch.cat([self._apply(torch.addcmul(shift, p.float(), scale)) for p in parts])
+            return torch.cat([self._apply(part, scale, shift) for part in parts])
 
     @property
     def device(self) -> torch.device:

@@ -344,7 +344,7 @@ def test_devices_that_are_not_there(device, amp, words):
             pass
 
 
-def test_native_is_for_one_process_on_the_cpu_in_float32(digits, tmp_path):
+def test_native_is_for_one_process_in_float32(digits, tmp_path):
     recipe, data = RECIPES["mnist-net"], small("mnist-net", digits)
     half = Runtime(torch.device("cpu"), torch.bfloat16)
     with pytest.raises(FastnetError, match="--native trains in float32"):

@@ -92,7 +92,6 @@ struct Training {
   int64_t first_step;
 
   int64_t block_rows;  // at most
-  bool is_in_blocks;   // whether a batch has several
   int64_t row_stride;  // those, in whole vectors
   int64_t threads;
   SpinBarrier barrier;
@@ -103,6 +102,9 @@ struct Training {
 
   double loss = 0;
   int64_t right = 0;
+
+  // Whether a batch has several blocks.
+  bool is_in_blocks() const { return block_rows < batch_size; }
 
   MlpStep step(int64_t number) const {
     MlpStep s = mlp_step(lr, beta1, beta2, eps, weight_decay);
@@ -195,7 +197,7 @@ Workspace::Workspace(const Training& training, int64_t thread) {
       part.bias_second = floats(layer.bias_second) + part.units.begin;
     }
     part.dz = Floats(rows * part.units.size());
-    if (training.is_in_blocks) part.grad = Floats(part.units.size() * layer.in);
+    if (training.is_in_blocks()) part.grad = Floats(part.units.size() * layer.in);
     part.bias_grad = Floats(part.units.size());
   }
   const MlpLayer& last = layers.back();
@@ -214,7 +216,7 @@ Workspace::Workspace(const Training& training, int64_t thread) {
       std::copy_n(floats(*whole[3 + i]), C, own.copies[3 + i].operator float*());
     }
   }
-  if (training.is_in_blocks) own.grad = Floats(C * width);
+  if (training.is_in_blocks()) own.grad = Floats(C * width);
   own.bias_grad = Floats(C);
   own.weight = own.copies[0], own.weight_first = own.copies[1], own.weight_second = own.copies[2];
   own.bias = own.copies[3], own.bias_first = own.copies[4], own.bias_second = own.copies[5];
@@ -450,7 +452,6 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
                     .weight_decay = weight_decay,
                     .first_step = static_cast<int64_t>(steps_before) + 1,
                     .block_rows = rows,
-                    .is_in_blocks = rows < batch_size,
                     .row_stride = stride,
                     .threads = threads,
                     .barrier = SpinBarrier(static_cast<int>(threads)),

@@ -575,10 +575,6 @@ __global__ void __launch_bounds__(kMlpThreads, 1)
 // ---------------------------------------------------------------------------------------------
 // Host side
 
-int round_up_to_quads(int64_t features) {
-  return static_cast<int>((features + 3) / 4 * 4);
-}
-
 struct ClusterSize {
   int blocks;         // 0: there is none
   bool keeps_states;  // in shared memory
@@ -598,7 +594,7 @@ ClusterCall plan_cluster(const std::vector<int64_t>& widths, int64_t batch_size,
     return at - floats;
   };
   const auto width = [&](int64_t features, bool split) {
-    const int quads = round_up_to_quads(features) / 4;
+    const int quads = static_cast<int>((features + 3) / 4);
     return 4 * (split ? (quads + blocks - 1) / blocks : quads);
   };
   const auto stride = [](int width) { return width % 8 == 4 ? width : width + 4; };
