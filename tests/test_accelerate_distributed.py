@@ -14,6 +14,7 @@ from torch import nn
 import fastnet
 from fastnet import functional
 from fastnet.bench import networks
+from fastnet.recipes.runtime import leave_processes
 
 STEPS = 3
 
@@ -72,7 +73,7 @@ def _process(rank: int, way: str, folder: str) -> None:
             torch.save((grads, parameters, len(called)), f"{folder}/result.pt")
         dist.barrier()
     finally:
-        dist.destroy_process_group()
+        leave_processes()
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2, whole", "fsdp2", "fsdp2, layers too"])

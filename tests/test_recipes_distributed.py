@@ -13,17 +13,20 @@ import torch
 from fastnet.recipes.files import load_checkpoint
 
 
-def fastnet(*arguments: str, cwd, processes: int = 1) -> subprocess.CompletedProcess:
+def python(*arguments: str, cwd, processes: int = 1) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    start = [sys.executable, *(launcher if processes > 1 else []), "-m", "fastnet"]
     return subprocess.run(
-        [*start, *arguments, "--device", "cpu"],
+        [sys.executable, *(launcher if processes > 1 else []), *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def fastnet(*arguments: str, **where) -> subprocess.CompletedProcess:
+    return python("-m", "fastnet", *arguments, "--device", "cpu", **where)
 
 
 def metrics(folder) -> list[dict]:
@@ -72,3 +75,22 @@ def test_comparisons_take_one_process(tmp_path):
     done = fastnet("train", "mnist-net", "--compare", cwd=tmp_path, processes=2)
     assert done.returncode != 0
     assert "comparisons run in one process" in done.stderr
+
+
+def test_processes_end_in_peace(tmp_path):
+    """Also where Python's lock is never taken from who has it: gloo's threads wait for it then, to
+    let go of the last gradients, until the process ends."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """import sys, torch
+from fastnet.recipes import runtime
+
+sys.setswitchinterval(1000)
+with runtime.start("cpu") as here:
+    network = here.parallel(torch.nn.Linear(4, 4))
+    network(torch.randn(2, 4)).sum().backward()
+"""
+    )
+    for _ in range(3):
+        done = python(str(script), cwd=tmp_path, processes=2)
+        assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -113,4 +114,16 @@ def start(device: str = "auto", amp: str | None = None) -> Iterator[Runtime]:
             local_rank,
         )
     finally:
-        distributed.destroy_process_group()
+        leave_processes()
+
+
+def leave_processes() -> None:
+    """Ends what `init_process_group` began.
+
+    A thread of gloo's lets go of a tensor some time after the collective is complete, for which it
+    takes Python's lock; and if Python ends while it waits for that, the process is aborted. (Nor
+    does destroying the group wait for its threads, which DistributedDataParallel keeps alive.) So
+    the lock is left to them for a while.
+    """
+    time.sleep(0.1)
+    distributed.destroy_process_group()
