@@ -32,6 +32,8 @@ SHAPES = [
     (2, 1, 100, 30, 3, 5, 2),  # too large for the own gradient of the input
     (40, 6, 4, 4, 17, 3, 1),  # several images in a list
     (6, 4, 7, 10, 7, 3, 1),  # very few channels, filters and windows in no round number
+    (9, 2, 21, 18, 35, 3, 1),  # channels so few that their lists are none, and a block of filters
+    (3, 3, 9, 514, 2, 3, 1),  # the same where a row of windows is too long for it
 ]
 
 
@@ -333,6 +335,46 @@ def test_a_huge_element_that_the_filters_pass_over(device):
         weight[1, 1, 1, 1] = weight[1, 0, 0, 0] = weight[0, 0, 0, 0] = 1
         output, expected = conv_relu_pool2d(input, weight), native(input.double(), weight.double())
         torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8])
+def test_a_huge_element_whose_windows_have_no_gradient(channels, device):
+    """In Winograd's form it would enter every term of grad_weight, and have to cancel."""
+    for size in (1e3, 1e5, 1e7, 1e9):
+        torch.manual_seed(0)
+        input = torch.rand(3, channels, 12, 12, device=device)
+        input[1, 0, 5, 5] = size
+        weight = torch.rand(4, channels, 3, 3, device=device)
+        grad = torch.rand(3, 4, 6, 6, device=device)
+        grad[1, :, 1:4, 1:4] = 0
+        grads = []
+        for f, cast in ((conv_relu_pool2d, torch.float32), (native, torch.float64)):
+            leaf = weight.to(cast).requires_grad_()
+            output = f(input.to(cast), leaf, padding=1)
+            grads += torch.autograd.grad(output, leaf, grad.to(cast))
+        torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1e38, 1e31])
+@pytest.mark.parametrize("channels", [1, 3, 8])
+def test_gradients_that_are_not_finite(channels, value, device):
+    input, weight, bias, _ = sample((3, channels, 12, 12, 4, 3, 0), torch.float32, device)
+    # No zeros, in a padding neither: torch's own kernels do not agree on zeros times infinity.
+    input += 1.5
+    leaves = [weight.requires_grad_(), bias.requires_grad_()]
+    grads = []
+    for f in (conv_relu_pool2d, native):
+        output = f(input, *leaves)
+        alive = (output > 0).nonzero()
+        grad = torch.ones_like(output)
+        for i in (0, len(alive) // 2):
+            grad[tuple(alive[i])] = value
+        grads.append(torch.autograd.grad(output, leaves, grad))
+    for actual, wanted in zip(*grads, strict=True):
+        if value == value and abs(value) < float("inf"):
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=abs(value) * 1e-6)
+        else:
+            assert torch.equal(actual.isfinite(), wanted.isfinite())
 
 
 @pytest.mark.parametrize("channels", [1, 8])

@@ -9,6 +9,8 @@
 // with as many channels to a block as a vector has lanes, or all where that is fewer; positions in
 // a row of the patch are then side by side, and `vectors` vectors hold them.
 
+#include "conv_relu_pool_few_channels_kernels.h"
+
 // The sums of a list stay in registers, up to so many.
 inline constexpr int kSums = kRegisters == 32 ? 25 : 12;
 
@@ -71,7 +73,8 @@ struct BackwardPlan {
 
 template <class T>
 int64_t backward_scratch(const ConvBackward<T>& call) {
-  return BackwardPlan<T>(call).end;
+  const int64_t lists = BackwardPlan<T>(call).end, few_channels = few_channels_scratch(call);
+  return lists < few_channels ? few_channels : lists;
 }
 
 // Elements of grad_weight as it is summed, [k][block][r][vectors · lanes], and of the filters as
@@ -332,6 +335,18 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
                                  acc_t<T>* bias_sums, acc_t<T>* scratch) {
   using A = acc_t<T>;
   const BackwardPlan<T> plan(call);
+  if constexpr (sizeof(A) == sizeof(float)) {
+    bool takes_few = has_few_channels(call);
+    for (int64_t n = n_begin; takes_few && n < n_end; ++n)
+      takes_few = is_rest_finite(call, plan, n);
+    while (takes_few && k_begin < k_end) {
+      const int64_t k = least(k_begin + kFewFilters, k_end);
+      takes_few = few_channels_block(call, n_begin, n_end, k_begin, k, plan.patch, plan.patch_row,
+                                     sums, bias_sums, scratch);
+      if (takes_few) k_begin = k;
+    }
+    if (k_begin == k_end) return true;
+  }
   const Accumulate<A> add =
       call.kernel == 3 ? accumulate_for<A, 3>(plan.vectors) : accumulate_for<A, 5>(plan.vectors);
   A* const input = scratch + plan.input_at;

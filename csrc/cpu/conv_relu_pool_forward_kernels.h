@@ -4,28 +4,12 @@
 // of every channel. Tiles are counted through images, rows and columns, and calculated in blocks,
 // whose vectors have one tile to a lane: no lane is idle where a row ends.
 //
-//   strip   [C][rows][2][half]     some rows of a padded image, even columns and odd ones apart
 //   patches [points][C][tiles]     the tiles of a block, by position in the patch, or transformed
 //   pooled  [K][tiles]             the block's results, then written in the output's layout
 //
 // Patches of very few channels are [C][points][tiles], with distances that the compiler knows.
 
-// Winograd's F(2x2, 3x3): the four convolution outputs of a tile, that is one pooling window, by 16
-// multiplications instead of 36:
-//   Y = Aᵀ (Σ_c U ⊙ V) A    U = G g Gᵀ of the filter g, V = Bᵀ d B of the patch d
-//
-//        | 1  0 -1  0 |        |  1   0   0 |         | 1  1  1  0 |
-//   Bᵀ = | 0  1  1  0 |    G = | ½   ½   ½ |    Aᵀ = | 0  1 -1 -1 |
-//        | 0 -1  1  0 |        | ½  -½   ½ |
-//        | 0  1  0 -1 |        |  0   0   1 |
-//
-// Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015.
-inline constexpr int kPoints = 16;
-
-// Winograd's form adds up what later cancels: an element of this size leaves an error of 6e-4, also
-// in outputs whose filters pass it over. Of what is larger, or not finite, the direct form is
-// taken.
-inline constexpr float kLargest = 1e4f;
+#include "conv_relu_pool_patches.h"
 
 FASTNET_INLINE Magnitude larger(Magnitude a, Magnitude b) {
   return a < b ? b : a;
@@ -77,13 +61,6 @@ inline constexpr int64_t kFusedChannels = 4;
 inline constexpr int kFusedFilters = 2, kFusedVectors = 2 * kProductVectors;
 inline constexpr int64_t kFusedRow = (kFusedVectors + 1) * kLanes<float>;
 inline constexpr int kDirectFilters = kRegisters == 32 ? 6 : 3;
-
-FASTNET_INLINE int64_t round_up(int64_t value, int64_t to) {
-  return (value + to - 1) / to * to;
-}
-FASTNET_INLINE int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 // The direct form's filters stand in groups of kDirectFilters or one less.
 struct FilterGroups {
@@ -282,112 +259,6 @@ int64_t forward_scratch(const ConvForward<T>& call) {
   return ForwardPlan<T>(call).end;
 }
 
-// The largest magnitude of some floats: as integers their bits are in the same order, with infinity
-// and then NaN above all.
-FASTNET_INLINE void raise_magnitude(Vec<int32_t>* largest, Vec<float> value) {
-  const Vec<int32_t> bits = (Vec<int32_t>)value & 0x7fffffff;
-  *largest = bits > *largest ? bits : *largest;
-}
-
-// Copies columns [0, columns) of a row, 2i to even[i], 2i + 1 to odd[i].
-template <class T>
-FASTNET_INLINE void split_columns(const T* from, int64_t stride, acc_t<T>* even, acc_t<T>* odd,
-                                  int64_t columns) {
-  const auto eight = [&](int64_t x) {
-    const Vec4<acc_t<T>> a = load_4(from + x), b = load_4(from + x + 4);
-    store_4(even + x / 2, __builtin_shufflevector(a, b, 0, 2, 4, 6));
-    store_4(odd + x / 2, __builtin_shufflevector(a, b, 1, 3, 5, 7));
-  };
-  int64_t x = 0;
-  if (stride == 1 && columns >= 8) {
-    for (; x + 8 <= columns; x += 8) eight(x);
-    // The rest reaches back over columns already copied.
-    x = (columns - 8) / 2 * 2;
-    eight(x);
-    x += 8;
-  }
-  for (; x + 2 <= columns; x += 2) {
-    even[x / 2] = widen(from[x * stride]);
-    odd[x / 2] = widen(from[(x + 1) * stride]);
-  }
-  if (x < columns) even[x / 2] = widen(from[x * stride]);
-}
-
-// Copies rows [row, row + rows) of image n, counted in the padded image, into a strip whose columns
-// to the left and right of the image are 0 already. Returns whether all are known to be small.
-template <class T>
-static bool fill_strip(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t n,
-                       int64_t row, int64_t rows, acc_t<T>* strip) {
-  using A = acc_t<T>;
-  const int64_t half = plan.half, plane = plan.strip_plane, left = least(call.pad_x, 2 * half);
-  const int64_t columns = least(call.W, 2 * half - left);
-  const bool channels_last = call.input_at.c == 1 && call.C > 1;
-  // Column x of the image is column x + left of the padded one.
-  const int64_t first_even = (left + 1) / 2, first_odd = left / 2;
-  // The image's own even columns are odd ones of the padded image where `left` is odd.
-  A* const even = strip + (left % 2 ? half + first_odd : first_even);
-  A* const odd = strip + (left % 2 ? first_even : half + first_odd);
-  const int64_t stride = call.input_at.x;
-  const auto fill_row = [&](int64_t y, int64_t c) {
-    const int64_t from_y = row + y - call.pad_y, to = c * plane + y * 2 * half;
-    const T* from =
-        call.input + n * call.input_at.n + c * call.input_at.c + from_y * call.input_at.y;
-    if (from_y < 0 || from_y >= call.H) {
-      for (int64_t k = c; k < (channels_last ? call.C : c + 1); ++k) {
-        for (int64_t x = 0; x < 2 * half; ++x) strip[k * plane + y * 2 * half + x] = 0;
-      }
-    } else if (channels_last) {
-      transpose(from, 2 * stride, even + to, plane, (columns + 1) / 2, call.C);
-      transpose(from + stride, 2 * stride, odd + to, plane, columns / 2, call.C);
-    } else {
-      split_columns(from, stride, even + to, odd + to, columns);
-    }
-  };
-  for (int64_t c = 0; c < (channels_last ? 1 : call.C); ++c) {
-    for (int64_t y = 0; y < rows; ++y) fill_row(y, c);
-  }
-  if constexpr (sizeof(A) == sizeof(float)) {
-    constexpr int kStep = kLanes<float>;
-    Vec<int32_t> largest[2] = {};
-    const int64_t count = call.C * plane;  // whole lines
-    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(float))) {
-      for (int j = 0; j < 64 / static_cast<int>(sizeof(float)) / kStep; ++j) {
-        raise_magnitude(largest + j % 2, load(strip + i + j * kStep));
-      }
-    }
-    int32_t limit;
-    __builtin_memcpy(&limit, &kLargest, sizeof limit);
-    for (int lane = 0; lane < kStep; ++lane) {
-      if (largest[0][lane] > limit || largest[1][lane] > limit) return false;
-    }
-    return true;
-  }
-  return false;
-}
-
-// Column j of a patch in one row, for neighbouring tiles.
-template <class A>
-FASTNET_INLINE Vec<A> load_column(const A* row, int64_t half, int j) {
-  return load(row + j % 2 * half + j / 2);
-}
-
-// V = Bᵀ d B, stored at `to`, `plane` from one point to the next. A row of V at a time, from the
-// two rows of the patch that it needs: the whole would not fit into registers.
-FASTNET_INLINE void transform_patch(const float* strip, int64_t half, float* to, int64_t plane) {
-  using V = Vec<float>;
-  const auto row = [&](int i, V x0, V x1, V x2, V x3) {
-    store(to + 4 * i * plane, x0 - x2);
-    store(to + (4 * i + 1) * plane, x1 + x2);
-    store(to + (4 * i + 2) * plane, x2 - x1);
-    store(to + (4 * i + 3) * plane, x1 - x3);
-  };
-  const auto d = [&](int i, int j) { return load_column(strip + i * 2 * half, half, j); };
-  row(0, d(0, 0) - d(2, 0), d(0, 1) - d(2, 1), d(0, 2) - d(2, 2), d(0, 3) - d(2, 3));
-  row(1, d(1, 0) + d(2, 0), d(1, 1) + d(2, 1), d(1, 2) + d(2, 2), d(1, 3) + d(2, 3));
-  row(2, d(2, 0) - d(1, 0), d(2, 1) - d(1, 1), d(2, 2) - d(1, 2), d(2, 3) - d(1, 3));
-  row(3, d(1, 0) - d(3, 0), d(1, 1) - d(3, 1), d(1, 2) - d(3, 2), d(1, 3) - d(3, 3));
-}
-
 // The same of `count` neighbouring tiles, and some beyond, of very few channels. A function of its
 // own, in which sixteen addresses of a known distance need no registers.
 __attribute__((noinline)) static void transform_row(const float* strip, int64_t half, float* to,
@@ -421,7 +292,7 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
     const int64_t rows = 2 * p_rows + kKernel - 1;
     const int64_t id = n * strips + p / plan.strip_rows;
     if (id != at_hand->id) {
-      *at_hand = {id, fill_strip(call, plan, n, 2 * p_first, rows, strip)};
+      *at_hand = {id, fill_strip(call, plan.half, plan.strip_plane, n, 2 * p_first, rows, strip)};
     }
     is_small &= at_hand->is_small;
     const int64_t stop = least(last, (n * call.P + p_first + p_rows) * call.Q);

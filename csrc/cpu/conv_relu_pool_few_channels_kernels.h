@@ -1,0 +1,328 @@
+// grad_weight and grad_bias of 3 x 3 filters of very few channels, in Winograd's form. Included by
+// conv_relu_pool_backward_kernels.h, in which the lists of more channels are.
+//
+// A window's gradient has 2 x 2 positions, of which one is alive; with its patch of 4 x 4 it makes
+// 3 x 3 terms of grad_weight:
+//   grad_weight[k][c] = Aᵀ (Σ over windows of U ⊙ V) A    U = G g Gᵀ of the gradient's window g,
+//                                                        V = Bᵀ d B of the patch d
+//
+//       |  1   0 |         | 1  1  1  0 |
+//   G = |  ½   ½ |    Aᵀ = | 0  1 -1  0 |    Bᵀ as in conv_relu_pool_patches.h
+//       |  ½  -½ |         | 0  1  1 -1 |
+//       |  0   1 |
+//
+// The sum is taken before Aᵀ, which so is applied only once; the halves are left to it, too. As one
+// position of g is alive, U then consists of its gradient, with either sign, and of zeros: 16
+// multiplications and no sums. A list of so few channels would take 9 of them, but also its time to
+// be made, and vectors that are not full.
+//
+//   patches   [C][points][windows]    V of some rows of windows, one window to a lane
+//   gradients [filters][windows]      0 where the window is dead
+//   codes     [filters][windows]      as integers
+//   sums      [filters][C][points][lanes]
+
+#include "conv_relu_pool_patches.h"
+
+inline constexpr int64_t kFewChannels = 3;
+// Windows that are at hand together, and whose distance of one point to the next leaves room for a
+// vector beyond them, in an odd number of lines.
+inline constexpr int64_t kFewWindows = 256, kFewPlane = kFewWindows + 16;
+inline constexpr int64_t kFewFilters = 32;
+// A gradient from which on a product might overflow in this form alone.
+inline constexpr float kLargestGradient = 1e30f;
+
+// Below them a row leaves most of a vector idle.
+inline constexpr int64_t kFewestColumns = 4;
+
+// Whether the kernels below are quicker than lists: without vectors of 32 bytes they are not.
+template <class T>
+static bool has_few_channels(const ConvBackward<T>& call) {
+  return kVectorBytes > 16 && sizeof(acc_t<T>) == sizeof(float) && call.needs_weight &&
+         call.kernel == 3 && call.C <= kFewChannels && call.Q >= kFewestColumns &&
+         call.Q <= kFewWindows;
+}
+
+// Where everything stands in a thread's scratch memory, in elements.
+template <class T>
+struct FewChannelsPlan {
+  int64_t rows;         // of windows at a time, counted through images
+  int64_t half;         // the even columns of a row of a strip, or the odd ones
+  int64_t strip_plane;  // from one channel of a strip to the next
+  int64_t strip_at, patches_at, gradients_at, codes_at, sums_at, end;
+
+  explicit FewChannelsPlan(const ConvBackward<T>& call) {
+    constexpr int64_t kLine = 64 / sizeof(float), kSlack = 4 * kLine;
+    rows = kFewWindows / call.Q;
+    half = call.Q + 1;
+    strip_plane = round_up((2 * least(rows, call.P) + 2) * 2 * half, kLine);
+    strip_at = 0;
+    patches_at = strip_at + call.C * strip_plane + kSlack;
+    gradients_at = patches_at + call.C * kPoints * kFewPlane;
+    codes_at = gradients_at + kFewFilters * kFewPlane;
+    sums_at = codes_at + kFewFilters * kFewPlane;
+    end = sums_at + kFewFilters * call.C * kPoints * kLanes<float>;
+  }
+};
+
+template <class T>
+int64_t few_channels_scratch(const ConvBackward<T>& call) {
+  return has_few_channels(call) ? FewChannelsPlan<T>(call).end : 0;
+}
+
+FASTNET_INLINE Vec<int32_t> load_codes(const int32_t* from) {
+  return *reinterpret_cast<const UnalignedVec<int32_t>*>(from);
+}
+
+// sum + u v, but only in some lanes. With masks of their own processors add so, without need of u.
+FASTNET_INLINE Vec<float> add_where(Vec<int32_t> where, Vec<float> u, Vec<float> v,
+                                    Vec<float> sum) {
+  if constexpr (kRegisters == 32) {
+    return where ? sum + u * v : sum;
+  } else {
+    return sum + (where ? u : Vec<float>{}) * v;
+  }
+}
+
+// sums[filter][c][point] += Σ over windows of U ⊙ V, in kRows rows of points from the first one on.
+template <int kFirst, int kRows, int kChannels, int kFilters>
+static void add_windows(const float* gradients, const int32_t* codes, const float* patches,
+                        int64_t windows, float* sums) {
+  using V = Vec<float>;
+  using I = Vec<int32_t>;
+  constexpr int kStep = kLanes<float>;
+  V sum[kFilters][kChannels][kRows][4];
+  const auto sum_at = [&](int f, int c, int r, int s) __attribute__((always_inline)) {
+    return sums + (((f * kChannels + c) * 4 + kFirst + r) * 4 + s) * kStep;
+  };
+  FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
+    FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) {
+      FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+        FASTNET_UNROLL for (int s = 0; s < 4; ++s) sum[f][c][r][s] = load(sum_at(f, c, r, s));
+      }
+    }
+  }
+  for (int64_t i = 0; i < windows; i += kStep) {
+    V g[kFilters];
+    I code[kFilters];
+    FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
+      g[f] = load(gradients + f * kFewPlane + i);
+      code[f] = load_codes(codes + f * kFewPlane + i);
+    }
+    FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+      const int row = kFirst + r;
+      V u[kFilters][4];
+      I where[kFilters][4];
+      FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
+        // With the sign that the differences in G give it, in the odd column and in the lower row.
+        const I by_column = code[f] << 31, by_row = (code[f] >> 1) << 31;
+        const V signed_g = row == 2 ? (V)((I)g[f] ^ by_row) : g[f];
+        u[f][0] = u[f][1] = u[f][3] = signed_g;
+        u[f][2] = (V)((I)signed_g ^ by_column);
+        if (row == 0 || row == 3) {
+          where[f][0] = code[f] == (row == 0 ? 0 : 2);
+          where[f][3] = code[f] == (row == 0 ? 1 : 3);
+          where[f][1] = where[f][2] = row == 0 ? code[f] < 2 : code[f] >= 2;
+        } else {
+          where[f][0] = by_column == 0;
+          where[f][3] = by_column < 0;
+          where[f][1] = where[f][2] = I{} == 0;
+        }
+      }
+      FASTNET_UNROLL for (int s = 0; s < 4; ++s) {
+        FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) {
+          const V v = load(patches + (c * kPoints + row * 4 + s) * kFewPlane + i);
+          FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
+            sum[f][c][r][s] = add_where(where[f][s], u[f][s], v, sum[f][c][r][s]);
+          }
+        }
+      }
+    }
+  }
+  FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
+    FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) {
+      FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+        FASTNET_UNROLL for (int s = 0; s < 4; ++s) store(sum_at(f, c, r, s), sum[f][c][r][s]);
+      }
+    }
+  }
+}
+
+// The same of all points. A row of them, or two, go past all filters, so that their patches stay in
+// the first-level cache; as many sums are taken at a time as there are registers for.
+template <int kChannels, int kFirst = 0>
+static void add_all_windows(const float* gradients, const int32_t* codes, const float* patches,
+                            int64_t windows, int64_t filters, float* sums) {
+  constexpr int kRows = kRegisters == 32 || kChannels == 1 ? 2 : 1;
+  constexpr int kFilters = kRegisters == 32 && kChannels == 1 ? 2 : 1;
+  constexpr int64_t kSums = kChannels * kPoints * kLanes<float>;
+  int64_t k = 0;
+  for (; k + kFilters <= filters; k += kFilters) {
+    add_windows<kFirst, kRows, kChannels, kFilters>(
+        gradients + k * kFewPlane, codes + k * kFewPlane, patches, windows, sums + k * kSums);
+  }
+  for (; k < filters; ++k) {
+    add_windows<kFirst, kRows, kChannels, 1>(gradients + k * kFewPlane, codes + k * kFewPlane,
+                                             patches, windows, sums + k * kSums);
+  }
+  if constexpr (kFirst + kRows < 4) {
+    add_all_windows<kChannels, kFirst + kRows>(gradients, codes, patches, windows, filters, sums);
+  }
+}
+
+// Of bytes in two steps: in one it takes an instruction a lane and more.
+FASTNET_INLINE void widen_codes(const uint8_t* from, int32_t* to) {
+  using Bytes = typename VectorType<uint8_t, kVectorBytes / 4>::unaligned;
+  using Half = typename VectorType<uint16_t, kVectorBytes / 2>::type;
+  const Half half = __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Half);
+  *reinterpret_cast<UnalignedVec<int32_t>*>(to) = __builtin_convertvector(half, Vec<int32_t>);
+}
+
+template <class T>
+static void copy_run(const T* gradients, const uint8_t* codes, int64_t count, float* gradients_to,
+                     int32_t* codes_to) {
+  constexpr int kStep = kLanes<float>;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    store(gradients_to + i, load(gradients + i));
+    widen_codes(codes + i, codes_to + i);
+  }
+  if (i < count && count >= kStep) {  // the rest reaches back over what was copied already
+    i = count - kStep;
+    store(gradients_to + i, load(gradients + i));
+    widen_codes(codes + i, codes_to + i);
+    return;
+  }
+  for (; i < count; ++i) {
+    gradients_to[i] = widen(gradients[i]);
+    codes_to[i] = codes[i];
+  }
+}
+
+// Gradients and codes of `filters` filters from k on and rows [first, last) of windows of image n.
+template <class T>
+static void fill_gradients(const ConvBackward<T>& call, int64_t n, int64_t first, int64_t last,
+                           int64_t k, int64_t filters, float* gradients, int32_t* codes) {
+  const Strides4 &g_at = call.grad_output_at, &c_at = call.codes_at;
+  const T* const g = call.grad_output + n * g_at.n + first * g_at.y + k * g_at.c;
+  const uint8_t* const c = call.codes + n * c_at.n + first * c_at.y + k * c_at.c;
+  if (g_at.x == 1 && c_at.x == 1) {
+    const bool in_planes = g_at.y == call.Q && c_at.y == call.Q;
+    const int64_t runs = in_planes ? 1 : last - first, count = (last - first) * call.Q / runs;
+    for (int64_t i = 0; i < filters; ++i) {
+      for (int64_t run = 0; run < runs; ++run) {
+        const int64_t to = i * kFewPlane + run * count;
+        copy_run(g + i * g_at.c + run * g_at.y, c + i * c_at.c + run * c_at.y, count,
+                 gradients + to, codes + to);
+      }
+    }
+    return;
+  }
+  for (int64_t p = 0; p < last - first; ++p) {
+    const int64_t row = p * call.Q;
+    if (g_at.c == 1) {  // channels_last
+      transpose(g + p * g_at.y, g_at.x, gradients + row, kFewPlane, call.Q, filters);
+    } else {
+      for (int64_t i = 0; i < filters; ++i) {
+        for (int64_t q = 0; q < call.Q; ++q) {
+          gradients[i * kFewPlane + row + q] = widen(g[i * g_at.c + p * g_at.y + q * g_at.x]);
+        }
+      }
+    }
+    for (int64_t i = 0; i < filters; ++i) {
+      for (int64_t q = 0; q < call.Q; ++q) {
+        codes[i * kFewPlane + row + q] = c[i * c_at.c + p * c_at.y + q * c_at.x];
+      }
+    }
+  }
+}
+
+// to[r][s] += Aᵀ (the sums of all lanes, with the halves of G) A
+FASTNET_INLINE void finish_filter(const float* sums, float* to, int64_t to_row, int64_t to_column) {
+  constexpr int kStep = kLanes<float>;
+  float m[4][4], half[3][4];
+  for (int r = 0; r < 4; ++r) {
+    const float* const row = sums + r * 4 * kStep;
+    const Vec4<float> sum = reduce_add_4<float>(load(row), load(row + kStep), load(row + 2 * kStep),
+                                                load(row + 3 * kStep));
+    const float by_row = r == 1 || r == 2 ? 0.5f : 1.0f;
+    for (int s = 0; s < 4; ++s) m[r][s] = sum[s] * by_row * (s == 1 || s == 2 ? 0.5f : 1.0f);
+  }
+  for (int s = 0; s < 4; ++s) {
+    half[0][s] = m[0][s] + (m[1][s] + m[2][s]);
+    half[1][s] = m[1][s] - m[2][s];
+    half[2][s] = (m[1][s] + m[2][s]) - m[3][s];
+  }
+  for (int r = 0; r < 3; ++r) {
+    const float* const h = half[r];
+    to[r * to_row] += h[0] + (h[1] + h[2]);
+    to[r * to_row + to_column] += h[1] - h[2];
+    to[r * to_row + 2 * to_column] += (h[1] + h[2]) - h[3];
+  }
+}
+
+// grad_weight and grad_bias of filters [k_begin, k_end), at most kFewFilters of them, from images
+// [n_begin, n_end), added to sums and bias_sums. Returns false, having added nothing, where an
+// element of the input or a gradient is too large or not finite.
+template <class T>
+static bool few_channels_block(const ConvBackward<T>& call, int64_t n_begin, int64_t n_end,
+                               int64_t k_begin, int64_t k_end, int64_t filter, int64_t to_row,
+                               float* sums, float* bias_sums, float* scratch) {
+  const FewChannelsPlan<T> plan(call);
+  const int64_t filters = k_end - k_begin, row_end = n_end * call.P;
+  float* const strip = scratch + plan.strip_at;
+  float* const patches = scratch + plan.patches_at;
+  float* const gradients = scratch + plan.gradients_at;
+  int32_t* const codes = reinterpret_cast<int32_t*>(scratch + plan.codes_at);
+  float* const point_sums = scratch + plan.sums_at;
+  constexpr int64_t kSums = kPoints * kLanes<float>;
+  __builtin_memset(scratch, 0, static_cast<size_t>(plan.end) * sizeof(float));
+  Vec<float> bias[kFewFilters] = {};
+  Vec<int32_t> largest = {};
+  for (int64_t first = n_begin * call.P; first < row_end; first += plan.rows) {
+    const int64_t last = least(first + plan.rows, row_end);
+    const int64_t windows = (last - first) * call.Q, all = round_up(windows, kLanes<float>);
+    for (int64_t row = first; row < last;) {
+      const int64_t n = row / call.P, p = row % call.P, stop = least(last, (n + 1) * call.P);
+      if (!fill_strip(call, plan.half, plan.strip_plane, n, 2 * p, 2 * (stop - row) + 2, strip)) {
+        return false;
+      }
+      for (int64_t c = 0; c < call.C; ++c) {
+        for (int64_t y = row; y < stop; ++y) {
+          // What is written beyond the end of the row, the next row writes over.
+          const float* const from = strip + c * plan.strip_plane + (y - row) * 4 * plan.half;
+          float* const to = patches + c * kPoints * kFewPlane + (y - first) * call.Q;
+          for (int64_t q = 0; q < call.Q; q += kLanes<float>) {
+            transform_patch(from + q, plan.half, to + q, kFewPlane);
+          }
+        }
+      }
+      const int64_t at = (row - first) * call.Q;
+      fill_gradients(call, n, p, p + (stop - row), k_begin, filters, gradients + at, codes + at);
+      row = stop;
+    }
+    for (int64_t k = 0; k < filters; ++k) {
+      float* const g = gradients + k * kFewPlane;
+      int32_t* const code = codes + k * kFewPlane;
+      for (int64_t i = windows; i < all; ++i) code[i] = kDead;
+      for (int64_t i = 0; i < all; i += kLanes<float>) {
+        const Vec<float> alive = load_codes(code + i) < kDead ? load(g + i) : Vec<float>{};
+        store(g + i, alive);
+        bias[k] += alive;
+        raise_magnitude(&largest, alive);
+      }
+    }
+    const auto add = call.C == 1   ? add_all_windows<1>
+                     : call.C == 2 ? add_all_windows<2>
+                                   : add_all_windows<3>;
+    add(gradients, codes, patches, all, filters, point_sums);
+  }
+  if (!is_below(largest, kLargestGradient)) return false;
+  for (int64_t k = 0; k < filters; ++k) {
+    bias_sums[k_begin + k] += reduce_add<float>(bias[k]);
+    for (int64_t c = 0; c < call.C; ++c) {
+      finish_filter(point_sums + (k * call.C + c) * kSums, sums + (k_begin + k) * filter + c,
+                    to_row, call.C);
+    }
+  }
+  return true;
+}

@@ -1,0 +1,137 @@
+// Patches of the input, as the forward kernels and the backward ones of few channels take them. No
+// include guard: both files are compiled once per instruction set.
+//
+//   strip   [C][rows][2][half]     some rows of a padded image, even columns and odd ones apart
+
+FASTNET_INLINE int64_t round_up(int64_t value, int64_t to) {
+  return (value + to - 1) / to * to;
+}
+FASTNET_INLINE int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// Winograd's F(2x2, 3x3): the four convolution outputs of a tile, that is one pooling window, by 16
+// multiplications instead of 36:
+//   Y = Aᵀ (Σ_c U ⊙ V) A    U = G g Gᵀ of the filter g, V = Bᵀ d B of the patch d
+//
+//        | 1  0 -1  0 |        |  1   0   0 |         | 1  1  1  0 |
+//   Bᵀ = | 0  1  1  0 |    G = | ½   ½   ½ |    Aᵀ = | 0  1 -1 -1 |
+//        | 0 -1  1  0 |        | ½  -½   ½ |
+//        | 0  1  0 -1 |        |  0   0   1 |
+//
+// Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015.
+inline constexpr int kPoints = 16;
+
+// Winograd's form adds up what later cancels: an element of this size leaves an error of 6e-4, also
+// in outputs whose filters pass it over. Of what is larger, or not finite, the direct form is
+// taken.
+inline constexpr float kLargest = 1e4f;
+
+// The largest magnitude of some floats: as integers their bits are in the same order, with infinity
+// and then NaN above all.
+FASTNET_INLINE void raise_magnitude(Vec<int32_t>* largest, Vec<float> value) {
+  const Vec<int32_t> bits = (Vec<int32_t>)value & 0x7fffffff;
+  *largest = bits > *largest ? bits : *largest;
+}
+FASTNET_INLINE bool is_below(Vec<int32_t> largest, float limit) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &limit, sizeof bits);
+  bool is = true;
+  for (int lane = 0; lane < kLanes<float>; ++lane) is &= largest[lane] <= bits;
+  return is;
+}
+
+// Copies columns [0, columns) of a row, 2i to even[i], 2i + 1 to odd[i].
+template <class T>
+FASTNET_INLINE void split_columns(const T* from, int64_t stride, acc_t<T>* even, acc_t<T>* odd,
+                                  int64_t columns) {
+  const auto eight = [&](int64_t x) {
+    const Vec4<acc_t<T>> a = load_4(from + x), b = load_4(from + x + 4);
+    store_4(even + x / 2, __builtin_shufflevector(a, b, 0, 2, 4, 6));
+    store_4(odd + x / 2, __builtin_shufflevector(a, b, 1, 3, 5, 7));
+  };
+  int64_t x = 0;
+  if (stride == 1 && columns >= 8) {
+    for (; x + 8 <= columns; x += 8) eight(x);
+    // The rest reaches back over columns already copied.
+    x = (columns - 8) / 2 * 2;
+    eight(x);
+    x += 8;
+  }
+  for (; x + 2 <= columns; x += 2) {
+    even[x / 2] = widen(from[x * stride]);
+    odd[x / 2] = widen(from[(x + 1) * stride]);
+  }
+  if (x < columns) even[x / 2] = widen(from[x * stride]);
+}
+
+// Copies rows [row, row + rows) of image n, counted in the padded image, into a strip whose columns
+// to the left and right of the image are 0 already, and whose channels, of whole lines, stand
+// `plane` apart. Returns whether all are known to be small.
+template <class T>
+static bool fill_strip(const ConvCall<T>& call, int64_t half, int64_t plane, int64_t n, int64_t row,
+                       int64_t rows, acc_t<T>* strip) {
+  using A = acc_t<T>;
+  const int64_t left = least(call.pad_x, 2 * half);
+  const int64_t columns = least(call.W, 2 * half - left);
+  const bool channels_last = call.input_at.c == 1 && call.C > 1;
+  // Column x of the image is column x + left of the padded one.
+  const int64_t first_even = (left + 1) / 2, first_odd = left / 2;
+  // The image's own even columns are odd ones of the padded image where `left` is odd.
+  A* const even = strip + (left % 2 ? half + first_odd : first_even);
+  A* const odd = strip + (left % 2 ? first_even : half + first_odd);
+  const int64_t stride = call.input_at.x;
+  const auto fill_row = [&](int64_t y, int64_t c) {
+    const int64_t from_y = row + y - call.pad_y, to = c * plane + y * 2 * half;
+    const T* from =
+        call.input + n * call.input_at.n + c * call.input_at.c + from_y * call.input_at.y;
+    if (from_y < 0 || from_y >= call.H) {
+      for (int64_t k = c; k < (channels_last ? call.C : c + 1); ++k) {
+        for (int64_t x = 0; x < 2 * half; ++x) strip[k * plane + y * 2 * half + x] = 0;
+      }
+    } else if (channels_last) {
+      transpose(from, 2 * stride, even + to, plane, (columns + 1) / 2, call.C);
+      transpose(from + stride, 2 * stride, odd + to, plane, columns / 2, call.C);
+    } else {
+      split_columns(from, stride, even + to, odd + to, columns);
+    }
+  };
+  for (int64_t c = 0; c < (channels_last ? 1 : call.C); ++c) {
+    for (int64_t y = 0; y < rows; ++y) fill_row(y, c);
+  }
+  if constexpr (sizeof(A) == sizeof(float)) {
+    constexpr int kStep = kLanes<float>;
+    Vec<int32_t> largest[2] = {};
+    const int64_t count = call.C * plane;  // whole lines
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(float))) {
+      for (int j = 0; j < 64 / static_cast<int>(sizeof(float)) / kStep; ++j) {
+        raise_magnitude(largest + j % 2, load(strip + i + j * kStep));
+      }
+    }
+    return is_below(largest[0], kLargest) && is_below(largest[1], kLargest);
+  }
+  return false;
+}
+
+// Column j of a patch in one row, for neighbouring tiles.
+template <class A>
+FASTNET_INLINE Vec<A> load_column(const A* row, int64_t half, int j) {
+  return load(row + j % 2 * half + j / 2);
+}
+
+// V = Bᵀ d B, stored at `to`, `plane` from one point to the next. A row of V at a time, from the
+// two rows of the patch that it needs: the whole would not fit into registers.
+FASTNET_INLINE void transform_patch(const float* strip, int64_t half, float* to, int64_t plane) {
+  using V = Vec<float>;
+  const auto row = [&](int i, V x0, V x1, V x2, V x3) {
+    store(to + 4 * i * plane, x0 - x2);
+    store(to + (4 * i + 1) * plane, x1 + x2);
+    store(to + (4 * i + 2) * plane, x2 - x1);
+    store(to + (4 * i + 3) * plane, x1 - x3);
+  };
+  const auto d = [&](int i, int j) { return load_column(strip + i * 2 * half, half, j); };
+  row(0, d(0, 0) - d(2, 0), d(0, 1) - d(2, 1), d(0, 2) - d(2, 2), d(0, 3) - d(2, 3));
+  row(1, d(1, 0) + d(2, 0), d(1, 1) + d(2, 1), d(1, 2) + d(2, 2), d(1, 3) + d(2, 3));
+  row(2, d(2, 0) - d(1, 0), d(2, 1) - d(1, 1), d(2, 2) - d(1, 2), d(2, 3) - d(1, 3));
+  row(3, d(1, 0) - d(3, 0), d(1, 1) - d(3, 1), d(1, 2) - d(3, 2), d(1, 3) - d(3, 3));
+}
