@@ -275,7 +275,12 @@ static bool few_channels_block(const ConvBackward<T>& call, int64_t n_begin, int
   int32_t* const codes = reinterpret_cast<int32_t*>(scratch + plan.codes_at);
   float* const point_sums = scratch + plan.sums_at;
   constexpr int64_t kSums = kPoints * kLanes<float>;
-  __builtin_memset(scratch, 0, static_cast<size_t>(plan.end) * sizeof(float));
+  // Also the patches: what is multiplied by a dead window's zero must be a number.
+  const auto clear = [&](int64_t begin, int64_t end) {
+    __builtin_memset(scratch + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
+  };
+  clear(plan.strip_at, plan.gradients_at);
+  clear(plan.sums_at, plan.end);
   Vec<float> bias[kFewFilters] = {};
   Vec<int32_t> largest = {};
   for (int64_t first = n_begin * call.P; first < row_end; first += plan.rows) {
