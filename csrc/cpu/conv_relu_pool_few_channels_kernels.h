@@ -23,7 +23,7 @@
 
 #include "conv_relu_pool_patches.h"
 
-inline constexpr int64_t kFewChannels = 3;
+inline constexpr int64_t kMostFewChannels = 3;
 // Windows that are at hand together, and whose distance of one point to the next leaves room for a
 // vector beyond them, in an odd number of lines.
 inline constexpr int64_t kFewWindows = 256, kFewPlane = kFewWindows + 16;
@@ -38,7 +38,7 @@ inline constexpr int64_t kFewestColumns = 4;
 template <class T>
 static bool has_few_channels(const ConvBackward<T>& call) {
   return kVectorBytes > 16 && sizeof(acc_t<T>) == sizeof(float) && call.needs_weight &&
-         call.kernel == 3 && call.C <= kFewChannels && call.Q >= kFewestColumns &&
+         call.kernel == 3 && call.C <= kMostFewChannels && call.Q >= kFewestColumns &&
          call.Q <= kFewWindows;
 }
 
