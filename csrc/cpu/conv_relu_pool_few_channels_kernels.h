@@ -169,27 +169,18 @@ static void add_all_windows(const float* gradients, const int32_t* codes, const 
   }
 }
 
-// Of bytes in two steps: in one it takes an instruction a lane and more.
-FASTNET_INLINE void widen_codes(const uint8_t* from, int32_t* to) {
-  using Bytes = typename VectorType<uint8_t, kVectorBytes / 4>::unaligned;
-  using Half = typename VectorType<uint16_t, kVectorBytes / 2>::type;
-  const Half half = __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Half);
-  *reinterpret_cast<UnalignedVec<int32_t>*>(to) = __builtin_convertvector(half, Vec<int32_t>);
-}
-
 template <class T>
 static void copy_run(const T* gradients, const uint8_t* codes, int64_t count, float* gradients_to,
                      int32_t* codes_to) {
   constexpr int kStep = kLanes<float>;
+  const auto copy = [&](int64_t i) __attribute__((always_inline)) {
+    store(gradients_to + i, load(gradients + i));
+    *reinterpret_cast<UnalignedVec<int32_t>*>(codes_to + i) = load_bytes(codes + i);
+  };
   int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    store(gradients_to + i, load(gradients + i));
-    widen_codes(codes + i, codes_to + i);
-  }
-  if (i < count && count >= kStep) {  // the rest reaches back over what was copied already
-    i = count - kStep;
-    store(gradients_to + i, load(gradients + i));
-    widen_codes(codes + i, codes_to + i);
+  for (; i + kStep <= count; i += kStep) copy(i);
+  if (i < count && count >= kStep) {
+    copy(count - kStep);  // the rest reaches back over what was copied already
     return;
   }
   for (; i < count; ++i) {

@@ -12,20 +12,7 @@ struct Constant {
 // A batch: out (rows, k_end - k_begin) = images[order[row]] (K) · scale + shift
 
 FASTNET_INLINE Vec<float> load_pixels(const uint8_t* from) {
-  using Bytes = typename VectorType<uint8_t, kLanes<float>>::unaligned;
-  const Bytes* const bytes = reinterpret_cast<const Bytes*>(from);
-  Vec<int32_t> numbers;
-#if defined(__x86_64__)
-  if constexpr (kVectorBytes > 16) {
-    // Said as a conversion, GCC makes it one byte at a time.
-    __asm__("vpmovzxbd %1, %0" : "=v"(numbers) : "m"(*bytes));
-  } else {
-    numbers = __builtin_convertvector(*bytes, Vec<int32_t>);
-  }
-#else
-  numbers = __builtin_convertvector(*bytes, Vec<int32_t>);
-#endif
-  return __builtin_convertvector(numbers, Vec<float>);
+  return __builtin_convertvector(load_bytes(from), Vec<float>);
 }
 FASTNET_INLINE Vec<float> load_pixels(const float* from) {
   return load(from);

@@ -64,6 +64,24 @@ FASTNET_INLINE Vec<float> load(const bfloat16* from) {
   return (Vec<float>)(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
 }
 
+// Bytes, each in a lane as an integer.
+FASTNET_INLINE Vec<int32_t> load_bytes(const uint8_t* from) {
+  using Bytes = typename VectorType<uint8_t, kLanes<float>>::unaligned;
+  const Bytes* const bytes = reinterpret_cast<const Bytes*>(from);
+  Vec<int32_t> numbers;
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes > 16) {
+    // Said as a conversion, GCC makes it one byte at a time.
+    __asm__("vpmovzxbd %1, %0" : "=v"(numbers) : "m"(*bytes));
+  } else {
+    numbers = __builtin_convertvector(*bytes, Vec<int32_t>);
+  }
+#else
+  numbers = __builtin_convertvector(*bytes, Vec<int32_t>);
+#endif
+  return numbers;
+}
+
 FASTNET_INLINE void store(float* to, Vec<float> value) {
   *reinterpret_cast<UnalignedVec<float>*>(to) = value;
 }
