@@ -13,21 +13,35 @@
 namespace fastnet {
 namespace {
 
-// Input channels from which filters are multiplied in Winograd's form. Of one channel the direct
-// form takes little longer, and elements of a window that are equal, as strokes on a constant
-// background make them, stay equal in it: the first wins, as in torch.
-constexpr int64_t kWinogradChannels = 2;
+// Channels, filters, and the product of both, from which patches of 6 x 6 are worth being
+// transformed.
+constexpr int64_t kManyChannels = 5, kManyFilters = 6;
+constexpr int64_t kManyProducts3 = 64, kManyProducts5 = 96;
+// Beyond them a row of such patches is too large to keep at hand.
+constexpr int64_t kMostColumns = 256;
 // Windows up to which rearranging the filters, let alone transforming them, takes longer than it
 // saves: the direct form takes them as they are.
 constexpr int64_t kFewTiles = 32;
+
+ConvForm form_of(const ConvReluPoolShape& shape) {
+  if (shape.C >= kManyChannels && shape.K >= kManyFilters && shape.Q <= kMostColumns &&
+      shape.C * shape.K >= (shape.R == 3 ? kManyProducts3 : kManyProducts5)) {
+    return ConvForm::patches_of_6;
+  }
+  // Of one channel the direct form takes little longer, and elements of a window that are equal,
+  // as strokes on a constant background make them, stay equal in it: the first wins, as in torch.
+  const bool is_few = shape.R == 3 && shape.C >= 2 && shape.C <= 4;
+  return is_few ? ConvForm::patches_of_4 : ConvForm::direct;
+}
 
 // Returns what stood in its way: filters or an input that the form asked for cannot take, or as
 // `infinite` too large an image.
 template <class T>
 Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   using A = acc_t<T>;
-  const int64_t tiles = call.N * call.P * call.Q, threads = torch::stable::get_num_threads();
-  call.most_tiles = divide_up(tiles, 8 * threads);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t units = FASTNET_BEST_ISA(forward_units(call));
+  call.most_units = divide_up(units, 8 * threads);
   const int64_t scratch = FASTNET_BEST_ISA(forward_scratch(call));
   if (scratch > most_scratch<A>()) return Magnitude::infinite;
   const int64_t filters = FASTNET_BEST_ISA(filter_count(call));
@@ -50,12 +64,14 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   parallel(parts, arrange_work / parts, [&](int64_t begin, int64_t end) {
     meet(FASTNET_BEST_ISA(arrange_filters_kernel(call, begin, end)));
   });
-  if (met == Magnitude::infinite || (call.by_winograd && met != Magnitude::small)) return met;
+  if (met == Magnitude::infinite || (call.form != ConvForm::direct && met != Magnitude::small))
+    return met;
   call.filters_are_small = met == Magnitude::small;
 
-  const int64_t in_block = FASTNET_BEST_ISA(forward_tiles(call));
-  const int64_t blocks = divide_up(tiles, in_block);
-  const int64_t work = 4 * call.kernel * call.kernel * call.C * call.K * in_block;
+  const int64_t in_block = FASTNET_BEST_ISA(block_units(call));
+  const int64_t blocks = divide_up(units, in_block);
+  const int64_t windows = divide_up(call.N * call.P * call.Q, blocks);
+  const int64_t work = 4 * call.kernel * call.kernel * call.C * call.K * windows;
   const auto calculate = [&](int64_t begin, int64_t end, int64_t part_begin, int64_t part_end) {
     A* const memory = thread_scratch<A>(scratch);
     if (!FASTNET_BEST_ISA(conv_forward_kernel(call, begin, end, part_begin, part_end, memory))) {
@@ -64,14 +80,14 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   };
   if (blocks >= 2 * threads || parts < threads) {
     parallel_in_turns(blocks, work, [&](int64_t begin, int64_t end) {
-      calculate(begin * in_block, std::min(tiles, end * in_block), 0, parts);
+      calculate(begin * in_block, std::min(units, end * in_block), 0, parts);
     });
   } else {
     // Few images: threads share out the filters.
     parallel(parts, blocks * work / parts,
-             [&](int64_t begin, int64_t end) { calculate(0, tiles, begin, end); });
+             [&](int64_t begin, int64_t end) { calculate(0, units, begin, end); });
   }
-  return call.by_winograd ? met.load() : Magnitude::small;
+  return call.form != ConvForm::direct ? met.load() : Magnitude::small;
 }
 
 std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
@@ -93,6 +109,8 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
     if (has_own_kernels(shape, input.scalar_type())) {
       const bool is_arranged = sizeof(acc_t<T>) != sizeof(element_t<T>) ||
                                !weight.is_contiguous() || shape.N * shape.P * shape.Q > kFewTiles;
+      const ConvForm form =
+          is_arranged && sizeof(acc_t<T>) == sizeof(float) ? form_of(shape) : ConvForm::direct;
       ConvForward<element_t<T>> call{conv_call<T>(shape, input),
                                      data<T>(weight),
                                      strides_of(weight),
@@ -100,17 +118,15 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
                                      mutable_data<T>(output),
                                      static_cast<uint8_t*>(codes.mutable_data_ptr()),
                                      strides_of(output),
-                                     /*most_tiles=*/0,
-                                     /*by_winograd=*/is_arranged && shape.R == 3 &&
-                                         shape.C >= kWinogradChannels &&
-                                         sizeof(acc_t<T>) == sizeof(float),
+                                     /*most_units=*/0,
+                                     form,
                                      nullptr,
                                      nullptr,
                                      is_arranged,
                                      false};
       Magnitude met = run<T>(call, input);
-      if (call.by_winograd && met == Magnitude::finite) {
-        call.by_winograd = false;
+      if (call.form != ConvForm::direct && met == Magnitude::finite) {
+        call.form = ConvForm::direct;
         met = run<T>(call, input);
       }
       if (met == Magnitude::small) return;

@@ -39,6 +39,13 @@ enum class Magnitude : int {
   infinite,  // or NaN: zeros in the padding may not be multiplied by it
 };
 
+// How the forward multiplies the filters.
+enum class ConvForm : int {
+  direct,
+  patches_of_4,  // Winograd's form on patches of 4 x 4, a pooling window's of 3 x 3 filters
+  patches_of_6,  // the same on patches of 6 x 6: of many channels
+};
+
 // What a thread may keep, in elements; where more were needed the library takes over.
 template <class A>
 constexpr int64_t most_scratch() {
@@ -68,8 +75,8 @@ struct ConvForward : ConvCall<T> {
   T* output;
   uint8_t* codes;
   Strides4 output_at;  // of the codes, too
-  int64_t most_tiles;  // in a block: that all threads have some
-  bool by_winograd;
+  int64_t most_units;  // in a block: that all threads have some
+  ConvForm form;
   const acc_t<T>* filters;     // the weights, rearranged by a kernel of its own, or as they are
   acc_t<T>* arranged_filters;  // the same, to be written; null where they are taken as they are
   bool is_arranged;

@@ -173,39 +173,6 @@ static Accumulate<A> accumulate_for(int64_t vectors) {
 // ---------------------------------------------------------------------------------------------
 // Rearranging
 
-// A strip of the padded input, rows [row, row + rows), into blocks of channels.
-template <class T>
-static void fill_blocks(const ConvBackward<T>& call, const BackwardPlan<T>& plan, int64_t n,
-                        int64_t row, int64_t rows, acc_t<T>* to) {
-  const int64_t columns = call.W < plan.width - call.pad_x ? call.W : plan.width - call.pad_x;
-  for (int64_t block = 0; block < plan.blocks; ++block) {
-    acc_t<T>* const strip = to + block * plan.strips * plan.strip_size;
-    const int64_t c_first = block * plan.channels;
-    const int64_t channels = call.C - c_first < plan.channels ? call.C - c_first : plan.channels;
-    __builtin_memset(strip, 0, static_cast<size_t>(rows * plan.row) * sizeof(acc_t<T>));
-    for (int64_t y = 0; y < rows; ++y) {
-      const int64_t from_y = row + y - call.pad_y;
-      if (from_y < 0 || from_y >= call.H) continue;
-      const T* from =
-          call.input + n * call.input_at.n + c_first * call.input_at.c + from_y * call.input_at.y;
-      acc_t<T>* const line = strip + y * plan.row + call.pad_x * plan.channels;
-      if (call.input_at.c == 1 && channels == kLanes<T>) {
-        for (int64_t x = 0; x < columns; ++x) {
-          store(line + x * kLanes<T>, load(from + x * call.input_at.x));
-        }
-      } else if (call.input_at.x == 1) {
-        transpose(from, call.input_at.c, line, plan.channels, channels, columns);
-      } else {
-        for (int64_t x = 0; x < columns; ++x) {
-          for (int64_t c = 0; c < channels; ++c) {
-            line[x * plan.channels + c] = widen(from[c * call.input_at.c + x * call.input_at.x]);
-          }
-        }
-      }
-    }
-  }
-}
-
 // Whether what no window touches, to the right and below, is finite.
 template <class T>
 static bool is_rest_finite(const ConvBackward<T>& call, const BackwardPlan<T>& plan, int64_t n) {
@@ -367,7 +334,8 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
         const int64_t p_rows = call.P - p < plan.strip_rows ? call.P - p : plan.strip_rows;
         const int64_t rows = 2 * p_rows + call.kernel - 1;
         A* const to = input + (strip - first) * plan.strip_size;
-        fill_blocks(call, plan, strip / strips_per_image, 2 * p, rows, to);
+        fill_blocks(call, strip / strips_per_image, 2 * p, rows, plan.width, plan.channels,
+                    plan.strips * plan.strip_size, to);
         for (int64_t block = 0; block < plan.blocks; ++block) {
           if (!are_finite(to + block * plan.strips * plan.strip_size, rows * plan.row)) {
             return false;

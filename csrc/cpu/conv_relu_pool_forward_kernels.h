@@ -4,61 +4,18 @@
 // of every channel. Tiles are counted through images, rows and columns, and calculated in blocks,
 // whose vectors have one tile to a lane: no lane is idle where a row ends.
 //
-//   patches [points][C][tiles]     the tiles of a block, by position in the patch, or transformed
+//   patches [positions][C][tiles]  the tiles of a block, by position in the patch
+//           [C][points][tiles]     or transformed: of very few channels, in Winograd's form
 //   pooled  [K][tiles]             the block's results, then written in the output's layout
-//
-// Patches of very few channels are [C][points][tiles], with distances that the compiler knows.
 
-#include "conv_relu_pool_patches.h"
+#include "conv_relu_pool_many_channels_kernels.h"
 
-FASTNET_INLINE Magnitude larger(Magnitude a, Magnitude b) {
-  return a < b ? b : a;
-}
-
-// The largest of some magnitudes. A NaN counts as infinite.
-template <class A>
-struct LargestOf {
-  A largest = 0;
-  bool is_number = true;
-  void add(A value) {
-    const A size = value < 0 ? -value : value;
-    largest = largest < size ? size : largest;
-    is_number &= value == value;
-  }
-  void add_all(const A* values, int64_t count) {
-    constexpr int kStep = kVectorBytes / sizeof(A);
-    Vec<A> most = {};
-    auto are_numbers = Vec<A>{} == Vec<A>{};
-    int64_t i = 0;
-    for (; i + kStep <= count; i += kStep) {
-      const Vec<A> value = load(values + i), size = value < Vec<A>{} ? -value : value;
-      most = maximum<A>(most, size);
-      are_numbers &= value == value;
-    }
-    for (int lane = 0; lane < kStep; ++lane) {
-      add(most[lane]);
-      is_number &= are_numbers[lane] != 0;
-    }
-    for (; i < count; ++i) add(values[i]);
-  }
-  Magnitude magnitude() const {
-    if (!is_number || largest - largest != 0) return Magnitude::infinite;
-    return largest < static_cast<A>(kLargest) ? Magnitude::small : Magnitude::finite;
-  }
-};
-
-inline constexpr int kProductFilters = 4, kProductVectors = 3;
 // Vectors of tiles in a block, at most.
 inline constexpr int kMaxVectors = 32;
-// Input channels up to which the patches of a block stay in the first-level cache, with the
-// products of a few filters, while all filters go past them. Of more channels, those of one point
-// do so.
-inline constexpr int64_t kFewChannels = 8;
-// Input channels up to which a block has a function of its own, of kFusedFilters filters and
-// kProductVectors vectors at a time, whose products never are in memory. Its patches stand in rows
-// of kFusedRow tiles.
-inline constexpr int64_t kFusedChannels = 4;
-inline constexpr int kFusedFilters = 2, kFusedVectors = 2 * kProductVectors;
+// Of very few channels kFusedFilters filters go past kProductVectors vectors at a time, up to
+// kFusedVectors in a block. Filters stand in groups of kProductFilters, tiles in rows of kFusedRow.
+inline constexpr int kProductFilters = 4, kFusedFilters = 2, kProductVectors = 3;
+inline constexpr int kFusedVectors = 2 * kProductVectors;
 inline constexpr int64_t kFusedRow = (kFusedVectors + 1) * kLanes<float>;
 inline constexpr int kDirectFilters = kRegisters == 32 ? 6 : 3;
 
@@ -74,34 +31,36 @@ struct FilterGroups {
 
 template <class T>
 static bool is_fused(const ConvForward<T>& call) {
-  return call.by_winograd && call.C <= kFusedChannels;
+  return call.form == ConvForm::patches_of_4;
+}
+
+// Filters are shared out in parts: of a vector of filters, kProductFilters, or a group.
+template <class T>
+int64_t filter_parts(const ConvForward<T>& call) {
+  if (call.form == ConvForm::patches_of_6) return round_up(call.K, kLanes<T>) / kLanes<T>;
+  return is_fused(call) ? round_up(call.K, kProductFilters) / kProductFilters
+                        : FilterGroups(call.K).count;
+}
+template <class T>
+static int64_t part_begin(const ConvForward<T>& call, int64_t part) {
+  if (call.form == ConvForm::patches_of_6) return least(call.K, part * kLanes<T>);
+  return is_fused(call) ? least(call.K, part * kProductFilters) : FilterGroups(call.K).begin(part);
 }
 
 template <class T>
 int64_t filter_count(const ConvForward<T>& call) {
-  return call.by_winograd ? kPoints * round_up(call.K, kProductFilters) * call.C
-                          : call.K * call.C * call.kernel * call.kernel;
+  if (call.form == ConvForm::patches_of_6) {
+    return kSidePoints * round_up(call.K, kLanes<T>) * call.C;
+  }
+  return is_fused(call) ? kPoints * round_up(call.K, kProductFilters) * call.C
+                        : call.K * call.C * call.kernel * call.kernel;
 }
 
-// Filters are shared out in parts, of which the first filter is:
-template <class T>
-int64_t filter_parts(const ConvForward<T>& call) {
-  return call.by_winograd ? round_up(call.K, kProductFilters) / kProductFilters
-                          : FilterGroups(call.K).count;
-}
-template <class T>
-static int64_t part_begin(const ConvForward<T>& call, int64_t part) {
-  return call.by_winograd ? least(call.K, part * kProductFilters)
-                          : FilterGroups(call.K).begin(part);
-}
-
-// filters[point][k / 4][c][k % 4] = (G g Gᵀ)[point], of filters that there are not 0. Of very few
-// channels filters[k / 4][point][c][k % 4].
+// filters[k / 4][point][c][k % 4] = (G g Gᵀ)[point], of filters that there are not 0.
 template <class T>
 static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
   using V = Vec4<float>;
   const int64_t C = call.C, step = kProductFilters * C;
-  const int64_t plane = is_fused(call) ? step : round_up(call.K, kProductFilters) * C;
   const int64_t first = part_begin(call, part), count = part_begin(call, part + 1) - first;
   V largest = {};
   Vec4<int32_t> is_number = V{} == V{};
@@ -129,12 +88,11 @@ static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
       half[2][s] = outer - inner;
       half[3][s] = g[2][s];
     }
-    float* to = call.arranged_filters + part * (is_fused(call) ? kPoints * step : step) +
-                c * kProductFilters;
+    float* to = call.arranged_filters + part * kPoints * step + c * kProductFilters;
     for (int r = 0; r < 4; ++r) {
       const V outer = (half[r][0] + half[r][2]) * 0.5f, inner = half[r][1] * 0.5f;
       const V row[4] = {half[r][0], outer + inner, outer - inner, half[r][2]};
-      for (int s = 0; s < 4; ++s) store_4(to + (r * 4 + s) * plane, row[s]);
+      for (int s = 0; s < 4; ++s) store_4(to + (r * 4 + s) * step, row[s]);
     }
   }
   LargestOf<float> all;
@@ -159,7 +117,12 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
   Magnitude met = bias.magnitude() == Magnitude::small ? Magnitude::small : Magnitude::finite;
   for (int64_t part = begin; part < end; ++part) {
     if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
-      if (call.by_winograd) {
+      if (call.form == ConvForm::patches_of_6) {
+        met = larger(
+            met, call.kernel == 3 ? transform_part<3>(call, part) : transform_part<5>(call, part));
+        continue;
+      }
+      if (is_fused(call)) {
         met = larger(met, transform_filters(call, part));
         continue;
       }
@@ -198,69 +161,54 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
 template <class T>
 struct ForwardPlan {
   using A = acc_t<T>;
-  int64_t patch;           // height and width of a patch
-  int64_t half;            // the even columns of a row of a strip, or the odd ones
-  int64_t strip_rows;      // of tiles, in a strip
-  int64_t strip_plane;     // from one channel of a strip to the next
-  int64_t tiles;           // in a block
-  int64_t patch_row;       // from one channel of the patches to the next
-  int64_t plane;           // from one point of the patches to the next
-  int64_t filters;         // K, rounded up
-  int64_t products_plane;  // from one point of the products to the next
-  int64_t strip_at, patches_at, products_at, pooled_at, codes_at, end;
-
-  // A distance at which many stores in a row do not all fall into the same few sets of the cache,
-  // as they do a page apart: an odd number of lines.
-  static int64_t off_pages(int64_t elements) {
-    constexpr int64_t kLine = 64 / sizeof(A);
-    return ((elements + kLine - 1) / kLine | 1) * kLine;
-  }
+  int64_t half;         // the even columns of a row of a strip, or the odd ones
+  int64_t strip_rows;   // of tiles, in a strip
+  int64_t strip_plane;  // from one channel of a strip to the next
+  int64_t tiles;        // in a block
+  int64_t patch_row;    // from one channel of the patches to the next
+  int64_t plane;        // from one point of the patches to the next
+  int64_t strip_at, patches_at, pooled_at, codes_at, end;
 
   explicit ForwardPlan(const ConvForward<T>& call) {
     constexpr int64_t kStripBytes = 64 * 1024, kPatchBytes = 24 * 1024;
-    const int64_t C = call.C;
-    patch = call.kernel + 1;
+    constexpr int64_t kSize = sizeof(A);
+    const int64_t C = call.C, points = (call.kernel + 1) * (call.kernel + 1);
     half = call.Q + call.kernel / 2;
-    const int64_t row_bytes = 4 * C * half * static_cast<int64_t>(sizeof(A));
-    strip_rows = least(call.P, kStripBytes / row_bytes);
+    strip_rows = least(call.P, kStripBytes / (4 * C * half * kSize));
     if (strip_rows < 1) strip_rows = 1;
-    // The more tiles, the longer the stretches in which the output is written; but their patches,
-    // and products, are to stay in the cache.
-    const int64_t points = patch * patch;
-    const int64_t tile_bytes =
-        points * (C + (call.by_winograd ? kProductFilters : 0)) * static_cast<int64_t>(sizeof(A));
-    int64_t vectors = kPatchBytes / (tile_bytes * kLanes<T>);
-    vectors = least(vectors, (call.most_tiles + kLanes<T> - 1) / kLanes<T>);
-    if (call.by_winograd) {
-      vectors = vectors / kProductVectors * kProductVectors;
-      if (vectors < kProductVectors || C > kFewChannels) vectors = kProductVectors;
-      if (is_fused(call)) vectors = least(vectors, kFusedVectors);
+    // The more tiles, the longer the stretches in which the output is written; but their patches
+    // are to stay in the cache.
+    int64_t vectors = kPatchBytes / (points * C * kSize * kLanes<T>);
+    vectors = least(vectors, (call.most_units + kLanes<T> - 1) / kLanes<T>);
+    if (is_fused(call)) {
+      vectors = least(vectors / kProductVectors * kProductVectors, kFusedVectors);
+      if (vectors < kProductVectors) vectors = kProductVectors;
     }
     vectors = vectors < 1 ? 1 : least(vectors, kMaxVectors);
     tiles = vectors * kLanes<T>;
     // Patches are written a vector at a time, past the end of a row of tiles, and read so.
-    constexpr int64_t kSlack = 4 * kLanes<T>, kLine = 64 / sizeof(A);
+    constexpr int64_t kSlack = 4 * kLanes<T>, kLine = 64 / kSize;
     patch_row = is_fused(call) ? kPoints * kFusedRow : tiles + kLanes<T>;
-    plane = is_fused(call) ? kFusedRow : off_pages(C * patch_row);
-    filters = round_up(call.K, kProductFilters);
-    products_plane = off_pages(filters * tiles);
-    strip_plane = off_pages((2 * strip_rows + call.kernel - 1) * 2 * half);
+    plane = is_fused(call) ? kFusedRow : off_pages<A>(C * patch_row);
+    strip_plane = off_pages<A>((2 * strip_rows + call.kernel - 1) * 2 * half);
     strip_at = 0;
     patches_at = round_up(strip_at + C * strip_plane + kSlack, kLine);
-    products_at = patches_at + round_up(is_fused(call) ? C * patch_row : points * plane, kLine);
-    pooled_at = products_at + (call.by_winograd ? kPoints * products_plane : 0);
-    codes_at = pooled_at + filters * tiles;
-    end = codes_at + filters * tiles / static_cast<int64_t>(sizeof(A)) + kSlack;
+    pooled_at = patches_at + round_up(is_fused(call) ? C * patch_row : points * plane, kLine);
+    codes_at = pooled_at + call.K * tiles;
+    end = codes_at + call.K * tiles / kSize + kSlack;
   }
 };
 
 template <class T>
 int64_t forward_scratch(const ConvForward<T>& call) {
+  if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
+    if (call.form == ConvForm::patches_of_6) return ManyChannelsPlan<T>(call).end;
+  }
   return ForwardPlan<T>(call).end;
 }
 
-// The same of `count` neighbouring tiles, and some beyond, of very few channels. A function of its
-// own, in which sixteen addresses of a known distance need no registers.
+// V of `count` neighbouring tiles, and some beyond, of a channel. A function of its own, in which
+// sixteen addresses of a known distance need no registers.
 __attribute__((noinline)) static void transform_row(const float* strip, int64_t half, float* to,
                                                     int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes<float>) {
@@ -303,17 +251,10 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
         const int64_t count = least(stop - t, call.Q - column);
         const A* from = strip + c * plan.strip_plane + 2 * row * 2 * plan.half + column;
         A* to = scratch + plan.patches_at + c * plan.patch_row + (t - first);
-        for (int64_t i = 0; i < count; i += kLanes<T>) {
-          if constexpr (sizeof(A) == sizeof(float) && kKernel == 3) {
-            if (is_fused(call)) {
-              transform_row(from, plan.half, to, count);
-              break;
-            }
-            if (call.by_winograd) {
-              transform_patch(from + i, plan.half, to + i, plan.plane);
-              continue;
-            }
-          }
+        if constexpr (sizeof(A) == sizeof(float) && kKernel == 3) {
+          if (is_fused(call)) transform_row(from, plan.half, to, count);
+        }
+        for (int64_t i = 0; i < count && !is_fused(call); i += kLanes<T>) {
           for (int r = 0; r < kPatch; ++r) {
             for (int s = 0; s < kPatch; ++s) {
               store(to + i + (r * kPatch + s) * plan.plane,
@@ -332,163 +273,7 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
 }
 
 // ---------------------------------------------------------------------------------------------
-// Winograd's form
-
-// products[k][tile] = Σ_c filters[c][k] · patches[c][tile], for 4 filters and kVectors vectors.
-template <int kVectors>
-FASTNET_INLINE void product_block(const float* filters, const float* patches, int64_t C,
-                                  int64_t patch_row, int64_t tiles, float* products) {
-  using V = Vec<float>;
-  constexpr int kStep = kLanes<float>;
-  V sum[kProductFilters][kVectors];
-  FASTNET_UNROLL for (int k = 0; k < kProductFilters; ++k) {
-    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[k][v] = V{};
-  }
-  for (int64_t c = 0; c < C; ++c) {
-    V x[kVectors];
-    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
-      x[v] = load(patches + c * patch_row + v * kStep);
-    }
-    FASTNET_UNROLL for (int k = 0; k < kProductFilters; ++k) {
-      const V w = splat(filters[c * kProductFilters + k]);
-      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[k][v] += w * x[v];
-    }
-  }
-  FASTNET_UNROLL for (int k = 0; k < kProductFilters; ++k) {
-    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
-      store(products + k * tiles + v * kStep, sum[k][v]);
-    }
-  }
-}
-
-// Where the operands and the results of a block of products stand.
-struct ProductPlan {
-  const float *filters, *patches;
-  float* products;
-  int64_t filters_plane, patches_plane, products_plane;  // from one point to the next
-  int64_t C, patch_row, tiles;
-};
-
-// All points of `count` filters.
-template <int kVectors>
-static void products_of_points(const ProductPlan& at, int64_t count) {
-  for (int point = 0; point < kPoints; ++point) {
-    const float* const filters = at.filters + point * at.filters_plane;
-    const float* const patches = at.patches + point * at.patches_plane;
-    float* const products = at.products + point * at.products_plane;
-    for (int64_t k = 0; k < count; k += kProductFilters) {
-      product_block<kVectors>(filters + k * at.C, patches, at.C, at.patch_row, at.tiles,
-                              products + k * at.tiles);
-    }
-  }
-}
-
-template <class A>
-using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-
-// The lowest byte of every lane, in two steps: side by side within 16 bytes, and then across those.
-// (As a conversion of vectors this takes an instruction a lane and more.)
-template <class I, int... kByte, int... kUnit>
-FASTNET_INLINE void store_bytes(uint8_t* to, Vec<I> codes, LaneList<kByte...>, LaneList<kUnit...>) {
-  constexpr int kSize = sizeof(I), kNear = 16 / kSize;
-  constexpr int kUnits = sizeof...(kUnit), kNext = 16 / kNear;  // of kNear bytes
-  using Unit = std::conditional_t<kNear == 4, uint32_t, uint16_t>;
-  const Vec<uint8_t> all = (Vec<uint8_t>)codes;
-  const Vec<Unit> near =
-      (Vec<Unit>)__builtin_shufflevector(all, all, (kByte / 16 * 16 + kByte % kNear * kSize)...);
-  const Vec<Unit> bytes = __builtin_shufflevector(near, near, (kUnit * kNext % kUnits)...);
-  __builtin_memcpy(to, &bytes, kVectorBytes / kSize);
-}
-template <class A>
-FASTNET_INLINE void store_codes(uint8_t* to, Vec<Index<A>> codes) {
-  store_bytes<Index<A>>(to, codes, typename MakeLanes<kVectorBytes>::type{},
-                        typename MakeLanes<kVectorBytes * sizeof(A) / 16>::type{});
-}
-
-// The maximum of the four elements of each window, in the order 2·dy + dx, and which one it is. Of
-// several vectors step by step, for each step waits for the one before. Where no NaN can be among
-// them, fewer comparisons do.
-template <bool kMayBeNaN, class A, int kCount>
-FASTNET_INLINE void window_maxima(const Vec<A> (&y)[kCount][4], Vec<A> (&most)[kCount],
-                                  Vec<Index<A>> (&code)[kCount]) {
-  using I = Vec<Index<A>>;
-  if constexpr (kMayBeNaN) {
-    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-      most[n] = y[n][0];
-      code[n] = I{};
-      FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
-        const I wins = (most[n] < y[n][i]) | (y[n][i] != y[n][i]);
-        most[n] = wins ? y[n][i] : most[n];
-        code[n] = wins ? I{} + i : code[n];
-      }
-    }
-  } else {
-    Vec<A> lower[kCount];
-    I lower_code[kCount];
-    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-      const I wins = y[n][0] < y[n][1];
-      most[n] = wins ? y[n][1] : y[n][0];
-      code[n] = wins ? I{} + 1 : I{};
-    }
-    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-      const I wins = y[n][2] < y[n][3];
-      lower[n] = wins ? y[n][3] : y[n][2];
-      lower_code[n] = wins ? I{} + 3 : I{} + 2;
-    }
-    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-      const I wins = most[n] < lower[n];
-      most[n] = wins ? lower[n] : most[n];
-      code[n] = wins ? lower_code[n] : code[n];
-    }
-  }
-}
-
-// Their ReLU, and the code where that passes nothing.
-template <class A, class T, int kCount>
-FASTNET_INLINE void store_windows(const Vec<A> (&most)[kCount], const Vec<Index<A>> (&code)[kCount],
-                                  T* const (&pooled)[kCount], uint8_t* const (&codes)[kCount]) {
-  using I = Vec<Index<A>>;
-  FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-    const I dead = most[n] <= Vec<A>{};
-    store(pooled[n], dead ? Vec<A>{} : most[n]);
-    store_codes<A>(codes[n], dead ? I{} + kDead : code[n]);
-  }
-}
-
-// Aᵀ M A, bias, ReLU and maximum for a vector of tiles of one filter. A function of its own:
-// inlined into the loops around it, the sixteen addresses would be kept from turn to turn, and
-// spilled.
-template <class T>
-__attribute__((noinline)) static void pool_products(const float* products, int64_t plane,
-                                                    float bias, T* pooled, uint8_t* codes) {
-  using V = Vec<float>;
-  V windows[1][4];
-  V(&y)[4] = windows[0];
-  FASTNET_UNROLL for (int j = 0; j < 4; ++j) {
-    const float* const m = products + j * plane;
-    const V m1 = load(m + 4 * plane), m2 = load(m + 8 * plane);
-    const V upper = load(m) + (m1 + m2), lower = (m1 - m2) - load(m + 12 * plane);
-    if (j == 0) {
-      y[0] = upper;
-      y[2] = lower;
-    } else if (j == 1) {
-      y[0] += upper;
-      y[1] = upper;
-      y[2] += lower;
-      y[3] = lower;
-    } else {
-      if (j == 2) y[0] += upper;
-      y[1] -= upper;
-      if (j == 2) y[2] += lower;
-      y[3] -= lower;
-    }
-  }
-  V most[1];
-  Vec<int32_t> code[1];
-  window_maxima<false, float>(windows, most, code);
-  most[0] += bias;  // which moves all four alike
-  store_windows<float, T, 1>(most, code, {pooled}, {codes});
-}
+// Results
 
 // Where the results of a vector of tiles go: a filter's `next` elements after those of the one
 // before.
@@ -522,6 +307,45 @@ struct Targets {
     }
   }
 };
+
+// What of a block's results stands in the scratch memory, into the output: filters [k_begin, k_end)
+// of tiles [first, last).
+template <class T>
+static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
+                        int64_t last, int64_t k_begin, int64_t k_end, const Targets<T>& targets,
+                        const acc_t<T>* scratch) {
+  const int64_t image = call.P * call.Q, tiles = plan.tiles;
+  const T* const pooled = reinterpret_cast<const T*>(scratch + plan.pooled_at);
+  const uint8_t* const codes = reinterpret_cast<const uint8_t*>(scratch + plan.codes_at);
+  for (int64_t tile = first; tile < last;) {
+    const int64_t in_vector = kLanes<T> - (tile - first) % kLanes<T>;
+    if (targets.is_output[(tile - first) / kLanes<T>]) {
+      tile += in_vector;
+      continue;
+    }
+    const int64_t n = tile / image, window = tile % image;
+    int64_t count = least(last - tile, image - window);
+    if (call.output_at.x == 1) count = least(count, in_vector);
+    const int64_t from = k_begin * tiles + (tile - first);
+    const int64_t to =
+        n * call.output_at.n + k_begin * call.output_at.c + window * call.output_at.x;
+    if (call.output_at.x == 1) {  // the windows of a channel stand side by side; part of a vector
+      for (int64_t k = 0; k < k_end - k_begin; ++k) {
+        for (int64_t i = 0; i < count; ++i) {
+          call.output[to + k * call.output_at.c + i] = pooled[from + k * tiles + i];
+          call.codes[to + k * call.output_at.c + i] = codes[from + k * tiles + i];
+        }
+      }
+    } else {  // channels_last
+      transpose(pooled + from, tiles, call.output + to, call.output_at.x, k_end - k_begin, count);
+      transpose(codes + from, tiles, call.codes + to, call.output_at.x, k_end - k_begin, count);
+    }
+    tile += count;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Winograd's form
 
 // Of very few channels, kFusedFilters filters of kProductVectors vectors: products and Aᵀ from the
 // left in registers, a column of points after the other, and so half as many results to memory as
@@ -631,50 +455,6 @@ static void fused_block(const ConvForward<T>& call, const float* patches, const 
   }
 }
 
-// Filters [k_begin, k_end) of a block's `count` tiles.
-template <class T>
-static void winograd_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
-                           const Targets<T>& targets, int64_t count, int64_t k_begin, int64_t k_end,
-                           float* scratch) {
-  if (is_fused(call)) {
-    const auto block = call.C == 2   ? fused_block<2, T>
-                       : call.C == 3 ? fused_block<3, T>
-                                     : fused_block<4, T>;
-    return block(call, scratch + plan.patches_at, targets.of, count, k_begin, k_end);
-  }
-  const int64_t C = call.C, tiles = plan.tiles;
-  const int64_t vectors = (count + kLanes<float> - 1) / kLanes<float>;
-  const int64_t k_step = C <= kFewChannels ? kProductFilters : k_end - k_begin;
-  const int64_t plane = C <= kFewChannels ? kProductFilters * tiles : plan.products_plane;
-  float* const products = scratch + plan.products_at;
-  for (int64_t k_first = k_begin; k_first < k_end; k_first += k_step) {
-    const int64_t k_last = least(k_end, k_first + k_step);
-    for (int64_t v = 0; v < vectors; v += kProductVectors) {
-      const ProductPlan at{call.filters + k_first * C,
-                           scratch + plan.patches_at + v * kLanes<float>,
-                           products + v * kLanes<float>,
-                           plan.filters * C,
-                           plan.plane,
-                           plane,
-                           C,
-                           plan.patch_row,
-                           tiles};
-      const auto multiply = vectors - v >= 3   ? products_of_points<3>
-                            : vectors - v == 2 ? products_of_points<2>
-                                               : products_of_points<1>;
-      multiply(at, k_last - k_first);
-    }
-    for (int64_t k = k_first; k < k_last; ++k) {
-      const float bias = call.bias ? widen(call.bias[k]) : 0.0f;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const Target<T>& to = targets.of[v];
-        pool_products(products + (k - k_first) * tiles + v * kLanes<float>, plane, bias,
-                      to.pooled + k * to.next, to.codes + k * to.next);
-      }
-    }
-  }
-}
-
 // ---------------------------------------------------------------------------------------------
 // The direct form
 
@@ -758,56 +538,33 @@ static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
   }
 }
 
-// What of a block's results stands in the scratch memory, into the output: filters [k_begin, k_end)
-// of tiles [first, last).
-template <class T>
-static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
-                        int64_t last, int64_t k_begin, int64_t k_end, const Targets<T>& targets,
-                        const acc_t<T>* scratch) {
-  const int64_t image = call.P * call.Q, tiles = plan.tiles;
-  const T* const pooled = reinterpret_cast<const T*>(scratch + plan.pooled_at);
-  const uint8_t* const codes = reinterpret_cast<const uint8_t*>(scratch + plan.codes_at);
-  for (int64_t tile = first; tile < last;) {
-    const int64_t in_vector = kLanes<T> - (tile - first) % kLanes<T>;
-    if (targets.is_output[(tile - first) / kLanes<T>]) {
-      tile += in_vector;
-      continue;
-    }
-    const int64_t n = tile / image, window = tile % image;
-    int64_t count = least(last - tile, image - window);
-    if (call.output_at.x == 1) count = least(count, in_vector);
-    const int64_t from = k_begin * tiles + (tile - first);
-    const int64_t to =
-        n * call.output_at.n + k_begin * call.output_at.c + window * call.output_at.x;
-    if (call.output_at.x == 1) {  // the windows of a channel stand side by side; part of a vector
-      for (int64_t k = 0; k < k_end - k_begin; ++k) {
-        for (int64_t i = 0; i < count; ++i) {
-          call.output[to + k * call.output_at.c + i] = pooled[from + k * tiles + i];
-          call.codes[to + k * call.output_at.c + i] = codes[from + k * tiles + i];
-        }
-      }
-    } else {  // channels_last
-      transpose(pooled + from, tiles, call.output + to, call.output_at.x, k_end - k_begin, count);
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t k = 0; k < k_end - k_begin; ++k) {
-          call.codes[to + i * call.output_at.x + k] = codes[from + k * tiles + i];
-        }
-      }
-    }
-    tile += count;
-  }
-}
+// ---------------------------------------------------------------------------------------------
+// All forms
 
+// Threads share out tiles, or rows of them: how many there are, and in a block.
 template <class T>
-int64_t forward_tiles(const ConvForward<T>& call) {
+int64_t forward_units(const ConvForward<T>& call) {
+  if (call.form == ConvForm::patches_of_6) return call.N * ManyChannelsPlan<T>::tile_rows_of(call);
+  return call.N * call.P * call.Q;
+}
+template <class T>
+int64_t block_units(const ConvForward<T>& call) {
+  if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
+    if (call.form == ConvForm::patches_of_6) return ManyChannelsPlan<T>(call).rows;
+  }
   return ForwardPlan<T>(call).tiles;
 }
 
-// Tiles [begin, end) of the filters in parts [part_first, part_last). Returns false where the input
+// Units [begin, end) of the filters in parts [part_first, part_last). Returns false where the input
 // has elements that Winograd's form cannot take; what was written is then worthless.
 template <class T>
 bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end, int64_t part_first,
                          int64_t part_last, acc_t<T>* scratch) {
+  if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
+    if (call.form == ConvForm::patches_of_6) {
+      return many_channels_forward(call, begin, end, part_first, part_last, scratch);
+    }
+  }
   const ForwardPlan<T> plan(call);
   const int64_t k_begin = part_begin(call, part_first), k_end = part_begin(call, part_last);
   Strip strip;
@@ -818,10 +575,13 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
     const bool is_small = call.kernel == 3
                               ? gather_patches<T, 3>(call, plan, first, last, &strip, scratch)
                               : gather_patches<T, 5>(call, plan, first, last, &strip, scratch);
-    if (call.by_winograd) {
+    if (is_fused(call)) {
       if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
         if (!is_small) return false;
-        winograd_block(call, plan, targets, count, k_begin, k_end, scratch);
+        const auto block = call.C == 2   ? fused_block<2, T>
+                           : call.C == 3 ? fused_block<3, T>
+                                         : fused_block<4, T>;
+        block(call, scratch + plan.patches_at, targets.of, count, k_begin, k_end);
       }
     } else {
       const bool may_be_nan = !is_small || !call.filters_are_small;

@@ -9,6 +9,13 @@ FASTNET_INLINE int64_t round_up(int64_t value, int64_t to) {
 FASTNET_INLINE int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
+// A distance at which many stores in a row do not all fall into the same few sets of the cache, as
+// they do a page apart: an odd number of lines.
+template <class A>
+FASTNET_INLINE int64_t off_pages(int64_t elements) {
+  constexpr int64_t kLine = 64 / sizeof(A);
+  return ((elements + kLine - 1) / kLine | 1) * kLine;
+}
 
 // Winograd's F(2x2, 3x3): the four convolution outputs of a tile, that is one pooling window, by 16
 // multiplications instead of 36:
@@ -22,10 +29,12 @@ FASTNET_INLINE int64_t least(int64_t a, int64_t b) {
 // Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015.
 inline constexpr int kPoints = 16;
 
-// Winograd's form adds up what later cancels: an element of this size leaves an error of 6e-4, also
+// Winograd's form adds up what later cancels: an element of this size leaves an error of 2e-3, also
 // in outputs whose filters pass it over. Of what is larger, or not finite, the direct form is
 // taken.
 inline constexpr float kLargest = 1e4f;
+// The same of patches of 6 x 6, where one of this size leaves an error of 4e-4.
+inline constexpr float kLargestOfMany = 256;
 
 // The largest magnitude of some floats: as integers their bits are in the same order, with infinity
 // and then NaN above all.
@@ -111,6 +120,40 @@ static bool fill_strip(const ConvCall<T>& call, int64_t half, int64_t plane, int
     return is_below(largest[0], kLargest) && is_below(largest[1], kLargest);
   }
   return false;
+}
+
+// Copies rows [row, row + rows) of image n, counted in the padded image, `width` columns wide, into
+// blocks of channels:
+//   blocks  [C / channels][rows][width][channels]
+// `next_block` from one to the next. Channels that there are not are 0.
+template <class T>
+static void fill_blocks(const ConvCall<T>& call, int64_t n, int64_t row, int64_t rows,
+                        int64_t width, int64_t channels, int64_t next_block, acc_t<T>* to) {
+  const int64_t columns = least(call.W, width - call.pad_x), row_size = width * channels;
+  for (int64_t c = 0; c < call.C; c += channels, to += next_block) {
+    const int64_t count = least(channels, call.C - c);
+    __builtin_memset(to, 0, static_cast<size_t>(rows * row_size) * sizeof(acc_t<T>));
+    for (int64_t y = 0; y < rows; ++y) {
+      const int64_t from_y = row + y - call.pad_y;
+      if (from_y < 0 || from_y >= call.H) continue;
+      const T* from =
+          call.input + n * call.input_at.n + c * call.input_at.c + from_y * call.input_at.y;
+      acc_t<T>* const line = to + y * row_size + call.pad_x * channels;
+      if (call.input_at.c == 1 && count == kLanes<T>) {
+        for (int64_t x = 0; x < columns; ++x) {
+          store(line + x * channels, load(from + x * call.input_at.x));
+        }
+      } else if (call.input_at.x == 1) {
+        transpose(from, call.input_at.c, line, channels, count, columns);
+      } else {
+        for (int64_t x = 0; x < columns; ++x) {
+          for (int64_t i = 0; i < count; ++i) {
+            line[x * channels + i] = widen(from[i * call.input_at.c + x * call.input_at.x]);
+          }
+        }
+      }
+    }
+  }
 }
 
 // Column j of a patch in one row, for neighbouring tiles.

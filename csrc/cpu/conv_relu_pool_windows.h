@@ -1,0 +1,113 @@
+// What all forms of conv_relu_pool's forward share: how large operands are, and what becomes of the
+// four elements of a pooling window. No include guard, like the other files of kernels.
+
+FASTNET_INLINE Magnitude larger(Magnitude a, Magnitude b) {
+  return a < b ? b : a;
+}
+
+// The largest of some magnitudes. A NaN counts as infinite.
+template <class A>
+struct LargestOf {
+  A largest = 0;
+  bool is_number = true;
+  void add(A value) {
+    const A size = value < 0 ? -value : value;
+    largest = largest < size ? size : largest;
+    is_number &= value == value;
+  }
+  void add_all(const A* values, int64_t count) {
+    constexpr int kStep = kVectorBytes / sizeof(A);
+    Vec<A> most = {};
+    auto are_numbers = Vec<A>{} == Vec<A>{};
+    const int64_t whole = count / kStep * kStep;
+    for (int64_t i = 0; i < whole; i += kStep) {
+      const Vec<A> value = load(values + i), size = value < Vec<A>{} ? -value : value;
+      most = maximum<A>(most, size);
+      are_numbers &= value == value;
+    }
+    for (int lane = 0; lane < kStep; ++lane) {
+      add(most[lane]);
+      is_number &= are_numbers[lane] != 0;
+    }
+    for (int64_t i = whole; i < count; ++i) add(values[i]);
+  }
+  Magnitude magnitude(float small = kLargest) const {
+    if (!is_number || largest - largest != 0) return Magnitude::infinite;
+    return largest < static_cast<A>(small) ? Magnitude::small : Magnitude::finite;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Windows
+
+template <class A>
+using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+
+// The lowest byte of every lane, in two steps: side by side within 16 bytes, and then across those.
+// (As a conversion of vectors this takes an instruction a lane and more.)
+template <class I, int... kByte, int... kUnit>
+FASTNET_INLINE void store_bytes(uint8_t* to, Vec<I> codes, LaneList<kByte...>, LaneList<kUnit...>) {
+  constexpr int kSize = sizeof(I), kNear = 16 / kSize;
+  constexpr int kUnits = sizeof...(kUnit), kNext = 16 / kNear;  // of kNear bytes
+  using Unit = std::conditional_t<kNear == 4, uint32_t, uint16_t>;
+  const Vec<uint8_t> all = (Vec<uint8_t>)codes;
+  const Vec<Unit> near =
+      (Vec<Unit>)__builtin_shufflevector(all, all, (kByte / 16 * 16 + kByte % kNear * kSize)...);
+  const Vec<Unit> bytes = __builtin_shufflevector(near, near, (kUnit * kNext % kUnits)...);
+  __builtin_memcpy(to, &bytes, kVectorBytes / kSize);
+}
+template <class A>
+FASTNET_INLINE void store_codes(uint8_t* to, Vec<Index<A>> codes) {
+  store_bytes<Index<A>>(to, codes, typename MakeLanes<kVectorBytes>::type{},
+                        typename MakeLanes<kVectorBytes * sizeof(A) / 16>::type{});
+}
+
+// The maximum of the four elements of each window, in the order 2·dy + dx, and which one it is. Of
+// several vectors step by step, for each step waits for the one before. Where no NaN can be among
+// them, fewer comparisons do.
+template <bool kMayBeNaN, class A, int kCount>
+FASTNET_INLINE void window_maxima(const Vec<A> (&y)[kCount][4], Vec<A> (&most)[kCount],
+                                  Vec<Index<A>> (&code)[kCount]) {
+  using I = Vec<Index<A>>;
+  if constexpr (kMayBeNaN) {
+    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+      most[n] = y[n][0];
+      code[n] = I{};
+      FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
+        const I wins = (most[n] < y[n][i]) | (y[n][i] != y[n][i]);
+        most[n] = wins ? y[n][i] : most[n];
+        code[n] = wins ? I{} + i : code[n];
+      }
+    }
+  } else {
+    Vec<A> lower[kCount];
+    I lower_code[kCount];
+    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+      const I wins = y[n][0] < y[n][1];
+      most[n] = wins ? y[n][1] : y[n][0];
+      code[n] = wins ? I{} + 1 : I{};
+    }
+    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+      const I wins = y[n][2] < y[n][3];
+      lower[n] = wins ? y[n][3] : y[n][2];
+      lower_code[n] = wins ? I{} + 3 : I{} + 2;
+    }
+    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+      const I wins = most[n] < lower[n];
+      most[n] = wins ? lower[n] : most[n];
+      code[n] = wins ? lower_code[n] : code[n];
+    }
+  }
+}
+
+// Their ReLU, and the code where that passes nothing.
+template <class A, class T, int kCount>
+FASTNET_INLINE void store_windows(const Vec<A> (&most)[kCount], const Vec<Index<A>> (&code)[kCount],
+                                  T* const (&pooled)[kCount], uint8_t* const (&codes)[kCount]) {
+  using I = Vec<Index<A>>;
+  FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+    const I dead = most[n] <= Vec<A>{};
+    store(pooled[n], dead ? Vec<A>{} : most[n]);
+    store_codes<A>(codes[n], dead ? I{} + kDead : code[n]);
+  }
+}
