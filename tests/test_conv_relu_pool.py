@@ -28,6 +28,7 @@ SHAPES = [
     (3, 5, 9, 12, 11, 5, 1),
     (1, 20, 5, 5, 3, 3, 4),  # more padding than kernel
     (7, 2, 6, 6, 33, 5, 0),  # one window an image
+    (3, 16, 2, 2, 16, 3, 1),
     (1, 16, 40, 44, 9, 3, 1),  # several strips of an image, one image for all threads
     (2, 1, 100, 30, 3, 5, 2),  # too large for the own gradient of the input
     (40, 6, 4, 4, 17, 3, 1),  # several images in a list

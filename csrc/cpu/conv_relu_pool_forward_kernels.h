@@ -8,7 +8,7 @@
 //           [C][points][tiles]     or transformed: of very few channels, in Winograd's form
 //   pooled  [K][tiles]             the block's results, then written in the output's layout
 
-#include "conv_relu_pool_many_channels_kernels.h"
+#include "conv_relu_pool_tiles_forward_kernels.h"
 
 // Vectors of tiles in a block, at most.
 inline constexpr int kMaxVectors = 32;
@@ -58,7 +58,7 @@ int64_t filter_count(const ConvForward<T>& call) {
 
 // filters[k / 4][point][c][k % 4] = (G g Gᵀ)[point], of filters that there are not 0.
 template <class T>
-static Magnitude transform_filters(const ConvForward<T>& call, int64_t part) {
+static Magnitude transform_part(const ConvForward<T>& call, int64_t part) {
   using V = Vec4<float>;
   const int64_t C = call.C, step = kProductFilters * C;
   const int64_t first = part_begin(call, part), count = part_begin(call, part + 1) - first;
@@ -118,12 +118,16 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
   for (int64_t part = begin; part < end; ++part) {
     if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
       if (call.form == ConvForm::patches_of_6) {
-        met = larger(
-            met, call.kernel == 3 ? transform_part<3>(call, part) : transform_part<5>(call, part));
+        const int64_t k = part_begin(call, part);
+        const auto transform = call.kernel == 3 ? transform_filters<3, T> : transform_filters<5, T>;
+        met = larger(met,
+                     transform(call.weight + k * call.weight_at.n, part_begin(call, part + 1) - k,
+                               call.weight_at.n, C, call.weight_at.c, call.weight_at,
+                               call.arranged_filters + k * kSidePoints * C));
         continue;
       }
       if (is_fused(call)) {
-        met = larger(met, transform_filters(call, part));
+        met = larger(met, transform_part(call, part));
         continue;
       }
     }
@@ -202,7 +206,7 @@ struct ForwardPlan {
 template <class T>
 int64_t forward_scratch(const ConvForward<T>& call) {
   if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
-    if (call.form == ConvForm::patches_of_6) return ManyChannelsPlan<T>(call).end;
+    if (call.form == ConvForm::patches_of_6) return TilesForwardPlan<T>(call).end;
   }
   return ForwardPlan<T>(call).end;
 }
@@ -544,13 +548,13 @@ static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
 // Threads share out tiles, or rows of them: how many there are, and in a block.
 template <class T>
 int64_t forward_units(const ConvForward<T>& call) {
-  if (call.form == ConvForm::patches_of_6) return call.N * ManyChannelsPlan<T>::tile_rows_of(call);
+  if (call.form == ConvForm::patches_of_6) return call.N * TileGrid<T>(call).rows;
   return call.N * call.P * call.Q;
 }
 template <class T>
 int64_t block_units(const ConvForward<T>& call) {
   if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
-    if (call.form == ConvForm::patches_of_6) return ManyChannelsPlan<T>(call).rows;
+    if (call.form == ConvForm::patches_of_6) return TilesForwardPlan<T>(call).rows;
   }
   return ForwardPlan<T>(call).tiles;
 }
@@ -562,7 +566,7 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
                          int64_t part_last, acc_t<T>* scratch) {
   if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
     if (call.form == ConvForm::patches_of_6) {
-      return many_channels_forward(call, begin, end, part_first, part_last, scratch);
+      return tiles_forward(call, begin, end, part_first, part_last, scratch);
     }
   }
   const ForwardPlan<T> plan(call);

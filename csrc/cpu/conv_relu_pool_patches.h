@@ -143,6 +143,11 @@ static void fill_blocks(const ConvCall<T>& call, int64_t n, int64_t row, int64_t
         for (int64_t x = 0; x < columns; ++x) {
           store(line + x * channels, load(from + x * call.input_at.x));
         }
+      } else if (call.input_at.c == 1 && std::is_same_v<T, acc_t<T>>) {
+        for (int64_t x = 0; x < columns; ++x) {
+          __builtin_memcpy(line + x * channels, from + x * call.input_at.x,
+                           static_cast<size_t>(count) * sizeof(T));
+        }
       } else if (call.input_at.x == 1) {
         transpose(from, call.input_at.c, line, channels, count, columns);
       } else {

@@ -1,0 +1,278 @@
+// Winograd's form on patches of 6 x 6, what both directions of conv_relu_pool share of it. No
+// include guard: the files of kernels are compiled once per instruction set.
+//
+// A patch of 6 x 6 has the 4 x 4 convolution outputs of a filter of 3 x 3, four pooling windows, or
+// the 2 x 2 of one of 5 x 5, a single window, in 36 multiplications instead of 144 or 100:
+//   Y = Aᵀ (Σ_c U ⊙ V) A    U = G g Gᵀ of the filter g, V = Bᵀ d B of the patch d
+// These are polynomials, multiplied by their values at the points 0, ¾, -¾, 3⁄2, -3⁄2 and infinity:
+// one row of Bᵀ and G to each, one column of Aᵀ.
+//
+//        | 81⁄64    0   -45⁄16    0    1  0 |
+//        |   0   -27⁄16  -9⁄4    ¾    1  0 |         | 1   1    1     1      1    0 |
+//   Bᵀ = |   0    27⁄16  -9⁄4   -¾    1  0 |    Aᵀ = | 0   ¾   -¾    3⁄2   -3⁄2   0 |
+//        |   0   -27⁄32  -9⁄16  3⁄2   1  0 |         | 0  9⁄16  9⁄16  9⁄4    9⁄4   0 |
+//        |   0    27⁄32  -9⁄16 -3⁄2   1  0 |         | 0 27⁄64 -27⁄64 27⁄8 -27⁄8   1 |
+//        |   0    81⁄64    0  -45⁄16  0  1 |
+//
+// of 5 x 5 the first two rows of Aᵀ, the second ending in 1. G is the filter's value at the point,
+// times 64⁄81, -128⁄243 (twice), 32⁄243 (twice) and 1. Among points of few digits these are close
+// to the best: with 0, ±1, ±2 the error is 2 to 5 times as large.
+//
+// Vectors have one channel, or one filter, to a lane:
+//   strip     [C / lanes][rows][columns][lanes]   some rows of a padded image
+//   patches   [points][tiles][C]                  V of a block of tiles
+//   filters   [K / lanes][points][C][lanes]       U
+//
+// Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015; on points
+// Barabasz, Anderson, Soodhalter and Gregg, Error Analysis and Improving the Accuracy of Winograd
+// Convolution for Deep Neural Networks, 2020.
+
+#include "conv_relu_pool_patches.h"
+#include "conv_relu_pool_windows.h"
+
+inline constexpr int kSide = 6, kSidePoints = kSide * kSide;
+
+// The tiles of an image.
+template <class T>
+struct TileGrid {
+  int64_t windows, step;  // of a tile, in height and width, and from one to the next, in pixels
+  int64_t rows, columns;  // of tiles in an image
+  int64_t width;          // of the strip
+  int64_t channels;       // C, rounded up
+
+  explicit TileGrid(const ConvCall<T>& call)
+      : windows(call.kernel == 3 ? 2 : 1),
+        step(2 * windows),
+        rows((call.P + windows - 1) / windows),
+        columns((call.Q + windows - 1) / windows),
+        width(step * (columns - 1) + kSide),
+        channels(round_up(call.C, kLanes<float>)) {}
+  // What a block of channels takes in the strip of some rows of tiles.
+  int64_t strip_block(int64_t count) const {
+    return off_pages<float>((step * (count - 1) + kSide) * width * kLanes<float>);
+  }
+  // Where a row of tiles begins among all windows. Rows are counted through images.
+  int64_t first_window(const ConvCall<T>& call, int64_t row) const {
+    return (row / rows * call.P + row % rows * windows) * call.Q;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Transforms
+
+inline constexpr float kNear = 0.75f, kFar = 1.5f;  // the points
+inline constexpr float kNear2 = kNear * kNear, kFar2 = kFar * kFar;
+
+// A row or a column of a patch, Bᵀ d.
+FASTNET_INLINE void points_of_patch(const Vec<float> (&d)[kSide], Vec<float> (&v)[kSide]) {
+  using V = Vec<float>;
+  const V even_near = d[4] - d[2] * kFar2, odd_near = (d[3] - d[1] * kFar2) * kNear;
+  const V even_far = d[4] - d[2] * kNear2, odd_far = (d[3] - d[1] * kNear2) * kFar;
+  v[0] = d[0] * (kNear2 * kFar2) + (d[4] - d[2] * (kNear2 + kFar2));
+  v[1] = even_near + odd_near;
+  v[2] = even_near - odd_near;
+  v[3] = even_far + odd_far;
+  v[4] = even_far - odd_far;
+  v[5] = d[1] * (kNear2 * kFar2) + (d[5] - d[3] * (kNear2 + kFar2));
+}
+
+// A row or a column of a filter, G g, from the even and the odd part of its values.
+FASTNET_INLINE void scale_points(Vec<float> first, Vec<float> even_near, Vec<float> odd_near,
+                                 Vec<float> even_far, Vec<float> odd_far, Vec<float> last,
+                                 Vec<float> (&u)[kSide]) {
+  constexpr float kScaleNear = 1 / (2 * kNear2 * (kNear2 - kFar2));
+  constexpr float kScaleFar = 1 / (2 * kFar2 * (kFar2 - kNear2));
+  u[0] = first * (1 / (kNear2 * kFar2));
+  u[1] = (even_near + odd_near * kNear) * kScaleNear;
+  u[2] = (even_near - odd_near * kNear) * kScaleNear;
+  u[3] = (even_far + odd_far * kFar) * kScaleFar;
+  u[4] = (even_far - odd_far * kFar) * kScaleFar;
+  u[5] = last;
+}
+FASTNET_INLINE void points_of_filter(const Vec<float> (&g)[3], Vec<float> (&u)[kSide]) {
+  scale_points(g[0], g[0] + g[2] * kNear2, g[1], g[0] + g[2] * kFar2, g[1], g[2], u);
+}
+FASTNET_INLINE void points_of_filter(const Vec<float> (&g)[5], Vec<float> (&u)[kSide]) {
+  scale_points(g[0], g[0] + (g[2] + g[4] * kNear2) * kNear2, g[1] + g[3] * kNear2,
+               g[0] + (g[2] + g[4] * kFar2) * kFar2, g[1] + g[3] * kFar2, g[4], u);
+}
+
+// A row or a column of the convolution's output, Aᵀ m.
+FASTNET_INLINE void outputs_of_points(const Vec<float> (&m)[kSide], Vec<float> (&y)[4]) {
+  using V = Vec<float>;
+  const V near = m[1] + m[2], far = m[3] + m[4];
+  const V odd_near = (m[1] - m[2]) * kNear, odd_far = (m[3] - m[4]) * kFar;
+  y[0] = m[0] + (near + far);
+  y[1] = odd_near + odd_far;
+  y[2] = near * kNear2 + far * kFar2;
+  y[3] = m[5] + (odd_near * kNear2 + odd_far * kFar2);
+}
+FASTNET_INLINE void outputs_of_points(const Vec<float> (&m)[kSide], Vec<float> (&y)[2]) {
+  y[0] = m[0] + ((m[1] + m[2]) + (m[3] + m[4]));
+  y[1] = m[5] + ((m[1] - m[2]) * kNear + (m[3] - m[4]) * kFar);
+}
+
+// V of one vector of channels of a tile, columns first, then rows.
+__attribute__((noinline)) static void transform_tile(const float* strip, int64_t row, float* to,
+                                                     int64_t plane) {
+  using V = Vec<float>;
+  constexpr int kStep = kLanes<float>;
+  V half[kSide][kSide], d[kSide], v[kSide];
+#pragma GCC unroll 1
+  for (int j = 0; j < kSide; ++j) {
+    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) d[i] = load(strip + i * row + j * kStep);
+    points_of_patch(d, v);
+    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) half[i][j] = v[i];
+  }
+#pragma GCC unroll 1
+  for (int i = 0; i < kSide; ++i) {
+    FASTNET_UNROLL for (int j = 0; j < kSide; ++j) d[j] = half[i][j];
+    points_of_patch(d, v);
+    FASTNET_UNROLL for (int j = 0; j < kSide; ++j) store(to + (i * kSide + j) * plane, v[j]);
+  }
+}
+
+// U of filters whose lanes are `count` outputs, or inputs, `next_lane` apart, and each of which has
+// `inner` of the other, `next_inner` apart: to[point][inner][lanes]. Returns their magnitude.
+template <int kKernel, class T>
+static Magnitude transform_filters(const T* weight, int64_t count, int64_t next_lane, int64_t inner,
+                                   int64_t next_inner, Strides4 at, float* to) {
+  using V = Vec<float>;
+  constexpr int kStep = kLanes<float>;
+  const int64_t plane = inner * kStep;
+  alignas(64) float taps[kKernel * kKernel * kStep] = {};
+  LargestOf<float> largest;
+  for (int64_t i = 0; i < inner; ++i) {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const T* const from = weight + lane * next_lane + i * next_inner;
+      for (int r = 0; r < kKernel; ++r) {
+        for (int s = 0; s < kKernel; ++s) {
+          taps[(r * kKernel + s) * kStep + lane] = widen(from[r * at.y + s * at.x]);
+        }
+      }
+    }
+    largest.add_all(taps, kKernel * kKernel * kStep);
+    V half[kSide][kKernel], u[kSide];
+    FASTNET_UNROLL for (int s = 0; s < kKernel; ++s) {
+      V g[kKernel];
+      FASTNET_UNROLL for (int r = 0; r < kKernel; ++r) g[r] =
+          load(taps + (r * kKernel + s) * kStep);
+      points_of_filter(g, u);
+      FASTNET_UNROLL for (int y = 0; y < kSide; ++y) half[y][s] = u[y];
+    }
+    for (int y = 0; y < kSide; ++y) {
+      points_of_filter(half[y], u);
+      FASTNET_UNROLL for (int x = 0; x < kSide; ++x) {
+        store(to + (y * kSide + x) * plane + i * kStep, u[x]);
+      }
+    }
+  }
+  return largest.magnitude(kLargestOfMany);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Products
+
+// A product's rows and vectors of columns that are summed in registers.
+inline constexpr int kRowsAtOnce = 6, kVectorsAtOnce = kRegisters == 32 ? 4 : 2;
+
+// to[row][column] = Σ_i a[row][i] · b[i][column], or added to what is there: distances and count,
+// `next_vector` from one vector of b's columns to the next.
+struct Product {
+  int64_t a_row, a_i, b_i, next_vector, to_row, count;
+};
+using Multiply = void (*)(const Product&, const float* a, const float* b, float* to, bool adds);
+
+template <int kRows, int kVectors>
+static void multiply(const Product& at, const float* a, const float* b, float* to, bool adds) {
+  using V = Vec<float>;
+  constexpr int kStep = kLanes<float>;
+  const int64_t a_row = at.a_row, a_i = at.a_i, b_i = at.b_i, next_vector = at.next_vector;
+  V sum[kRows][kVectors];
+  FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = V{};
+  }
+  for (int64_t i = 0; i < at.count; ++i, a += a_i, b += b_i) {
+    V w[kVectors];
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) w[v] = in_register(load(b + v * next_vector));
+    FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+      const V x = splat(a[r * a_row]);
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] += x * w[v];
+    }
+  }
+  FASTNET_UNROLL for (int r = 0; r < kRows; ++r, to += at.to_row) {
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+      store(to + v * kStep, adds ? load(to + v * kStep) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+template <int kRows = kRowsAtOnce, int kVectors = kVectorsAtOnce>
+static Multiply multiply_for(int64_t rows, int64_t vectors) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors) return multiply_for<kRows, kVectors - 1>(rows, vectors);
+  }
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_for<kRows - 1, kVectors>(rows, vectors);
+  }
+  return multiply<kRows, kVectors>;
+}
+
+// The same of any number of rows, in sets of about the same size, that is of one or two sizes.
+class MultiplyRows {
+ public:
+  MultiplyRows(int64_t rows, int64_t vectors)
+      : sets_((rows + kRowsAtOnce - 1) / kRowsAtOnce),
+        few_(rows / sets_),
+        larger_sets_(rows % sets_),
+        multiply_{multiply_for(few_, vectors), multiply_for(few_ + 1, vectors)} {}
+  void operator()(const Product& at, const float* a, const float* b, float* to, bool adds) const {
+    for (int64_t set = 0; set < sets_; ++set) {
+      const bool is_larger = set < larger_sets_;
+      multiply_[is_larger](at, a, b, to, adds);
+      a += (few_ + is_larger) * at.a_row;
+      to += (few_ + is_larger) * at.to_row;
+    }
+  }
+
+ private:
+  int64_t sets_, few_, larger_sets_;
+  Multiply multiply_[2];
+};
+
+// ---------------------------------------------------------------------------------------------
+// Patches
+
+// V of rows of tiles [first, last), counted through images, by way of a strip with `next_block`
+// from one block of channels to the next. `visit` is given each tile's place in the strip. Returns
+// whether all elements are small.
+template <class T, class Visit>
+static bool gather_tiles(const ConvCall<T>& call, const TileGrid<T>& grid, int64_t first,
+                         int64_t last, float* strip, int64_t next_block, float* patches,
+                         int64_t plane, const Visit& visit) {
+  constexpr int kStep = kLanes<float>;
+  const int64_t line = grid.width * kStep;
+  for (int64_t row = first; row < last;) {
+    const int64_t n = row / grid.rows, y = row % grid.rows;
+    const int64_t count = least(last - row, grid.rows - y);
+    const int64_t height = grid.step * (count - 1) + kSide;
+    fill_blocks(call, n, grid.step * y, height, grid.width, kStep, next_block, strip);
+    Vec<int32_t> largest = {};
+    for (int64_t c = 0; c < grid.channels; c += kStep) {
+      const float* const block = strip + c / kStep * next_block;
+      for (int64_t i = 0; i < height * line; i += kStep) raise_magnitude(&largest, load(block + i));
+    }
+    if (!is_below(largest, kLargestOfMany)) return false;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t x = 0; x < grid.columns; ++x, patches += grid.channels) {
+        const float* from = strip + grid.step * (i * line + x * kStep);
+        visit(from);
+        for (int64_t c = 0; c < grid.channels; c += kStep, from += next_block) {
+          transform_tile(from, line, patches + c, plane);
+        }
+      }
+    }
+    row += count;
+  }
+  return true;
+}
