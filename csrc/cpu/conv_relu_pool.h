@@ -17,8 +17,8 @@ inline bool has_own_kernels(const ConvReluPoolShape& shape, ScalarType dtype) {
 
 // A stretch of memory of the calling thread's, kept for its next call: what a fresh one costs, in
 // pages that the system has to clear, is felt at these sizes. Begins on a cache line; its content
-// is arbitrary.
-template <class A>
+// is arbitrary. There are two, 0 for a thread's own part of the work and 1 for what all share.
+template <class A, int kWhich = 0>
 A* thread_scratch(int64_t count) {
   struct alignas(64) Line {
     std::byte bytes[64];
@@ -93,6 +93,7 @@ struct ConvBackward : ConvCall<T> {
   T* grad_input;  // or null
   Strides4 grad_input_at;
   const acc_t<T>* filters;  // rearranged by a kernel of its own, for grad_input
+  bool by_tiles;            // in Winograd's form, on patches of 6 x 6
 };
 
 }  // namespace fastnet

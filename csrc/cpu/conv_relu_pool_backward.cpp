@@ -26,37 +26,43 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
   const int64_t scratch = FASTNET_BEST_ISA(backward_scratch(call));
   if (scratch > most_scratch<A>()) return false;
   const int64_t elements = FASTNET_BEST_ISA(patch_elements(call));
+  const int64_t filter_elements = FASTNET_BEST_ISA(filter_elements(call));
   const int64_t blocks = FASTNET_BEST_ISA(channel_blocks(call));
-  std::unique_ptr<A[]> filters;
-  if (call.grad_input) {
-    filters.reset(new A[elements]);
-    call.filters = filters.get();
-    parallel(blocks, 2 * elements / blocks, [&](int64_t begin, int64_t end) {
-      if (!FASTNET_BEST_ISA(arrange_backward_filters_kernel(
-              call, data<T>(weight), strides_of(weight), filters.get(), begin, end))) {
-        fits = false;
-      }
-    });
-    if (!fits) return false;
-  }
-
   // A multiply-add for every live window and position of the filter, at most.
   const int64_t work = call.N * call.K * call.P * call.Q * call.C * call.kernel * call.kernel *
                        (call.needs_weight + (call.grad_input != nullptr));
   const int64_t threads = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
   // Threads share out the images, in as many shares on any few threads, so that the sums are the
   // same; where images are few, the filters of grad_weight and the channels of grad_input.
-  constexpr int64_t kShares = 8, kMostSums = 1 << 20, kTooManySums = 1 << 24;
+  constexpr int64_t kMostSums = 1 << 20, kTooManySums = 1 << 24;
+  const int64_t few_shares = call.by_tiles ? 4 : 8;  // that a share is worth its sums
   const int64_t weight_elements = call.needs_weight ? elements : 0;
   const bool by_image =
       threads == 1 || (call.N >= threads && threads * weight_elements <= kTooManySums);
   const int64_t wanted =
-      kShares * weight_elements <= kMostSums ? std::max(kShares, threads) : threads;
+      few_shares * weight_elements <= kMostSums ? std::max(few_shares, threads) : threads;
   const int64_t shares =
       by_image ? std::min(call.N, wanted) : std::min(threads, std::max(call.K, blocks));
   const int64_t sums = by_image ? shares : 1;
-  const std::unique_ptr<A[]> weight_sums(new A[std::max<int64_t>(1, sums * weight_elements)]);
-  const std::unique_ptr<A[]> bias_sums(new A[sums * call.K]);
+  const int64_t sum_elements = sums * (weight_elements + call.K);
+  const int64_t shared_elements = sum_elements + (call.grad_input ? filter_elements : 0);
+  std::unique_ptr<A[]> shared_memory;
+  if (shared_elements > most_scratch<A>()) shared_memory.reset(new A[shared_elements]);
+  A* const weight_sums =
+      shared_memory ? shared_memory.get() : thread_scratch<A, 1>(shared_elements);
+  A* const bias_sums = weight_sums + sums * weight_elements;
+  A* const filters = weight_sums + sum_elements;
+  if (call.grad_input) {
+    call.filters = filters;
+    parallel(blocks, 2 * filter_elements / blocks, [&](int64_t begin, int64_t end) {
+      if (!FASTNET_BEST_ISA(arrange_backward_filters_kernel(
+              call, data<T>(weight), strides_of(weight), filters, begin, end))) {
+        fits = false;
+      }
+    });
+    if (!fits) return false;
+  }
+
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share) {
       A* const memory = thread_scratch<A>(scratch);
@@ -65,20 +71,29 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
       const int64_t k_begin = by_image ? 0 : share * call.K / shares;
       const int64_t k_end = by_image ? call.K : (share + 1) * call.K / shares;
       const int64_t sum = by_image ? share : 0;
-      A* const weight_sum = weight_sums.get() + sum * weight_elements;
-      A* const bias_sum = bias_sums.get() + sum * call.K;
+      A* const weight_sum = weight_sums + sum * weight_elements;
+      A* const bias_sum = bias_sums + sum * call.K;
       std::fill(bias_sum + k_begin, bias_sum + k_end, A(0));
+      const int64_t block_begin = by_image ? 0 : share * blocks / shares;
+      const int64_t block_end = by_image ? blocks : (share + 1) * blocks / shares;
+      const int64_t per_filter = weight_elements / call.K;
+      std::fill(weight_sum + k_begin * per_filter, weight_sum + k_end * per_filter, A(0));
+      if (call.by_tiles) {
+        if (!FASTNET_BEST_ISA(conv_backward_tiles_kernel(call, n_begin, n_end, k_begin, k_end,
+                                                         block_begin, block_end, weight_sum,
+                                                         bias_sum, memory))) {
+          fits = false;
+          return;
+        }
+        continue;
+      }
       if ((call.needs_weight || call.needs_bias) && k_begin < k_end) {
-        const int64_t per_filter = weight_elements / call.K;
-        std::fill(weight_sum + k_begin * per_filter, weight_sum + k_end * per_filter, A(0));
         if (!FASTNET_BEST_ISA(conv_backward_weight_kernel(call, n_begin, n_end, k_begin, k_end,
                                                           weight_sum, bias_sum, memory))) {
           fits = false;
           return;
         }
       }
-      const int64_t block_begin = by_image ? 0 : share * blocks / shares;
-      const int64_t block_end = by_image ? blocks : (share + 1) * blocks / shares;
       if (call.grad_input && block_begin < block_end) {
         FASTNET_BEST_ISA(
             conv_backward_input_kernel(call, n_begin, n_end, block_begin, block_end, memory));
@@ -93,8 +108,8 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
   const Strides4 weight_at = call.needs_weight ? strides_of(gradients.weight) : Strides4{};
   if (grad_weight || grad_bias) {
     parallel(call.K, 4 * sums * weight_elements / call.K, [&](int64_t begin, int64_t end) {
-      FASTNET_BEST_ISA(collect_weight_kernel(call, weight_sums.get(), bias_sums.get(), sums,
-                                             grad_weight, weight_at, grad_bias, begin, end));
+      FASTNET_BEST_ISA(collect_weight_kernel(call, weight_sums, bias_sums, sums, grad_weight,
+                                             weight_at, grad_bias, begin, end));
     });
   }
   return true;
@@ -116,18 +131,23 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
     if (needs_bias) gradients.bias = allocate(weight, {shape.K});
     dispatch_float("conv_relu_pool_backward", input.scalar_type(), [&](auto type) {
       using T = decltype(type);
-      const ConvBackward<element_t<T>> call{
-          conv_call<T>(shape, input),
-          data<T>(grad_output),
-          strides_of(grad_output),
-          static_cast<const uint8_t*>(codes.const_data_ptr()),
-          strides_of(codes),
-          needs_weight,
-          needs_bias,
-          needs_input ? mutable_data<T>(gradients.input) : nullptr,
-          needs_input ? strides_of(gradients.input) : Strides4{},
-          nullptr};
+      ConvBackward<element_t<T>> call{conv_call<T>(shape, input),
+                                      data<T>(grad_output),
+                                      strides_of(grad_output),
+                                      static_cast<const uint8_t*>(codes.const_data_ptr()),
+                                      strides_of(codes),
+                                      needs_weight,
+                                      needs_bias,
+                                      needs_input ? mutable_data<T>(gradients.input) : nullptr,
+                                      needs_input ? strides_of(gradients.input) : Strides4{},
+                                      nullptr,
+                                      /*by_tiles=*/false};
+      call.by_tiles = FASTNET_BEST_ISA(takes_tiles(call));
       done = run<T>(call, weight, gradients);
+      if (!done && call.by_tiles) {
+        call.by_tiles = false;
+        done = run<T>(call, weight, gradients);
+      }
     });
   }
   if (!done) {

@@ -9,7 +9,14 @@
 // with as many channels to a block as a vector has lanes, or all where that is fewer; positions in
 // a row of the patch are then side by side, and `vectors` vectors hold them.
 
+// In the order in which they stand on each other.
+// clang-format off
+#include "conv_relu_pool_patches.h"
+#include "conv_relu_pool_windows.h"
+#include "conv_relu_pool_tiles.h"
 #include "conv_relu_pool_few_channels_kernels.h"
+#include "conv_relu_pool_tiles_backward_kernels.h"
+// clang-format on
 
 // The sums of a list stay in registers, up to so many.
 inline constexpr int kSums = kRegisters == 32 ? 25 : 12;
@@ -73,16 +80,24 @@ struct BackwardPlan {
 
 template <class T>
 int64_t backward_scratch(const ConvBackward<T>& call) {
+  if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
+    if (call.by_tiles) return TilesBackwardPlan<T>(call).end;
+  }
   const int64_t lists = BackwardPlan<T>(call).end, few_channels = few_channels_scratch(call);
   return lists < few_channels ? few_channels : lists;
 }
 
 // Elements of grad_weight as it is summed, [k][block][r][vectors · lanes], and of the filters as
-// grad_input takes them, [block][k][r][vectors · lanes].
+// grad_input takes them, [block][k][r][vectors · lanes] or, of tiles, [block][points][k][lanes].
 template <class T>
 int64_t patch_elements(const ConvBackward<T>& call) {
   const BackwardPlan<T> plan(call);
   return call.K * plan.blocks * plan.patch;
+}
+template <class T>
+int64_t filter_elements(const ConvBackward<T>& call) {
+  if (!call.by_tiles) return patch_elements(call);
+  return kSidePoints * call.K * BackwardPlan<T>(call).blocks * kLanes<T>;
 }
 
 template <class A>
@@ -190,12 +205,23 @@ static bool is_rest_finite(const ConvBackward<T>& call, const BackwardPlan<T>& p
   return is_finite;
 }
 
-// filters[block][k][r][s][channel] of blocks [begin, end). Returns whether all are finite.
+// filters[block][k][r][s][channel] of blocks [begin, end), or as tiles take them. Returns whether
+// all are finite, or small.
 template <class T>
 bool arrange_backward_filters_kernel(const ConvBackward<T>& call, const T* weight,
                                      Strides4 weight_at, acc_t<T>* filters, int64_t begin,
                                      int64_t end) {
   const BackwardPlan<T> plan(call);
+  if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
+    Magnitude met = Magnitude::small;
+    for (int64_t block = begin; block < end && call.by_tiles; ++block) {
+      const int64_t c = block * kLanes<T>;
+      met = larger(met, transform_filters<3>(weight + c * weight_at.c, least(kLanes<T>, call.C - c),
+                                             weight_at.c, call.K, weight_at.n, weight_at,
+                                             filters + block * kSidePoints * call.K * kLanes<T>));
+    }
+    if (call.by_tiles) return met == Magnitude::small;
+  }
   const int64_t size = call.K * plan.patch;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t c_first = block * plan.channels;
@@ -378,6 +404,44 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
 }
 
 // ---------------------------------------------------------------------------------------------
+// grad_input of image n, channels in blocks [block_begin, block_end), out of its blocks and its
+// padding. What no window touches has no gradient.
+
+template <class T>
+static void write_image(const ConvBackward<T>& call, int64_t n, int64_t block_begin,
+                        int64_t block_end, const acc_t<T>* image, int64_t next_block,
+                        int64_t next_row, int64_t next_column) {
+  const BackwardPlan<T> plan(call);
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const int64_t c_first = block * plan.channels;
+    const int64_t channels = call.C - c_first < plan.channels ? call.C - c_first : plan.channels;
+    for (int64_t y = 0; y < call.H; ++y) {
+      const int64_t from_y = y + call.pad_y;
+      T* to = call.grad_input + n * call.grad_input_at.n + c_first * call.grad_input_at.c +
+              y * call.grad_input_at.y;
+      const int64_t touched = from_y < plan.height ? plan.width - call.pad_x : 0;
+      const int64_t columns = touched < 0 ? 0 : touched < call.W ? touched : call.W;
+      const acc_t<T>* from =
+          image + block * next_block + from_y * next_row + call.pad_x * next_column;
+      const int64_t x_stride = call.grad_input_at.x, c_stride = call.grad_input_at.c;
+      if (x_stride == 1) {
+        transpose(from, next_column, to, c_stride, columns, channels);
+      } else {
+        for (int64_t x = 0; x < columns; ++x) {
+          for (int64_t c = 0; c < channels; ++c) {
+            narrow(from[x * next_column + c], to + c * c_stride + x * x_stride);
+          }
+        }
+      }
+      for (int64_t x = columns; x < call.W; ++x) {
+        for (int64_t c = 0; c < channels; ++c)
+          narrow(acc_t<T>(0), to + c * c_stride + x * x_stride);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
 // grad_input of images [n_begin, n_end), channels in blocks [block_begin, block_end)
 
 template <class T>
@@ -436,33 +500,32 @@ void conv_backward_input_kernel(const ConvBackward<T>& call, int64_t n_begin, in
         }
       }
     }
-    // Out of the blocks and the padding. What no window touches has no gradient.
-    for (int64_t block = block_begin; block < block_end; ++block) {
-      const int64_t c_first = block * plan.channels;
-      const int64_t channels = call.C - c_first < plan.channels ? call.C - c_first : plan.channels;
-      for (int64_t y = 0; y < call.H; ++y) {
-        const int64_t from_y = y + call.pad_y;
-        T* to = call.grad_input + n * call.grad_input_at.n + c_first * call.grad_input_at.c +
-                y * call.grad_input_at.y;
-        const int64_t touched = from_y < plan.height ? plan.width - call.pad_x : 0;
-        const int64_t columns = touched < 0 ? 0 : touched < call.W ? touched : call.W;
-        const A* from = image + block * image_size + from_y * plan.row + call.pad_x * plan.channels;
-        const int64_t x_stride = call.grad_input_at.x, c_stride = call.grad_input_at.c;
-        if (x_stride == 1) {
-          transpose(from, plan.channels, to, c_stride, columns, channels);
-        } else {
-          for (int64_t x = 0; x < columns; ++x) {
-            for (int64_t c = 0; c < channels; ++c) {
-              narrow(from[x * plan.channels + c], to + c * c_stride + x * x_stride);
-            }
-          }
-        }
-        for (int64_t x = columns; x < call.W; ++x) {
-          for (int64_t c = 0; c < channels; ++c) narrow(A(0), to + c * c_stride + x * x_stride);
-        }
-      }
-    }
+    write_image(call, n, block_begin, block_end, image, image_size, plan.row, plan.channels);
   }
+}
+
+// All gradients by tiles, of images [n_begin, n_end): of the weight and bias for filters
+// [k_begin, k_end), and of the input for channels in blocks [block_begin, block_end). Returns false
+// where an operand is not small.
+template <class T>
+bool conv_backward_tiles_kernel(const ConvBackward<T>& call, int64_t n_begin, int64_t n_end,
+                                int64_t k_begin, int64_t k_end, int64_t block_begin,
+                                int64_t block_end, acc_t<T>* sums, acc_t<T>* bias_sums,
+                                acc_t<T>* scratch) {
+  if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
+    const BackwardPlan<T> plan(call);
+    const TilesBackwardPlan<T> tiles(call);
+    for (int64_t n = n_begin; n < n_end && call.needs_weight; ++n) {
+      if (!is_rest_finite(call, plan, n)) return false;
+    }
+    return tiles_backward(call, n_begin, n_end, k_begin, k_end, block_begin, block_end,
+                          plan.channels, plan.patch, plan.patch_row, sums, bias_sums, scratch,
+                          [&](int64_t n) {
+                            write_image(call, n, block_begin, block_end, scratch + tiles.image_at,
+                                        tiles.image_block, tiles.image_row, kLanes<T>);
+                          });
+  }
+  return false;
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -21,8 +21,6 @@
 //   codes     [filters][windows]      as integers
 //   sums      [filters][C][points][lanes]
 
-#include "conv_relu_pool_patches.h"
-
 inline constexpr int64_t kMostFewChannels = 3;
 // Windows that are at hand together, and whose distance of one point to the next leaves room for a
 // vector beyond them, in an odd number of lines.

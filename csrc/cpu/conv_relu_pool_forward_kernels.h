@@ -8,7 +8,13 @@
 //           [C][points][tiles]     or transformed: of very few channels, in Winograd's form
 //   pooled  [K][tiles]             the block's results, then written in the output's layout
 
+// In the order in which they stand on each other.
+// clang-format off
+#include "conv_relu_pool_patches.h"
+#include "conv_relu_pool_windows.h"
+#include "conv_relu_pool_tiles.h"
 #include "conv_relu_pool_tiles_forward_kernels.h"
+// clang-format on
 
 // Vectors of tiles in a block, at most.
 inline constexpr int kMaxVectors = 32;

@@ -27,10 +27,9 @@
 // Barabasz, Anderson, Soodhalter and Gregg, Error Analysis and Improving the Accuracy of Winograd
 // Convolution for Deep Neural Networks, 2020.
 
-#include "conv_relu_pool_patches.h"
-#include "conv_relu_pool_windows.h"
-
 inline constexpr int kSide = 6, kSidePoints = kSide * kSide;
+// Tiles in a block, at least, where there are as many: the filters are fetched for each block.
+inline constexpr int64_t kFewestTiles = 24;
 
 // The tiles of an image.
 template <class T>
@@ -76,13 +75,16 @@ FASTNET_INLINE void points_of_patch(const Vec<float> (&d)[kSide], Vec<float> (&v
   v[5] = d[1] * (kNear2 * kFar2) + (d[5] - d[3] * (kNear2 + kFar2));
 }
 
+// What the values of a filter, G g, are multiplied by.
+inline constexpr float kScaleZero = 1 / (kNear2 * kFar2);
+inline constexpr float kScaleNear = 1 / (2 * kNear2 * (kNear2 - kFar2));
+inline constexpr float kScaleFar = 1 / (2 * kFar2 * (kFar2 - kNear2));
+
 // A row or a column of a filter, G g, from the even and the odd part of its values.
 FASTNET_INLINE void scale_points(Vec<float> first, Vec<float> even_near, Vec<float> odd_near,
                                  Vec<float> even_far, Vec<float> odd_far, Vec<float> last,
                                  Vec<float> (&u)[kSide]) {
-  constexpr float kScaleNear = 1 / (2 * kNear2 * (kNear2 - kFar2));
-  constexpr float kScaleFar = 1 / (2 * kFar2 * (kFar2 - kNear2));
-  u[0] = first * (1 / (kNear2 * kFar2));
+  u[0] = first * kScaleZero;
   u[1] = (even_near + odd_near * kNear) * kScaleNear;
   u[2] = (even_near - odd_near * kNear) * kScaleNear;
   u[3] = (even_far + odd_far * kFar) * kScaleFar;

@@ -10,11 +10,6 @@
 // so that the first wins. Here rounding may make them unequal where the rest of the tile differs,
 // so the patches themselves are compared.
 
-#include "conv_relu_pool_tiles.h"
-
-// Tiles in a block, at least, where there are as many: the filters are fetched for each block.
-inline constexpr int64_t kFewestTiles = 24;
-
 // Channels are summed in sets, and then the sets: one sum of them all would lose more digits.
 inline constexpr int64_t kChannelsAtOnce = 32;
 

@@ -111,6 +111,18 @@ def fused(input, weight, bias, padding):
     return conv_relu_pool2d(input, weight, bias, padding=padding)
 
 
+@torch.no_grad()
+def _is_undecided(input, weight, bias, padding):
+    """Where a window's largest elements are equal, or zero: from five channels on, rounding may let
+    any of them win, and its gradient come out elsewhere than eager's. A few windows in a
+    thousand."""
+    z = F.conv2d(input.float(), weight.float(), bias.float(), padding=padding)
+    z = z[..., : z.size(-2) // 2 * 2, : z.size(-1) // 2 * 2]
+    most = F.max_pool2d(z, 2)
+    is_largest = z == most.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    return (F.avg_pool2d(is_largest.float(), 2) > 0.25) | (most == 0)
+
+
 def cases_of(
     batch: int,
     block: Block,
@@ -124,10 +136,14 @@ def cases_of(
     pooled = (size + 2 * padding - kernel + 1) // 2
     weight, bias = draw(K, C, kernel, kernel), draw(K).requires_grad_(trained)
     elements = batch * (C * size * size + K * pooled * pooled)
-    drawn = rotation(
-        lambda: (draw(batch, C, size, size), draw(batch, K, pooled, pooled)),
-        2 * elements * dtype.itemsize,  # in two formats
-    )
+
+    def draw_batch():
+        input, grad = draw(batch, C, size, size), draw(batch, K, pooled, pooled)
+        if trained:
+            grad.masked_fill_(_is_undecided(input, weight, bias, padding), 0)
+        return input, grad
+
+    drawn = rotation(draw_batch, 2 * elements * dtype.itemsize)  # in two formats
 
     def batches(layout):
         its_weight = weight.detach().to(memory_format=layout).requires_grad_(trained)

@@ -43,8 +43,8 @@ def suffix(dtype: torch.dtype) -> str:
 
 
 def eighths(*size: int, dtype: torch.dtype) -> Tensor:
-    """Random multiples of 1/8, whose sums of products are exact in float32, in Winograd's form too:
-    all sides find the same signs and the same winners, in whatever order they add."""
+    """Random multiples of 1/8, whose sums of products are exact in float32: all sides find the same
+    signs and the same winners, in whatever order they add."""
     drawn = torch.randint(-8, 9, size, device=machine.device(), dtype=torch.int8)
     return drawn.to(dtype).div_(8)
 
