@@ -29,7 +29,10 @@ struct TilesForwardPlan {
     const int64_t tile_bytes =
         kSidePoints * (grid.channels + filters) * static_cast<int64_t>(sizeof(float));
     const int64_t fit = kBlockBytes / (tile_bytes * grid.columns);
-    const int64_t fewest = (kFewestTiles + grid.columns - 1) / grid.columns;
+    // As few as leave every thread some, but not so few that filters are fetched in vain, unless
+    // threads would find none.
+    const int64_t few = (kFewestTiles + grid.columns - 1) / grid.columns;
+    const int64_t fewest = least(few, 8 * call.most_units);
     rows = least(fit, call.most_units);
     rows = least(rows < fewest ? fewest : rows, call.N * grid.rows);
     const int64_t tiles = rows * grid.columns;
