@@ -24,7 +24,7 @@ struct TilesForwardPlan {
   int64_t strip_at, equal_at, patches_at, products_at, pooled_at, codes_at, end;
 
   explicit TilesForwardPlan(const ConvForward<T>& call) : grid(call) {
-    constexpr int64_t kBlockBytes = 768 * 1024, kLine = 64 / sizeof(float);
+    constexpr int64_t kBlockBytes = 1024 * 1024, kLine = 64 / sizeof(float);
     filters = least(kVectorsAtOnce * kLanes<float>, round_up(call.K, kLanes<float>));
     const int64_t tile_bytes =
         kSidePoints * (grid.channels + filters) * static_cast<int64_t>(sizeof(float));
