@@ -35,6 +35,7 @@ SHAPES = [
     (6, 4, 7, 10, 7, 3, 1),  # very few channels, filters and windows in no round number
     (9, 2, 21, 18, 35, 3, 1),  # channels so few that their lists are none, and a block of filters
     (3, 3, 9, 514, 2, 3, 1),  # the same where a row of windows is too long for it
+    (4, 512, 6, 6, 180, 3, 1),  # filters that are transformed some at a time
     (36, 16, 8, 8, 20, 3, 1),  # the gradients in Winograd's form
     (9, 20, 18, 21, 24, 3, 1),
     (140, 9, 4, 4, 9, 3, 1),

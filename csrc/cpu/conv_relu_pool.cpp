@@ -44,48 +44,61 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   call.most_units = divide_up(units, 8 * threads);
   const int64_t scratch = FASTNET_BEST_ISA(forward_scratch(call));
   if (scratch > most_scratch<A>()) return Magnitude::infinite;
-  const int64_t filters = FASTNET_BEST_ISA(filter_count(call));
-  Tensor arranged;
-  if (call.is_arranged) {
-    arranged = allocate(input, {filters * static_cast<int64_t>(sizeof(A) / sizeof(element_t<T>))});
-    call.arranged_filters = static_cast<A*>(arranged.mutable_data_ptr());
-    call.filters = call.arranged_filters;
-  } else {
-    call.filters = reinterpret_cast<const A*>(call.weight);
-  }
-  const int64_t parts = FASTNET_BEST_ISA(filter_parts(call));
   std::atomic<Magnitude> met = Magnitude::small;
   const auto meet = [&](Magnitude magnitude) {
     Magnitude before = met;
     while (before < magnitude && !met.compare_exchange_weak(before, magnitude)) {
     }
   };
-  const int64_t arrange_work = call.is_arranged ? 4 * filters : filters / 8;
-  parallel(parts, arrange_work / parts, [&](int64_t begin, int64_t end) {
-    meet(FASTNET_BEST_ISA(arrange_filters_kernel(call, begin, end)));
-  });
-  if (met == Magnitude::infinite || (call.form != ConvForm::direct && met != Magnitude::small))
-    return met;
-  call.filters_are_small = met == Magnitude::small;
-
   const int64_t in_block = FASTNET_BEST_ISA(block_units(call));
   const int64_t blocks = divide_up(units, in_block);
   const int64_t windows = divide_up(call.N * call.P * call.Q, blocks);
-  const int64_t work = 4 * call.kernel * call.kernel * call.C * call.K * windows;
   const auto calculate = [&](int64_t begin, int64_t end, int64_t part_begin, int64_t part_end) {
     A* const memory = thread_scratch<A>(scratch);
     if (!FASTNET_BEST_ISA(conv_forward_kernel(call, begin, end, part_begin, part_end, memory))) {
       meet(Magnitude::finite);
     }
   };
-  if (blocks >= 2 * threads || parts < threads) {
-    parallel_in_turns(blocks, work, [&](int64_t begin, int64_t end) {
-      calculate(begin * in_block, std::min(units, end * in_block), 0, parts);
-    });
+
+  const int64_t parts = FASTNET_BEST_ISA(filter_parts(call));
+  // Many filters are rearranged some at a time, for which memory can be kept.
+  const int64_t at_once = FASTNET_BEST_ISA(filter_parts_at_once(call));
+  const int64_t filters = FASTNET_BEST_ISA(filter_count(call));
+  Tensor memory;
+  if (!call.is_arranged) {
+    call.filters = reinterpret_cast<const A*>(call.weight);
   } else {
-    // Few images: threads share out the filters.
-    parallel(parts, blocks * work / parts,
-             [&](int64_t begin, int64_t end) { calculate(0, units, begin, end); });
+    if (filters <= most_filters<A>()) {
+      call.arranged_filters = thread_scratch<A, 1>(filters);
+    } else {
+      memory = allocate(input, {filters * static_cast<int64_t>(sizeof(A) / sizeof(element_t<T>))});
+      call.arranged_filters = static_cast<A*>(memory.mutable_data_ptr());
+    }
+    call.filters = call.arranged_filters;
+  }
+  for (int64_t first = 0; first < parts; first += at_once) {
+    const int64_t last = std::min(parts, first + at_once), count = last - first;
+    call.first_part = first;
+    const int64_t arrange_work = call.is_arranged ? 4 * filters : filters / 8;
+    parallel(count, arrange_work / std::min(parts, at_once), [&](int64_t begin, int64_t end) {
+      meet(FASTNET_BEST_ISA(arrange_filters_kernel(call, first + begin, first + end)));
+    });
+    if (met == Magnitude::infinite || (call.form != ConvForm::direct && met != Magnitude::small)) {
+      return met;
+    }
+    call.filters_are_small = met == Magnitude::small;
+
+    const int64_t work = 4 * call.kernel * call.kernel * call.C * call.K * windows * count / parts;
+    if (blocks >= 2 * threads || count < threads) {
+      parallel_in_turns(blocks, work, [&](int64_t begin, int64_t end) {
+        calculate(begin * in_block, std::min(units, end * in_block), first, last);
+      });
+    } else {
+      // Few images: threads share out the filters.
+      parallel(count, blocks * work / count, [&](int64_t begin, int64_t end) {
+        calculate(0, units, first + begin, first + end);
+      });
+    }
   }
   return call.form != ConvForm::direct ? met.load() : Magnitude::small;
 }
@@ -123,6 +136,7 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
                                      nullptr,
                                      nullptr,
                                      is_arranged,
+                                     /*first_part=*/0,
                                      false};
       Magnitude met = run<T>(call, input);
       if (call.form != ConvForm::direct && met == Magnitude::finite) {

@@ -52,6 +52,12 @@ constexpr int64_t most_scratch() {
   return (8 << 20) / sizeof(A);
 }
 
+// The same of filters, rearranged.
+template <class A>
+constexpr int64_t most_filters() {
+  return (12 << 20) / sizeof(A);
+}
+
 // What both directions are called with.
 template <class T>
 struct ConvCall {
@@ -80,6 +86,7 @@ struct ConvForward : ConvCall<T> {
   const acc_t<T>* filters;     // the weights, rearranged by a kernel of its own, or as they are
   acc_t<T>* arranged_filters;  // the same, to be written; null where they are taken as they are
   bool is_arranged;
+  int64_t first_part;      // of the filters that are at hand
   bool filters_are_small;  // and the bias
 };
 

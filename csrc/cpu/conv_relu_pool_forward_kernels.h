@@ -53,10 +53,20 @@ static int64_t part_begin(const ConvForward<T>& call, int64_t part) {
   return is_fused(call) ? least(call.K, part * kProductFilters) : FilterGroups(call.K).begin(part);
 }
 
+// How many are rearranged, and go past the input, at a time.
+template <class T>
+int64_t filter_parts_at_once(const ConvForward<T>& call) {
+  const int64_t parts = filter_parts(call);
+  if (call.form != ConvForm::patches_of_6) return parts;
+  const int64_t fit = most_filters<acc_t<T>>() / (kSidePoints * kLanes<T> * call.C);
+  const int64_t vectors = fit / kVectorsAtOnce * kVectorsAtOnce;
+  return least(parts, vectors < kVectorsAtOnce ? kVectorsAtOnce : vectors);
+}
+// What they take, in elements.
 template <class T>
 int64_t filter_count(const ConvForward<T>& call) {
   if (call.form == ConvForm::patches_of_6) {
-    return kSidePoints * round_up(call.K, kLanes<T>) * call.C;
+    return kSidePoints * kLanes<T> * call.C * filter_parts_at_once(call);
   }
   return is_fused(call) ? kPoints * round_up(call.K, kProductFilters) * call.C
                         : call.K * call.C * call.kernel * call.kernel;
@@ -129,7 +139,8 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
         met = larger(met,
                      transform(call.weight + k * call.weight_at.n, part_begin(call, part + 1) - k,
                                call.weight_at.n, C, call.weight_at.c, call.weight_at,
-                               call.arranged_filters + k * kSidePoints * C));
+                               call.arranged_filters +
+                                   (part - call.first_part) * kSidePoints * C * kLanes<T>));
         continue;
       }
       if (is_fused(call)) {

@@ -247,7 +247,8 @@ static bool tiles_forward(const ConvForward<T>& call, int64_t begin, int64_t end
       const int64_t vectors = least(kVectorsAtOnce, part_last - part);
       const int64_t k_first = part * kStep, count = least(vectors * kStep, call.K - k_first);
       products_of_tiles(call, plan, (last - first) * plan.grid.columns,
-                        call.filters + part * kSidePoints * call.C * kStep, vectors, scratch);
+                        call.filters + (part - call.first_part) * kSidePoints * call.C * kStep,
+                        vectors, scratch);
       alignas(64) float bias[kVectorsAtOnce * kStep] = {};
       for (int64_t k = 0; call.bias && k < count; ++k) bias[k] = widen(call.bias[k_first + k]);
       // Straight into the output where it has one filter beside the other, in whole vectors.
