@@ -16,7 +16,7 @@
 //
 // of 5 x 5 the first two rows of Aᵀ, the second ending in 1. G is the filter's value at the point,
 // times 64⁄81, -128⁄243 (twice), 32⁄243 (twice) and 1. Among points of few digits these are close
-// to the best: with 0, ±1, ±2 the error is 2 to 5 times as large.
+// to the best: with 0, ±1, ±2 the error is 2 to 6 times as large.
 //
 // Vectors have one channel, or one filter, to a lane:
 //   strip     [C / lanes][rows][columns][lanes]   some rows of a padded image

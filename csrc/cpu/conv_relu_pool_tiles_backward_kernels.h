@@ -67,7 +67,7 @@ struct TilesBackwardPlan {
     windows_at = strip_at + (call.needs_weight ? blocks * strip_block : 0);
     codes_at = next_line(windows_at + (windows + 1) * filters);
     bias_at = next_line(codes_at + ((windows + 1) * filters + kStep) / kSize + 1);
-    patches_at = bias_at + filters;
+    patches_at = next_line(bias_at + filters);
     gradients_at = patches_at + kSidePoints * patches_plane;
     sums_at = next_line(gradients_at + kSidePoints * gradients_plane);
     taps_at = next_line(sums_at + (call.needs_weight ? kSidePoints * sums_plane : 0));
