@@ -378,13 +378,15 @@ def test_nan_and_infinity_pass_as_in_torch(shape, where, device):
 @pytest.mark.parametrize("channels", [4, 8])
 def test_a_huge_element_that_the_filters_pass_over(channels, filters, kernel, device):
     """In Winograd's form it would enter every output of its window, and have to cancel."""
-    for size in (2.5e2, 2.6e2, 1e3, 1.1e4, 1e7, 1e9):
+    is_wide = channels >= 5 and filters >= 8  # patches of 6 x 6, of smaller elements
+    for size in (2.5e2, 2.6e2, 1e3, 1e5, 1e7, 1e9):
         input = torch.rand(80, channels, kernel + 1, kernel + 1, device=device)
         input[:, 0, 2, 2] = -size
         weight = torch.zeros(filters, channels, kernel, kernel, device=device)
         weight[1, 1, 1, 1] = weight[1, 0, 0, 0] = weight[0, 0, 0, 0] = 1
         output, expected = conv_relu_pool2d(input, weight), native(input.double(), weight.double())
-        torch.testing.assert_close(output.double(), expected, rtol=0, atol=6e-4)
+        atol = 6e-4 if is_wide else 2e-4
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8])

@@ -17,14 +17,12 @@ namespace {
 // transformed.
 constexpr int64_t kManyChannels = 5, kManyFilters = 6;
 constexpr int64_t kManyProducts3 = 64, kManyProducts5 = 96;
-// Beyond them a row of such patches is too large to keep at hand.
-constexpr int64_t kMostColumns = 256;
 // Windows up to which rearranging the filters, let alone transforming them, takes longer than it
 // saves: the direct form takes them as they are.
 constexpr int64_t kFewTiles = 32;
 
 ConvForm form_of(const ConvReluPoolShape& shape) {
-  if (shape.C >= kManyChannels && shape.K >= kManyFilters && shape.Q <= kMostColumns &&
+  if (shape.C >= kManyChannels && shape.K >= kManyFilters && shape.Q <= kMostTileWindows &&
       shape.C * shape.K >= (shape.R == 3 ? kManyProducts3 : kManyProducts5)) {
     return ConvForm::patches_of_6;
   }

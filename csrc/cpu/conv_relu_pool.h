@@ -58,6 +58,9 @@ constexpr int64_t most_filters() {
   return (12 << 20) / sizeof(A);
 }
 
+// Windows of a row beyond which a row of patches of 6 x 6 is too large to keep at hand.
+inline constexpr int64_t kMostTileWindows = 256;
+
 // What both directions are called with.
 template <class T>
 struct ConvCall {

@@ -114,22 +114,32 @@ FASTNET_INLINE void outputs_of_points(const Vec<float> (&m)[kSide], Vec<float> (
   y[1] = m[5] + ((m[1] - m[2]) * kNear + (m[3] - m[4]) * kFar);
 }
 
+// The first half of a transform of 6 x 6 vectors: half = transform(column), column by column.
+template <int kOutputs, class Transform>
+FASTNET_INLINE void transform_columns(const float* from, int64_t next_row, int64_t next_column,
+                                      const Transform& transform,
+                                      Vec<float> (&half)[kOutputs][kSide]) {
+  Vec<float> column[kSide], result[kOutputs];
+#pragma GCC unroll 1
+  for (int j = 0; j < kSide; ++j) {
+    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) {
+      column[i] = load(from + i * next_row + j * next_column);
+    }
+    transform(column, result);
+    FASTNET_UNROLL for (int i = 0; i < kOutputs; ++i) half[i][j] = result[i];
+  }
+}
+
 // V of one vector of channels of a tile, columns first, then rows.
 __attribute__((noinline)) static void transform_tile(const float* strip, int64_t row, float* to,
                                                      int64_t plane) {
   using V = Vec<float>;
   constexpr int kStep = kLanes<float>;
-  V half[kSide][kSide], d[kSide], v[kSide];
-#pragma GCC unroll 1
-  for (int j = 0; j < kSide; ++j) {
-    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) d[i] = load(strip + i * row + j * kStep);
-    points_of_patch(d, v);
-    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) half[i][j] = v[i];
-  }
+  V half[kSide][kSide], v[kSide];
+  transform_columns(strip, row, kStep, points_of_patch, half);
 #pragma GCC unroll 1
   for (int i = 0; i < kSide; ++i) {
-    FASTNET_UNROLL for (int j = 0; j < kSide; ++j) d[j] = half[i][j];
-    points_of_patch(d, v);
+    points_of_patch(half[i], v);
     FASTNET_UNROLL for (int j = 0; j < kSide; ++j) store(to + (i * kSide + j) * plane, v[j]);
   }
 }
@@ -177,6 +187,8 @@ static Magnitude transform_filters(const T* weight, int64_t count, int64_t next_
 
 // A product's rows and vectors of columns that are summed in registers.
 inline constexpr int kRowsAtOnce = 6, kVectorsAtOnce = kRegisters == 32 ? 4 : 2;
+// Terms are summed in sets, and then the sets: one sum of them all would lose more digits.
+inline constexpr int64_t kTermsAtOnce = 32;
 
 // to[row][column] = Σ_i a[row][i] · b[i][column], or added to what is there: distances and count,
 // `next_vector` from one vector of b's columns to the next.
@@ -234,6 +246,14 @@ class MultiplyRows {
       multiply_[is_larger](at, a, b, to, adds);
       a += (few_ + is_larger) * at.a_row;
       to += (few_ + is_larger) * at.to_row;
+    }
+  }
+  // The same in sets of terms.
+  void in_sets(const Product& at, const float* a, const float* b, float* to) const {
+    for (int64_t i = 0; i < at.count; i += kTermsAtOnce) {
+      Product set = at;
+      set.count = least(kTermsAtOnce, at.count - i);
+      (*this)(set, a + i * at.a_i, b + i * at.b_i, to, i > 0);
     }
   }
 

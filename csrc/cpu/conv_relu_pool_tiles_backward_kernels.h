@@ -15,8 +15,6 @@
 //   products  [points][tiles][C]             Σ_k Z ⊙ U, in the place of the patches
 //   image     [C / lanes][rows][columns][lanes]   the padded image's gradient
 
-// Filters are summed in sets, and then the sets, as channels are in the forward.
-inline constexpr int64_t kFiltersAtOnce = 32;
 // A gradient from which on a product might overflow in this form alone.
 inline constexpr float kLargestGradientOfTiles = 1e25f;
 
@@ -25,11 +23,11 @@ inline constexpr float kLargestGradientOfTiles = 1e25f;
 // too large to keep at hand. Without multiply-adds, or for grad_weight alone, lists are as quick.
 template <class T>
 bool takes_tiles(const ConvBackward<T>& call) {
-  constexpr int64_t kFewest = 8, kFewestWindows = 512, kMostColumns = 256, kMostSums = 40'000;
+  constexpr int64_t kFewest = 8, kFewestWindows = 512, kMostSums = 40'000;
   const TileGrid<T> grid(call);
   const int64_t windows = call.P * call.Q, in_tiles = 4 * grid.rows * grid.columns;
   return kVectorBytes > 16 && sizeof(acc_t<T>) == sizeof(float) && call.kernel == 3 &&
-         call.grad_input && call.C >= kFewest && call.K >= kFewest && call.Q <= kMostColumns &&
+         call.grad_input && call.C >= kFewest && call.K >= kFewest && call.Q <= kMostTileWindows &&
          call.C * call.K <= kMostSums && call.N * windows >= kFewestWindows &&
          6 * in_tiles <= 7 * windows;
 }
@@ -153,13 +151,8 @@ __attribute__((noinline)) static Vec<int32_t> transform_gradient(const float* co
 __attribute__((noinline)) static void untransform_filters(const float* sums, int64_t plane,
                                                           float* to, int64_t next_tap) {
   using V = Vec<float>;
-  V half[3][kSide], u[kSide], g[3];
-#pragma GCC unroll 1
-  for (int j = 0; j < kSide; ++j) {
-    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) u[i] = load(sums + (i * kSide + j) * plane);
-    filter_of_points(u, g);
-    FASTNET_UNROLL for (int r = 0; r < 3; ++r) half[r][j] = g[r];
-  }
+  V half[3][kSide], g[3];
+  transform_columns(sums, kSide * plane, plane, filter_of_points, half);
 #pragma GCC unroll 1
   for (int r = 0; r < 3; ++r) {
     filter_of_points(half[r], g);
@@ -172,13 +165,8 @@ __attribute__((noinline)) static void untransform_patch(const float* products, i
                                                         float* image, int64_t row) {
   using V = Vec<float>;
   constexpr int kStep = kLanes<float>;
-  V half[kSide][kSide], v[kSide], d[kSide];
-#pragma GCC unroll 1
-  for (int j = 0; j < kSide; ++j) {
-    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) v[i] = load(products + (i * kSide + j) * plane);
-    patch_of_points(v, d);
-    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) half[i][j] = d[i];
-  }
+  V half[kSide][kSide], d[kSide];
+  transform_columns(products, kSide * plane, plane, patch_of_points, half);
 #pragma GCC unroll 1
   for (int i = 0; i < kSide; ++i, image += row) {
     patch_of_points(half[i], d);
@@ -323,16 +311,13 @@ static void add_to_images(const ConvBackward<T>& call, const TilesBackwardPlan<T
   const TileGrid<T>& grid = plan.grid;
   const int64_t tiles = (last - first) * grid.columns, next_vector = kSidePoints * call.K * kStep;
   float* const products = scratch + plan.patches_at;
+  const Product at{plan.filters, 1, kStep, next_vector, grid.channels, call.K};
   for (int64_t block = block_begin; block < block_end; block += kVectorsAtOnce) {
     const MultiplyRows multiply_rows(tiles, least(kVectorsAtOnce, block_end - block));
     for (int point = 0; point < kSidePoints; ++point) {
-      for (int64_t k = 0; k < call.K; k += kFiltersAtOnce) {
-        const Product at{
-            plan.filters, 1, kStep, next_vector, grid.channels, least(kFiltersAtOnce, call.K - k)};
-        multiply_rows(at, scratch + plan.gradients_at + point * plan.gradients_plane + k,
-                      call.filters + block * next_vector + (point * call.K + k) * kStep,
-                      products + point * plan.patches_plane + block * kStep, k > 0);
-      }
+      multiply_rows.in_sets(at, scratch + plan.gradients_at + point * plan.gradients_plane,
+                            call.filters + block * next_vector + point * call.K * kStep,
+                            products + point * plan.patches_plane + block * kStep);
     }
   }
   const float* from = products;

@@ -10,9 +10,6 @@
 // so that the first wins. Here rounding may make them unequal where the rest of the tile differs,
 // so the patches themselves are compared.
 
-// Channels are summed in sets, and then the sets: one sum of them all would lose more digits.
-inline constexpr int64_t kChannelsAtOnce = 32;
-
 // Where everything stands in a thread's scratch memory, in elements.
 template <class T>
 struct TilesForwardPlan {
@@ -103,13 +100,10 @@ __attribute__((noinline)) static void pool_tile(const float* products, int64_t p
                                                 uint8_t* const* codes) {
   using V = Vec<float>;
   constexpr int kOutputs = 2 * kWindows;
-  V half[kOutputs][kSide], m[kSide], y[kOutputs];
-#pragma GCC unroll 1
-  for (int j = 0; j < kSide; ++j) {
-    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) m[i] = load(products + (i * kSide + j) * plane);
-    outputs_of_points(m, y);
-    FASTNET_UNROLL for (int i = 0; i < kOutputs; ++i) half[i][j] = y[i];
-  }
+  V half[kOutputs][kSide], y[kOutputs];
+  const auto outputs = [](const V(&m)[kSide], V(&y)[kOutputs])
+                           __attribute__((always_inline)) { outputs_of_points(m, y); };
+  transform_columns(products, kSide * plane, plane, outputs, half);
 #pragma GCC unroll 1
   for (int row = 0; row < kWindows; ++row) {
     V z[kWindows][4], most[kWindows];
@@ -148,19 +142,11 @@ static void products_of_tiles(const ConvForward<T>& call, const TilesForwardPlan
                               float* scratch) {
   constexpr int64_t kStep = kLanes<float>;
   const int64_t next_point = call.C * kStep;
+  const Product at{plan.grid.channels, 1, kStep, kSidePoints * next_point, plan.filters, call.C};
   const MultiplyRows multiply_rows(count, vectors);
   for (int point = 0; point < kSidePoints; ++point, filters += next_point) {
-    const float* const patches = scratch + plan.patches_at + point * plan.patches_plane;
-    float* const products = scratch + plan.products_at + point * plan.products_plane;
-    for (int64_t c = 0; c < call.C; c += kChannelsAtOnce) {
-      const Product at{plan.grid.channels,
-                       1,
-                       kStep,
-                       kSidePoints * next_point,
-                       plan.filters,
-                       least(kChannelsAtOnce, call.C - c)};
-      multiply_rows(at, patches + c, filters + c * kStep, products, c > 0);
-    }
+    multiply_rows.in_sets(at, scratch + plan.patches_at + point * plan.patches_plane, filters,
+                          scratch + plan.products_at + point * plan.products_plane);
   }
 }
 

@@ -284,11 +284,13 @@ template <class From, class To>
 FASTNET_INLINE void transpose(const From* from, int64_t from_row, To* to, int64_t to_row,
                               int64_t rows, int64_t columns) {
   using V = Vec4<acc_t<From>>;
+  constexpr bool kByVectors =
+      std::is_same_v<From, float> && std::is_same_v<To, float> && kVectorBytes > 16;
+  constexpr int kStep = kLanes<float>;
+  constexpr typename MakeLanes<kStep>::type lanes{};
   constexpr typename MakeLanes<4>::type four{};
   int64_t row = 0;
-  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float> && kVectorBytes > 16) {
-    constexpr int kStep = kLanes<float>;
-    constexpr typename MakeLanes<kStep>::type lanes{};
+  if constexpr (kByVectors) {
     for (; row + kStep <= rows; row += kStep) {
       const float* const x = from + row * from_row;
       float* const y = to + row;
@@ -310,9 +312,7 @@ FASTNET_INLINE void transpose(const From* from, int64_t from_row, To* to, int64_
     const From* const x = from + row * from_row;
     To* const y = to + row;
     int64_t column = 0;
-    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float> && kVectorBytes > 16) {
-      constexpr int kStep = kLanes<float>;
-      constexpr typename MakeLanes<kStep>::type lanes{};
+    if constexpr (kByVectors) {
       for (; column + kStep <= columns; column += kStep) {
         Vec<float> block[4];
         FASTNET_UNROLL for (int i = 0; i < 4; ++i) block[i] = load(x + i * from_row + column);
