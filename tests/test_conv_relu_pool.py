@@ -389,6 +389,21 @@ def test_a_huge_element_that_the_filters_pass_over(channels, filters, kernel, de
         torch.testing.assert_close(output.double(), expected, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("shape", [(8, 16, 16, 16, 16, 3, 1), (8, 8, 9, 9, 12, 5, 2)], ids=str)
+def test_large_activations_take_the_same_way_as_small_ones(shape, device):
+    """A power of two scales every sum without rounding, if the sums are the same."""
+    input, weight, bias, padding = sample(shape, torch.float32, device)
+    results = []
+    for scale in (1.0, 2.0**7, 2.0**20, 2.0**-20):
+        leaves = [scale * input, weight.clone(), scale * bias]
+        leaves = [t.requires_grad_() for t in leaves]
+        output = conv_relu_pool2d(*leaves, padding=padding)
+        grads = torch.autograd.grad(output, leaves, torch.ones_like(output))
+        results.append((output / scale, grads[0], grads[1] / scale, grads[2]))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
 @pytest.mark.parametrize("channels", [1, 3, 8])
 def test_a_huge_element_whose_windows_have_no_gradient(channels, device):
     """In Winograd's form it would enter every term of grad_weight, and have to cancel."""

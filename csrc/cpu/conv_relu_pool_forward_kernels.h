@@ -128,9 +128,10 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
   for (int64_t k = part_begin(call, begin); call.bias && k < part_begin(call, end); ++k) {
     bias.add(widen(call.bias[k]));
   }
-  // Whatever it is, the direct form can add it. (An infinite one makes the elements of a window
-  // equal, of which the first wins.)
-  Magnitude met = bias.magnitude() == Magnitude::small ? Magnitude::small : Magnitude::finite;
+  // Whatever it is, the direct form can add it, and the others where nothing overflows. (An
+  // infinite one makes the elements of a window equal, of which the first wins.)
+  Magnitude met = Magnitude::small;
+  if (bias.magnitude(kLargestOfLarge) != Magnitude::small) met = Magnitude::finite;
   for (int64_t part = begin; part < end; ++part) {
     if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
       if (call.form == ConvForm::patches_of_6) {

@@ -33,8 +33,9 @@ inline constexpr int kPoints = 16;
 // in outputs whose filters pass it over. Of what is larger, or not finite, the direct form is
 // taken.
 inline constexpr float kLargest = 1e4f;
-// The same of patches of 6 x 6, where one of this size leaves an error of 4e-4.
-inline constexpr float kLargestOfMany = 256;
+// The same of patches of 6 x 6, where one of this size leaves an error of 4e-4. Among elements of
+// its own size a larger one does no harm, up to where sums might overflow.
+inline constexpr float kLargestOfMany = 256, kLargestOfLarge = 1e10f;
 
 // The largest magnitude of some floats: as integers their bits are in the same order, with infinity
 // and then NaN above all.

@@ -265,9 +265,50 @@ class MultiplyRows {
 // ---------------------------------------------------------------------------------------------
 // Patches
 
+// Some elements of a strip: `count` in each of `blocks` blocks of channels.
+struct StripPart {
+  const float* first;
+  int64_t count, blocks, next_block;
+};
+template <class Visit>
+FASTNET_INLINE void each_vector(const StripPart& part, const Visit& visit) {
+  for (int64_t block = 0; block < part.blocks; ++block) {
+    const float* const from = part.first + block * part.next_block;
+    for (int64_t i = 0; i < part.count; i += kLanes<float>) visit(load(from + i));
+  }
+}
+static Vec<int32_t> largest_in(const StripPart& part) {
+  Vec<int32_t> largest = {};
+  each_vector(part, [&](Vec<float> value) { raise_magnitude(&largest, value); });
+  return largest;
+}
+
+// Whether the elements are small, or else, of those that are not 0, the most part at least a 256th
+// of the largest: relative to them it is then no larger than a small one may be.
+static bool are_alike(const StripPart& part) {
+  using V = Vec<float>;
+  const Vec<int32_t> sizes = largest_in(part);
+  if (is_below(sizes, kLargestOfMany)) return true;
+  if (!is_below(sizes, kLargestOfLarge)) return false;
+  float largest = 0;
+  for (int lane = 0; lane < kLanes<float>; ++lane) {
+    const float size = ((V)sizes)[lane];
+    largest = largest < size ? size : largest;
+  }
+  const V limit = splat(largest / kLargestOfMany);
+  Vec<int32_t> balance = {};  // of those above the limit over those below
+  each_vector(part, [&](V value) {
+    const V size = value < V{} ? -value : value;
+    balance += ((size > V{}) & (size < limit)) - (size >= limit);
+  });
+  int64_t sum = 0;
+  for (int lane = 0; lane < kLanes<float>; ++lane) sum += balance[lane];
+  return sum >= 0;
+}
+
 // V of rows of tiles [first, last), counted through images, by way of a strip with `next_block`
 // from one block of channels to the next. `visit` is given each tile's place in the strip. Returns
-// whether all elements are small.
+// false where elements are too large for this form.
 template <class T, class Visit>
 static bool gather_tiles(const ConvCall<T>& call, const TileGrid<T>& grid, int64_t first,
                          int64_t last, float* strip, int64_t next_block, float* patches,
@@ -279,12 +320,15 @@ static bool gather_tiles(const ConvCall<T>& call, const TileGrid<T>& grid, int64
     const int64_t count = least(last - row, grid.rows - y);
     const int64_t height = grid.step * (count - 1) + kSide;
     fill_blocks(call, n, grid.step * y, height, grid.width, kStep, next_block, strip);
-    Vec<int32_t> largest = {};
-    for (int64_t c = 0; c < grid.channels; c += kStep) {
-      const float* const block = strip + c / kStep * next_block;
-      for (int64_t i = 0; i < height * line; i += kStep) raise_magnitude(&largest, load(block + i));
+    const auto part = [&](int64_t y, int64_t rows) {
+      return StripPart{strip + y * line, rows * line, grid.channels / kStep, next_block};
+    };
+    if (!is_below(largest_in(part(0, height)), kLargestOfMany)) {
+      // Each row of tiles by itself, however many a block has.
+      for (int64_t i = 0; i < count; ++i) {
+        if (!are_alike(part(grid.step * i, kSide))) return false;
+      }
     }
-    if (!is_below(largest, kLargestOfMany)) return false;
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t x = 0; x < grid.columns; ++x, patches += grid.channels) {
         const float* from = strip + grid.step * (i * line + x * kStep);

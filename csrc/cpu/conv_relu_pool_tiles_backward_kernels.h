@@ -16,7 +16,7 @@
 //   image     [C / lanes][rows][columns][lanes]   the padded image's gradient
 
 // A gradient from which on a product might overflow in this form alone.
-inline constexpr float kLargestGradientOfTiles = 1e25f;
+inline constexpr float kLargestGradientOfTiles = 1e20f;
 
 // Whether this form is quicker than lists: it has vectors to fill, windows to share the transforms
 // of the weight's gradient, and tiles of which little lies beyond the image; and its sums are not
@@ -341,7 +341,7 @@ static void add_to_images(const ConvBackward<T>& call, const TilesBackwardPlan<T
 // The same of images [n_begin, n_end), as conv_backward_weight_kernel and
 // conv_backward_input_kernel leave it, for filters [k_begin, k_end) and channels in blocks
 // [block_begin, block_end), where those are wanted at all. `write` is given each image's number.
-// Returns false where an operand is not small.
+// Returns false where an operand is too large for this form.
 template <class T, class Write>
 static bool tiles_backward(const ConvBackward<T>& call, int64_t n_begin, int64_t n_end,
                            int64_t k_begin, int64_t k_end, int64_t block_begin, int64_t block_end,
