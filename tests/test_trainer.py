@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import platform
 import signal
 import subprocess
 import sys
@@ -84,10 +85,13 @@ def digits():
     return train_set.inputs[:3200], train_set.targets[:3200]
 
 
-def data(n, width, classes, dtype=torch.uint8):
+def data(n, width, classes, dtype=torch.uint8, sparse=False):
+    """Sparse images are passed over where they are 0."""
     images = torch.randint(0, 256, (n, width), dtype=torch.uint8)
     if dtype is torch.float32:
         images = torch.randn(n, width)
+    if sparse:
+        images *= torch.rand(n, width) < 0.15
     return images, torch.randint(0, classes, (n,))
 
 
@@ -166,6 +170,7 @@ RANDOM = {
     "n": st.integers(1, 70),
     "batch_size": st.integers(1, 40),
     "dtype": st.sampled_from([torch.uint8, torch.float32]),
+    "sparse": st.booleans(),
     "kind": st.sampled_from(list(OPTIMIZERS)),
 }
 
@@ -187,7 +192,7 @@ def test_random_networks_elsewhere(elsewhere, first, widths, **drawn):
     compare_random_networks(elsewhere, widths=[first, *widths], **drawn)
 
 
-def compare_random_networks(device, widths, relu, bias, n, batch_size, dtype, kind):
+def compare_random_networks(device, widths, relu, bias, n, batch_size, dtype, sparse, kind):
     torch.manual_seed(len(widths) + n)
     steps = [nn.Flatten()]
     for i, (a, b) in enumerate(itertools.pairwise(widths)):
@@ -195,7 +200,7 @@ def compare_random_networks(device, widths, relu, bias, n, batch_size, dtype, ki
         if i < len(widths) - 2 and relu[i]:
             steps.append(nn.ReLU())
     model = nn.Sequential(*steps).to(device)
-    images, targets = (part.to(device) for part in data(n, widths[0], widths[-1], dtype))
+    images, targets = (part.to(device) for part in data(n, widths[0], widths[-1], dtype, sparse))
     twin = copy.deepcopy(model).double()
     # Adam divides by the size of the gradient: where that is nothing but rounding, so is the step.
     options = {**OPTIMIZERS[kind]}
@@ -223,19 +228,20 @@ def test_on_every_instruction_set(isa):
 
 
 @pytest.mark.usefixtures("_threads")
-def test_hostile_values():
-    check_hostile_values("cpu")
+@pytest.mark.parametrize("sparse", [False, True])
+def test_hostile_values(sparse):
+    check_hostile_values("cpu", sparse)
 
 
 def test_hostile_values_elsewhere(elsewhere):
     check_hostile_values(elsewhere)
 
 
-def check_hostile_values(device):
+def check_hostile_values(device, sparse=False):
     """Large logits, dead units, and NaN where torch has it."""
-    images, targets = (part.to(device) for part in data(64, 20, 5, torch.float32))
+    images, targets = (part.to(device) for part in data(64, 20, 5, torch.float32, sparse))
     images *= 1e3
-    model = plain(20, 8, 5).to(device)
+    model = plain(20, 14, 5).to(device)
     twin = copy.deepcopy(model)
     (epoch,) = fastnet.MLPTrainer(model, "sgd", lr=1e-6).fit(images, targets, 16, shuffle=False)
     loss, _ = torch_fit(twin, torch_optimizer(twin, "sgd", lr=1e-6), images, targets, 16)
@@ -270,9 +276,10 @@ def test_normalisation_by_channel(shape):
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("widths", [(784, 28, 10), (784, 10), (500, 90, 40, 7), (40, 3)])
 @pytest.mark.parametrize("kind", ["adam, decay", "momentum"])
-def test_large_batches(widths, kind):
+@pytest.mark.parametrize("sparse", [False, True])
+def test_large_batches(widths, kind, sparse):
     """Which go through in blocks of rows, also the smaller last one."""
-    images, targets = data(2900, widths[0], widths[-1])
+    images, targets = data(2900, widths[0], widths[-1], sparse=sparse)
     model = plain(*widths)
     twin = copy.deepcopy(model).double()
     trainer = fastnet.MLPTrainer(model, **OPTIMIZERS[kind])
@@ -284,19 +291,39 @@ def test_large_batches(widths, kind):
 
 
 @pytest.mark.usefixtures("_threads")
-def test_adam_without_eps():
+@pytest.mark.parametrize("sparse", [False, True])
+def test_adam_without_eps(sparse):
     """Divides by zero where torch does, and not behind the last of a thread's units."""
-    images, targets = data(96, 40, 10, torch.float32)
-    model = plain(40, 21, 10, relu=False)  # where no unit is dead
+    images, targets = data(96, 40, 10, torch.float32, sparse)
+    model = plain(40, 29, 10, relu=False)  # where no unit is dead
     twin = copy.deepcopy(model)
-    fastnet.MLPTrainer(model, eps=0.0).fit(images, targets, 32, epochs=2, shuffle=False)
+    trainer = fastnet.MLPTrainer(model, eps=0.0)
+    trainer.fit(images, targets, 32, epochs=2, mean=0.3, shuffle=False)
     optimizer = torch_optimizer(twin, eps=0.0)
     for _ in range(2):
-        torch_fit(twin, optimizer, images, targets, 32)
+        torch_fit(twin, optimizer, images, targets, 32, mean=0.3)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert ours.isfinite().all()
         assert theirs.isfinite().all()
     assert_models_agree(model, twin, 1e-3)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="there tiny numbers cost nothing")
+def test_averages_end_at_zero():
+    """Numbers below 1.2e-38 would slow down every step; but not where eps does not hide them."""
+    images, targets = torch.zeros(4, 20), torch.zeros(4, dtype=torch.int64)
+    for eps, ends in ((1e-8, True), (0.0, False)):
+        model = plain(20, 5, 3)
+        trainer = fastnet.MLPTrainer(model, eps=eps)
+        for p in model.parameters():
+            trainer.optimizer.state[p] = {
+                "step": torch.tensor(1.0),
+                "exp_avg": torch.full_like(p, 1.2e-38),
+                "exp_avg_sq": torch.full_like(p, 1e-30),
+            }
+        trainer.fit(images, targets, 4)
+        assert (trainer.optimizer.state[model[1].weight]["exp_avg"] == 0).all() == ends
+        assert torch.tensor([1e-39]).mul(0.5).item() > 0  # outside all is as it was
 
 
 def test_order_is_the_generators():
@@ -321,8 +348,9 @@ def test_order_is_the_generators():
 
 
 @pytest.mark.usefixtures("_threads")
-def test_same_bits_for_the_same_threads():
-    images, targets = data(2000, 784, 10)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_same_bits_for_the_same_threads(sparse):
+    images, targets = data(2000, 784, 10, sparse=sparse)
     models = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -746,18 +774,20 @@ def test_models_that_change_between_calls():
         trainer.fit(images, targets)
 
 
-def test_bits_do_not_depend_on_how_batches_fall_into_calls():
+@pytest.mark.parametrize("network", [networks.SoftmaxRegression, networks.MnistNet])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_bits_do_not_depend_on_how_batches_fall_into_calls(network, sparse):
     """A call of the small last batch alone, and of all."""
-    images, targets = data(416, 784, 10)
+    images, targets = data(416, 784, 10, sparse=sparse)
     results = []
     for batches in (1, 100):
         torch.manual_seed(2)
-        model = networks.SoftmaxRegression()
+        model = network()
         trainer = fastnet.MLPTrainer(model)
         trainer._batches_per_call = batches
-        trainer.fit(images, targets, 256, shuffle=False)
-        results.append(model.linear.weight.detach())
-    assert torch.equal(*results)
+        trainer.fit(images, targets, 256, mean=0.1307, std=0.3081, shuffle=False)
+        results.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *results))
 
 
 def test_any_batch_size():

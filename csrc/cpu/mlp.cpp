@@ -8,6 +8,9 @@
 //   L - 2             after the parts of each hidden layer's gradient
 // that is, one for up to two layers.
 //
+// Of images that are 0 for the most part the first layer takes lists of what is not. Each thread
+// makes its own, which is quicker than to have another core's.
+//
 // A batch that does not stay in the cache goes through in blocks of rows, with these barriers for
 // each; gradients add up, and the last block's pass applies the optimizer.
 
@@ -57,14 +60,45 @@ class SpinBarrier {
   alignas(64) std::atomic<int> round_ = 0;
 };
 
-// Memory of floats, with as much behind the last one as a vector reads.
-class Floats {
+// Memory from a cache line on, with as much behind the last number as a vector reads: of zeros, or
+// of what happens to be there.
+template <class Number>
+class Numbers {
  public:
-  explicit Floats(int64_t size = 0) : memory_(new float[size + 2 * kWidestVector]()) {}
-  operator float*() const { return memory_.get(); }
+  explicit Numbers(int64_t size = 0) : lines_(new Line[lines_of(size)]()) {}
+  static Numbers unset(int64_t size) {
+    Numbers numbers;
+    numbers.lines_ = std::make_unique_for_overwrite<Line[]>(lines_of(size));
+    return numbers;
+  }
+  operator Number*() const { return lines_[0].numbers; }
 
  private:
-  std::unique_ptr<float[]> memory_;
+  static int64_t lines_of(int64_t size) { return divide_up(size, Line::kCount) + 2; }
+  struct alignas(64) Line {
+    static constexpr int64_t kCount = 64 / sizeof(Number);
+    Number numbers[kCount];
+  };
+  std::unique_ptr<Line[]> lines_;
+};
+using Floats = Numbers<float>;
+
+// While it lives its thread takes numbers below 1.2e-38, which have not all their digits, as 0. The
+// averages of a unit that has no gradient any more end there, and a processor is slow with them.
+class TinyAsZero {
+ public:
+#if defined(__x86_64__)
+  explicit TinyAsZero(bool wanted) : before_(__builtin_ia32_stmxcsr()) {
+    constexpr unsigned kInputs = 1 << 6, kResults = 1 << 15;
+    if (wanted) __builtin_ia32_ldmxcsr(before_ | kInputs | kResults);
+  }
+  ~TinyAsZero() { __builtin_ia32_ldmxcsr(before_); }
+
+ private:
+  const unsigned before_;
+#else
+  explicit TinyAsZero(bool) {}
+#endif
 };
 
 struct Range {
@@ -99,6 +133,7 @@ struct Training {
   // thread writes those of the next block while a slow one reads. Hidden units (rows, out) of all
   // layers but the last two; and per thread the parts of their gradients.
   std::vector<Floats> logits, hidden, hidden_grads;
+  bool is_sparse;  // whether the first layer passes over what is 0
 
   double loss = 0;
   int64_t right = 0;
@@ -120,13 +155,6 @@ struct Training {
   void run(int64_t thread, struct Workspace& space) noexcept;
 };
 
-template <class Pixel>
-void gather(const Training& t, const int64_t* order, float* out, int64_t rows, Range columns) {
-  const auto* pixels = static_cast<const Pixel*>(t.images.const_data_ptr());
-  FASTNET_BEST_ISA(mlp_gather_kernel(pixels, order, t.scale, t.shift, out, rows,
-                                     t.layers.front().in, columns.begin, columns.end));
-}
-
 // So that the next batch, which lies anywhere, is on its way while this one is worked on.
 void prefetch(const Training& t, const int64_t* order, int64_t rows, Range columns) {
   const int64_t size = t.images.scalar_type() == ScalarType::Byte ? 1 : 4;
@@ -140,14 +168,18 @@ void prefetch(const Training& t, const int64_t* order, int64_t rows, Range colum
 }
 
 // What one thread has of a layer: its units, that is, rows of the weight; of the last layer,
-// columns of it, in a copy of their own, and all of the bias.
+// columns of it, and all of the bias, in copies of their own. For sparse images the first layer's
+// are copies, too, (in, width).
 struct Part {
   Range units;
+  int64_t width = 0;  // of a copy's rows, in whole vectors: few units would go one by one
   float *weight, *weight_first, *weight_second;
   float *bias = nullptr, *bias_first = nullptr, *bias_second = nullptr;
+  int64_t dz_width = 0;  // of the rows of dz
   Floats dz;
   Floats copies[6];
   Floats grad, bias_grad;  // sums over the blocks of a batch; of the weight, none where one is all
+  Floats base;             // for sparse images: what a layer's units are where all pixels are 0
 };
 
 void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_stride,
@@ -161,10 +193,12 @@ void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_
 // the others waiting.
 struct Workspace {
   std::vector<Part> parts;
-  Range pixels;   // the images' columns that the thread needs
-  int64_t width;  // of its part of the last layer, behind hidden ones in whole vectors: few units
-                  // would go through the loops one by one
+  Range pixels;  // the images' columns that the thread needs
+  // Of a block's images; of sparse ones the pixels that are not 0, their columns, and where each
+  // image's begin. (Much of this memory is never touched.)
   Floats input;
+  Numbers<int32_t> columns;
+  Numbers<int64_t> begins;
   Floats activations, grads;  // of its units of the last hidden layer
   Floats dlogits;
   std::vector<const float*> from_threads;
@@ -196,16 +230,33 @@ Workspace::Workspace(const Training& training, int64_t thread) {
       part.bias_first = floats(layer.bias_first) + part.units.begin;
       part.bias_second = floats(layer.bias_second) + part.units.begin;
     }
-    part.dz = Floats(rows * part.units.size());
-    if (training.is_in_blocks()) part.grad = Floats(part.units.size() * layer.in);
+    part.dz_width = part.units.size();
     part.bias_grad = Floats(part.units.size());
+    if (l == 0 && training.is_sparse) {
+      part.width = divide_up(part.units.size(), kWidestVector) * kWidestVector;
+      float** const tensors[] = {&part.weight, &part.weight_first, &part.weight_second};
+      for (int i = 0; i < 3; ++i) {
+        part.copies[i] = Floats(layer.in * part.width);
+        FASTNET_BEST_ISA(mlp_transpose_kernel(*tensors[i], layer.in, part.copies[i], part.width,
+                                              part.units.size(), layer.in));
+        *tensors[i] = part.copies[i];
+      }
+      part.grad = Floats(layer.in * part.width);
+      part.base = Floats(part.width);
+      if (L == 2) part.dz_width = part.width;  // as wide as its units and their gradient are
+    } else if (training.is_in_blocks()) {
+      part.grad = Floats(part.units.size() * layer.in);
+    }
+    part.dz = Floats(rows * part.dz_width);
   }
   const MlpLayer& last = layers.back();
   const int64_t C = last.out;
   Part& own = parts[L - 1];
   own.units = share_of(last.in, thread, training.threads);
-  width = own.units.size();
-  if (L > 1) width = divide_up(width, kWidestVector) * kWidestVector;
+  // Behind hidden layers.
+  own.width = own.units.size();
+  if (L > 1) own.width = divide_up(own.width, kWidestVector) * kWidestVector;
+  const int64_t width = own.width;
   const std::array<const Tensor*, 6> whole = tensors_of(last);
   for (int i = 0; i < 3; ++i) {
     own.copies[i] = Floats(C * width);
@@ -219,17 +270,41 @@ Workspace::Workspace(const Training& training, int64_t thread) {
   if (training.is_in_blocks()) own.grad = Floats(C * width);
   own.bias_grad = Floats(C);
   own.weight = own.copies[0], own.weight_first = own.copies[1], own.weight_second = own.copies[2];
-  own.bias = own.copies[3], own.bias_first = own.copies[4], own.bias_second = own.copies[5];
+  if (last.bias.numel() > 0) {
+    own.bias = own.copies[3], own.bias_first = own.copies[4], own.bias_second = own.copies[5];
+  }
   pixels = L == 1 ? own.units : Range{0, layers.front().in};
-  input = Floats(rows * pixels.size());
+  if (training.is_sparse) {
+    input = Floats::unset(rows * pixels.size());
+    columns = Numbers<int32_t>::unset(rows * pixels.size());
+    begins = Numbers<int64_t>(rows + 1);
+  } else {
+    input = Floats(rows * pixels.size());
+  }
   activations = Floats(L == 1 ? 0 : rows * width);
   grads = Floats(rows * width);
   dlogits = Floats(C * training.row_stride);
   from_threads.resize(training.threads);
 }
 
+// The block's images, or what is not 0 of them.
+template <class Pixel>
+void gather(const Training& t, const int64_t* order, int64_t rows, const Workspace& space) {
+  const auto* pixels = static_cast<const Pixel*>(t.images.const_data_ptr());
+  const int64_t K = t.layers.front().in;
+  if (t.is_sparse) {
+    FASTNET_BEST_ISA(
+        mlp_pick_kernel(pixels, order, t.scale, space.input, space.columns, space.begins, rows, K));
+  } else {
+    FASTNET_BEST_ISA(mlp_gather_kernel(pixels, order, t.scale, t.shift, space.input, rows, K,
+                                       space.pixels.begin, space.pixels.end));
+  }
+}
+
 template <MlpOptimizer kOptimizer>
 void Training::run(int64_t thread, Workspace& space) noexcept {
+  // Not where a gradient that is as small may be divided by itself.
+  const TinyAsZero tiny_as_zero(optimizer != MlpOptimizer::adam || eps > 1e-12);
   const int64_t L = static_cast<int64_t>(layers.size());
   const MlpLayer& last = layers.back();
   // Logits and their gradient are (C, rows), with vectors along the rows.
@@ -240,11 +315,16 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
   float *const grads = space.grads, *const dlogits = space.dlogits;
   std::vector<const float*>& from_threads = space.from_threads;
   const Part& own = parts[L - 1];
-  const int64_t width = space.width;
+  const int64_t width = own.width;
   const bool is_uint8 = images.scalar_type() == ScalarType::Byte;
   double loss_sum = 0;
   int64_t right_sum = 0;
 
+  const auto find_base = [&](const Part& part) {
+    FASTNET_BEST_ISA(mlp_base_kernel(part.weight, shift, part.bias, part.base, layers.front().in,
+                                     part.units.size(), part.width));
+  };
+  if (is_sparse) find_base(parts.front());
   MlpStep now{};
   int64_t M = 0, left = 0;  // rows of a block, and those of its batch from it on
   bool is_more = false;     // whether gradients of the batch's rows before it are there
@@ -259,9 +339,9 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
     M = std::min(block_rows, left);
     const bool is_last = M == left;
     if (is_uint8) {
-      gather<uint8_t>(*this, order + done, input, M, pixels);
+      gather<uint8_t>(*this, order + done, M, space);
     } else {
-      gather<float>(*this, order + done, input, M, pixels);
+      gather<float>(*this, order + done, M, space);
     }
 
     // Forward
@@ -273,6 +353,12 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
       const int64_t stride = is_private ? width : layer.out;
       float* const out = is_private ? activations : hidden[l] + part.units.begin;
       const auto forward = [&](auto relu) {
+        if (l == 0 && is_sparse) {
+          FASTNET_BEST_ISA(mlp_sparse_forward_kernel<relu.value>(
+              input, space.columns, space.begins, part.weight, part.base, out, stride, is_private,
+              M, part.units.size(), part.width));
+          return;
+        }
         FASTNET_BEST_ISA(forward_kernel<float, relu.value>(x, part.weight, part.bias, out, layer.in,
                                                            stride, 0, M, 0, part.units.size()));
       };
@@ -289,7 +375,7 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
     for (int64_t p = 0; p < threads; ++p) from_threads[p] = logits[2 * p + block % 2];
     // Every thread computes the same of all rows: less work than to pass it on.
     loss_sum +=
-        FASTNET_BEST_ISA(mlp_loss_kernel(from_threads.data(), threads, own.bias, targets,
+        FASTNET_BEST_ISA(mlp_loss_kernel(from_threads.data(), threads, own.copies[3], targets,
                                          order + done, dlogits, &right_sum, M, C, stride, share));
 
     const int64_t next = done + M;
@@ -300,11 +386,16 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
       FASTNET_BEST_ISA(
           product_kernel<float>(dlogits, 1, stride, own.weight, grads, C, width, 0, M, 0, width));
     }
+    const auto update_bias = [&](const Part& part, int64_t N) {
+      if (part.bias) {
+        FASTNET_BEST_ISA(mlp_update_bias_kernel<kOptimizer>(
+            part.bias_grad, part.bias, part.bias_first, part.bias_second, N, now));
+      }
+    };
     // A layer's gradient, and with a batch's last rows, its step.
-    const auto apply = [&](const MlpLayer& layer, const Part& part, const float* dz,
-                           int64_t m_stride, int64_t n_stride, const float* x, int64_t N,
-                           int64_t K) {
-      if (layer.bias.numel() > 0) {
+    const auto apply = [&](const Part& part, const float* dz, int64_t m_stride, int64_t n_stride,
+                           const float* x, int64_t N, int64_t K) {
+      if (part.bias) {
         FASTNET_BEST_ISA(mlp_sum_kernel(dz, m_stride, n_stride, part.bias_grad, M, N, is_more));
       }
       if (!is_last) {
@@ -315,12 +406,9 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
       FASTNET_BEST_ISA(mlp_update_kernel<kOptimizer>(
           dz, m_stride, n_stride, x, is_more ? part.grad.operator float*() : nullptr, part.weight,
           part.weight_first, part.weight_second, M, N, K, now));
-      if (layer.bias.numel() > 0) {
-        FASTNET_BEST_ISA(mlp_update_bias_kernel<kOptimizer>(
-            part.bias_grad, part.bias, part.bias_first, part.bias_second, N, now));
-      }
+      update_bias(part, N);
     };
-    apply(last, own, dlogits, 1, stride, h, C, width);
+    apply(own, dlogits, 1, stride, h, C, width);
     if (now.eps == 0 && is_last) {  // Adam has divided by zero behind the last unit
       for (int64_t c = 0; c < C; ++c) {
         std::fill(own.weight + c * width + own.units.size(), own.weight + (c + 1) * width, 0.0f);
@@ -342,16 +430,30 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
         FASTNET_BEST_ISA(mlp_mask_kernel<relu.value>(
             from_threads.data(), is_private ? 1 : threads, is_private ? width : layer.out,
             is_private ? activations : hidden[l] + part.units.begin, is_private ? width : layer.out,
-            part.dz, M, units));
+            part.dz, M, part.dz_width));
       };
       layer.relu ? mask(std::true_type{}) : mask(std::false_type{});
       if (l > 0) {
-        FASTNET_BEST_ISA(product_kernel<float>(part.dz, units, 1, part.weight,
+        FASTNET_BEST_ISA(product_kernel<float>(part.dz, part.dz_width, 1, part.weight,
                                                hidden_grads[(l - 1) * threads + thread], units,
                                                layer.in, 0, M, 0, layer.in));
       }
-      const float* const below = l > 0 ? hidden[l - 1] : input;
-      apply(layer, part, part.dz, units, 1, below, units, layer.in);
+      if (l == 0 && is_sparse) {
+        FASTNET_BEST_ISA(
+            mlp_sum_kernel(part.dz, part.dz_width, 1, part.bias_grad, M, units, is_more));
+        FASTNET_BEST_ISA(mlp_sparse_grad_kernel(input, space.columns, space.begins, part.dz,
+                                                part.dz_width, part.grad, M, units, part.width));
+        if (is_last) {
+          FASTNET_BEST_ISA(mlp_sparse_update_kernel<kOptimizer>(
+              part.grad, shift, part.bias_grad, part.weight, part.weight_first, part.weight_second,
+              layer.in, part.width, now));
+          update_bias(part, units);
+          find_base(part);
+        }
+      } else {
+        const float* const below = l > 0 ? hidden[l - 1] : input;
+        apply(part, part.dz, part.dz_width, 1, below, units, layer.in);
+      }
       // Also so that nobody writes the next block's units while somebody still reads these.
       if (l > 0) barrier.wait();
     }
@@ -363,6 +465,16 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
                      : optimizer == MlpOptimizer::momentum ? 2
                                                            : 3;
   const std::array<const Tensor*, 6> whole = tensors_of(last);
+  if (is_sparse) {
+    const Part& part = parts[0];
+    const MlpLayer& layer = layers.front();
+    const Tensor* const tensors[] = {&layer.weight, &layer.weight_first, &layer.weight_second};
+    for (int i = 0; i < states; ++i) {
+      FASTNET_BEST_ISA(mlp_transpose_kernel(part.copies[i], part.width,
+                                            floats(*tensors[i]) + part.units.begin * layer.in,
+                                            layer.in, layer.in, part.units.size()));
+    }
+  }
   for (int i = 0; i < states; ++i) {
     copy_columns(own.copies[i], width, floats(*whole[i]) + own.units.begin, last.in, C,
                  own.units.size());
@@ -402,6 +514,33 @@ int64_t choose_block(const std::vector<MlpLayer>& layers, int64_t rows) {
   if (parameters > kCachedGradients || rows <= most + most / 2) return rows;
   const int64_t blocks = divide_up(rows, most);
   return divide_up(divide_up(rows, blocks), kWidestVector) * kWidestVector;
+}
+
+// Whether the images are 0 for so great a part that the first layer passes over it: some of them
+// tell, the same ones in every call. And whether a thread's units leave few lanes idle, and are not
+// so many that it takes long to rearrange them for a call.
+bool are_sparse(const Tensor& images, const std::vector<MlpLayer>& layers, int64_t threads) {
+  constexpr int64_t kSampled = 64, kMostWeights = 1 << 19;
+  constexpr double kMostNonzero = 0.25;
+  if (layers.size() == 1) return false;                // whose weight is shared out by columns
+  const int64_t units = layers.front().out / threads;  // and one more for some
+  const int64_t width = divide_up(units, kWidestVector) * kWidestVector;
+  if (3 * units < 2 * width || width * layers.front().in > kMostWeights) return false;
+  const int64_t n = images.size(0), K = images.size(1), sampled = std::min(n, kSampled);
+  int64_t nonzero = 0;
+  const auto count = [&](const auto* pixels) {
+    for (int64_t i = 0; i < sampled; ++i) {
+      const auto* const image = pixels + i * n / sampled * K;
+      nonzero += K - std::count(image, image + K, 0);
+    }
+  };
+  const void* const pixels = images.const_data_ptr();
+  if (images.scalar_type() == ScalarType::Byte) {
+    count(static_cast<const uint8_t*>(pixels));
+  } else {
+    count(static_cast<const float*>(pixels));
+  }
+  return static_cast<double>(nonzero) < kMostNonzero * static_cast<double>(sampled * K);
 }
 
 Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& order,
@@ -457,7 +596,8 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
                     .barrier = SpinBarrier(static_cast<int>(threads)),
                     .logits = {},
                     .hidden = {},
-                    .hidden_grads = {}};
+                    .hidden_grads = {},
+                    .is_sparse = are_sparse(images, layers, threads)};
   for (int64_t i = 0; i < 2 * threads; ++i) {
     training.logits.emplace_back(stride * layers.back().out);
   }

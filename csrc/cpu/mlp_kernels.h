@@ -302,3 +302,5 @@ void mlp_update_bias_kernel(const float* grad, float* bias, float* first, float*
                        N - n < kStep ? N - n : kStep);
   }
 }
+
+#include "mlp_sparse_kernels.h"

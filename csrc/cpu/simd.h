@@ -226,6 +226,60 @@ FASTNET_INLINE A reduce_max(typename VectorType<A, kFrom>::type value) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Picking
+
+#if defined(__x86_64__)
+// Which bits of a byte are set, from the lowest on, a byte each.
+struct SetBits {
+  uint64_t of[256] = {};
+  constexpr SetBits() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int bit = 0, count = 0; bit < 8; ++bit) {
+        if (byte >> bit & 1) of[byte] |= static_cast<uint64_t>(bit) << 8 * count++;
+      }
+    }
+  }
+};
+#endif
+
+// Stores the elements that are not 0 side by side, and `first` plus their lanes as places. Returns
+// how many there are. Behind them, as far as a vector reaches, memory is overwritten, too.
+FASTNET_INLINE int store_nonzero(Vec<float> value, int32_t first, float* values, int32_t* places) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64) {
+    uint16_t mask;
+    Vec<float> picked;
+    Vec<int32_t> lanes = lane_index<int32_t>() + first;
+    __asm__("vcmpps $4, %2, %1, %0" : "=Yk"(mask) : "v"(value), "v"(Vec<float>{}));
+    __asm__("vcompressps %1, %0%{%2%}%{z%}" : "=v"(picked) : "v"(value), "Yk"(mask));
+    __asm__("vpcompressd %1, %0%{%2%}%{z%}" : "=v"(lanes) : "v"(lanes), "Yk"(mask));
+    store(values, picked);
+    *reinterpret_cast<UnalignedVec<int32_t>*>(places) = lanes;
+    return __builtin_popcount(mask);
+  }
+  if constexpr (kVectorBytes == 32) {
+    static constexpr SetBits kSetBits;
+    const Vec<int32_t> is_nonzero = value != Vec<float>{};
+    uint32_t mask;
+    Vec<float> picked;
+    __asm__("vmovmskps %1, %0" : "=r"(mask) : "x"(is_nonzero));
+    const Vec<int32_t> lanes = load_bytes(reinterpret_cast<const uint8_t*>(kSetBits.of + mask));
+    __asm__("vpermps %1, %2, %0" : "=x"(picked) : "x"(value), "x"(lanes));
+    store(values, picked);
+    *reinterpret_cast<UnalignedVec<int32_t>*>(places) = lanes + first;
+    return __builtin_popcount(mask);
+  }
+#endif
+  int count = 0;
+  for (int lane = 0; lane < kLanes<float>; ++lane) {
+    values[count] = value[lane];
+    places[count] = first + lane;
+    count += value[lane] != 0;
+  }
+  return count;
+}
+
+// ---------------------------------------------------------------------------------------------
 // Transposing
 
 // Four elements of kVectorBytes / 16 places, `next` apart, side by side in one vector, and back.
