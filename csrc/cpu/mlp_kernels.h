@@ -286,7 +286,13 @@ void mlp_sum_kernel(const float* dz, int64_t m_stride, int64_t n_stride, float* 
     }
     for (int64_t i = n; i < n + count; ++i) {
       float sum = is_more ? sums[i] : 0;
-      for (int64_t m = 0; m < M; ++m) sum += dz[m * m_stride + i * n_stride];
+      int64_t m = 0;
+      if (m_stride == 1) {
+        Vec<float> some = {};
+        for (; m + kStep <= M; m += kStep) some += load(dz + m + i * n_stride);
+        sum += reduce_add<float>(some);
+      }
+      for (; m < M; ++m) sum += dz[m * m_stride + i * n_stride];
       sums[i] = sum;
     }
   }
