@@ -157,11 +157,12 @@ def _document_and_native(images: Samples) -> dict[str, Callable]:
     script = recipes.document_epoch(recipe, images)
     model = recipes.task_on(recipe, "fastnet", images).network
     start = copy.deepcopy(model.state_dict())
+    trainer = fastnet.MLPTrainer(model, lr=LR)
     order = torch.Generator()
 
     def native():
         model.load_state_dict(start)
-        trainer = fastnet.MLPTrainer(model, lr=LR)
+        trainer.optimizer.state.clear()
         (epoch,) = trainer.fit(
             images.inputs, images.targets, 64, 1, MNIST.mean, MNIST.std, order.manual_seed(0)
         )
