@@ -42,7 +42,7 @@ struct BackwardPlan {
   int64_t strip_rows, strip_size;  // rows of windows in a strip, and its elements, of a block
   int64_t strips;                  // in a list
   int64_t filters, windows;        // whose lists grad_input makes at a time
-  int64_t input_at, entries_at, image_at, end;
+  int64_t input_at, bases_at, window_gradients_at, window_codes_at, entries_at, image_at, end;
 
   explicit BackwardPlan(const ConvBackward<T>& call) {
     constexpr int64_t kLane = kLanes<T>, kStripBytes = 16 * 1024, kSlack = 8 * kLane;
@@ -63,17 +63,20 @@ struct BackwardPlan {
     // So many filters of a block stay in the first-level cache while windows go past them.
     constexpr int64_t kFilterBytes = 20 * 1024;
     const int64_t fit = kFilterBytes / (patch * kSize) + 1, parts = (call.K + fit - 1) / fit;
-    filters = (call.K + parts - 1) / parts;
+    filters = least(call.K, round_up((call.K + parts - 1) / parts, kLane));
     windows = (4096 + filters - 1) / filters;
     if (windows > kMaxWindows) windows = kMaxWindows;
     if (windows > call.P * call.Q) windows = call.P * call.Q;
-    const int64_t listed = strips * strip_rows * call.Q + 1, by_window = windows * 5 * filters;
+    const int64_t listed = strips * strip_rows * call.Q, by_window = windows * 4 * filters;
     const int64_t entry = sizeof(Entry<A>) / kSize;
     constexpr int64_t kLine = 64 / kSize;
     const auto next_line = [&](int64_t at) { return (at + kSlack + kLine - 1) / kLine * kLine; };
     input_at = 0;
-    entries_at = next_line(blocks * strips * strip_size);
-    image_at = next_line(entries_at + entry * (listed > by_window ? listed : by_window));
+    bases_at = next_line(blocks * strips * strip_size);
+    window_gradients_at = next_line(bases_at + listed);
+    window_codes_at = next_line(window_gradients_at + windows * filters);
+    entries_at = next_line(window_codes_at + windows * filters / kSize);
+    image_at = next_line(entries_at + entry * ((listed > by_window ? listed : by_window) + kLane));
     end = image_at + (call.grad_input ? blocks * height * row + kSlack : 0);
   }
 };
@@ -290,20 +293,68 @@ FASTNET_INLINE uint8_t code_at(const uint8_t* codes) {
   return *codes < kDead ? *codes : kDead;
 }
 
-// Appends the live ones of `count` windows, whose patches stand `next` apart. Without a branch:
-// what a dead window writes, the next one writes over.
+// Writes the lanes that are wanted, and behind them what it likes, as far as a vector's entries
+// reach. Returns where the next entry belongs.
+template <int... kLane>
+FASTNET_INLINE Entry<float>* store_entries(Vec<int32_t> is_wanted, Vec<int32_t> at,
+                                           Vec<float> gradient, Entry<float>* to,
+                                           LaneList<kLane...>) {
+  constexpr int kCount = sizeof...(kLane), kHalf = kCount / 2;
+  const int count = pick(is_wanted, &gradient, &at);
+  const Vec<float> place = (Vec<float>)at;
+  float* const first = reinterpret_cast<float*>(to);
+  store(first, __builtin_shufflevector(place, gradient, (kLane / 2 + kLane % 2 * kCount)...));
+  store(first + kCount,
+        __builtin_shufflevector(place, gradient, (kHalf + kLane / 2 + kLane % 2 * kCount)...));
+  return to + count;
+}
+
+// Appends the live ones of `count` windows of a filter, whose patches stand at bases[i] and further
+// by offsets[code], which for code 3 is the sum of those for 1 and 2. What a dead window writes,
+// the next one writes over.
 template <class T>
-FASTNET_INLINE Entry<acc_t<T>>* list_row(const T* gradients, int64_t gradient_stride,
-                                         const uint8_t* codes, int64_t code_stride, int64_t count,
-                                         int32_t at, int32_t next, const int32_t* offset,
-                                         Entry<acc_t<T>>* end) {
-  for (int64_t i = 0; i < count; ++i, at += next) {
+FASTNET_INLINE Entry<acc_t<T>>* list_windows(const T* gradients, int64_t gradient_stride,
+                                             const uint8_t* codes, int64_t code_stride,
+                                             const int32_t* bases, int64_t count,
+                                             const int32_t* offsets, Entry<acc_t<T>>* end) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<acc_t<T>, float> && kVectorBytes > 16) {
+    using I = Vec<int32_t>;
+    constexpr typename MakeLanes<kLanes<T>>::type lanes{};
+    for (; gradient_stride == 1 && code_stride == 1 && i + kLanes<T> <= count; i += kLanes<T>) {
+      const I code = load_bytes(codes + i);
+      const I base = *reinterpret_cast<const UnalignedVec<int32_t>*>(bases + i);
+      const I at = base + ((-(code & 1) & offsets[1]) + (-(code >> 1) & offsets[2]));
+      end = store_entries(code < kDead, at, load(gradients + i), end, lanes);
+    }
+  }
+  for (; i < count; ++i) {
     const uint8_t code = code_at(codes + i * code_stride);
-    end->at = at + offset[code];
-    end->gradient = widen(gradients[i * gradient_stride]);
+    *end = {bases[i] + offsets[code], widen(gradients[i * gradient_stride])};
     end += code != kDead;
   }
   return end;
+}
+
+// Lists the filters of a window whose position `code` won, `next` from one patch to the next.
+// Returns how many.
+template <class A>
+FASTNET_INLINE int64_t list_filters(const A* gradients, const uint8_t* codes, uint8_t code,
+                                    int64_t filters, int32_t next, Entry<A>* entries) {
+  Entry<A>* end = entries;
+  int64_t k = 0;
+  if constexpr (std::is_same_v<A, float> && kVectorBytes > 16) {
+    constexpr typename MakeLanes<kLanes<A>>::type lanes{};
+    for (; k + kLanes<A> <= filters; k += kLanes<A>) {
+      const Vec<int32_t> at = (lane_index<int32_t>() + static_cast<int32_t>(k)) * next;
+      end = store_entries(load_bytes(codes + k) == code, at, load(gradients + k), end, lanes);
+    }
+  }
+  for (; k < filters; ++k) {
+    *end = {static_cast<int32_t>(k) * next, gradients[k]};
+    end += codes[k] == code;
+  }
+  return end - entries;
 }
 
 template <class A>
@@ -344,11 +395,22 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
       call.kernel == 3 ? accumulate_for<A, 3>(plan.vectors) : accumulate_for<A, 5>(plan.vectors);
   A* const input = scratch + plan.input_at;
   Entry<A>* const entries = reinterpret_cast<Entry<A>*>(scratch + plan.entries_at);
-  const int64_t lanes = call.kernel * plan.channels - (plan.vectors - 1) * kLanes<T>;
-  int32_t offset[5] = {};
-  for (int code = 0; code < 4; ++code) {
-    offset[code] = static_cast<int32_t>((code / 2) * plan.row + (code % 2) * plan.channels);
+  // Where windows stand, of all strips.
+  int32_t* const bases = reinterpret_cast<int32_t*>(scratch + plan.bases_at);
+  const int64_t strip_windows = plan.strip_rows * call.Q;
+  for (int64_t i = 0; i < plan.strips * strip_windows; ++i) {
+    const int64_t strip = i / strip_windows, p = i % strip_windows / call.Q, q = i % call.Q;
+    bases[i] =
+        static_cast<int32_t>(strip * plan.strip_size + 2 * (p * plan.row + q * plan.channels));
   }
+  int32_t offsets[kDead + 1] = {};
+  for (int code = 0; code < kDead; ++code) {
+    offsets[code] = static_cast<int32_t>((code / 2) * plan.row + (code % 2) * plan.channels);
+  }
+  const int64_t lanes = call.kernel * plan.channels - (plan.vectors - 1) * kLanes<T>;
+  const Strides4 g_at = call.grad_output_at, codes_at = call.codes_at;
+  // Windows that stand side by side are listed together, otherwise those of a row.
+  const bool is_dense = g_at.x == 1 && g_at.y == call.Q && codes_at.x == 1 && codes_at.y == call.Q;
   const int64_t strips_per_image = (call.P + plan.strip_rows - 1) / plan.strip_rows;
   const int64_t strip_end = n_end * strips_per_image;
   for (int64_t first = n_begin * strips_per_image; first < strip_end; first += plan.strips) {
@@ -374,20 +436,17 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
       for (int64_t strip = first; strip < last; ++strip) {
         const int64_t n = strip / strips_per_image;
         const int64_t p_first = strip % strips_per_image * plan.strip_rows;
-        const int64_t p_stop =
-            p_first + plan.strip_rows < call.P ? p_first + plan.strip_rows : call.P;
-        for (int64_t p = p_first; p < p_stop; ++p) {
-          const T* g = call.grad_output + n * call.grad_output_at.n + k * call.grad_output_at.c +
-                       p * call.grad_output_at.y;
-          const uint8_t* codes =
-              call.codes + n * call.codes_at.n + k * call.codes_at.c + p * call.codes_at.y;
-          const int64_t at = (strip - first) * plan.strip_size + 2 * (p - p_first) * plan.row;
-          const int32_t next = static_cast<int32_t>(2 * plan.channels);
-          if (call.grad_output_at.x == 1 && call.codes_at.x == 1) {
-            end = list_row(g, 1, codes, 1, call.Q, static_cast<int32_t>(at), next, offset, end);
+        const int64_t p_stop = least(p_first + plan.strip_rows, call.P);
+        const int64_t rows_at_once = is_dense ? p_stop - p_first : 1;
+        for (int64_t p = p_first; p < p_stop; p += rows_at_once) {
+          const T* g = call.grad_output + n * g_at.n + k * g_at.c + p * g_at.y;
+          const uint8_t* codes = call.codes + n * codes_at.n + k * codes_at.c + p * codes_at.y;
+          const int32_t* base = bases + (strip - first) * strip_windows + (p - p_first) * call.Q;
+          const int64_t windows = rows_at_once * call.Q;
+          if (g_at.x == 1 && codes_at.x == 1) {
+            end = list_windows(g, 1, codes, 1, base, windows, offsets, end);
           } else {
-            end = list_row(g, call.grad_output_at.x, codes, call.codes_at.x, call.Q,
-                           static_cast<int32_t>(at), next, offset, end);
+            end = list_windows(g, g_at.x, codes, codes_at.x, base, windows, offsets, end);
           }
         }
       }
@@ -452,44 +511,37 @@ void conv_backward_input_kernel(const ConvBackward<T>& call, int64_t n_begin, in
   const Accumulate<A> add =
       call.kernel == 3 ? accumulate_for<A, 3>(plan.vectors) : accumulate_for<A, 5>(plan.vectors);
   Entry<A>* const entries = reinterpret_cast<Entry<A>*>(scratch + plan.entries_at);
+  A* const gradients = scratch + plan.window_gradients_at;
+  uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.window_codes_at);
   A* const image = scratch + plan.image_at;
   const int64_t image_size = plan.height * plan.row, all = call.P * call.Q;
   const int64_t lanes = call.kernel * plan.channels - (plan.vectors - 1) * kLanes<T>;
   for (int64_t n = n_begin; n < n_end; ++n) {
     __builtin_memset(image + block_begin * image_size, 0,
                      static_cast<size_t>((block_end - block_begin) * image_size) * sizeof(A));
-    const T* const g = call.grad_output + n * call.grad_output_at.n;
-    const uint8_t* const codes = call.codes + n * call.codes_at.n;
     for (int64_t k_first = 0; k_first < call.K; k_first += plan.filters) {
       const int64_t K = call.K - k_first < plan.filters ? call.K - k_first : plan.filters;
       for (int64_t first = 0; first < all; first += plan.windows) {
         const int64_t last = first + plan.windows < all ? first + plan.windows : all;
-        // Five lists a window, one for every code; that of the dead is never read.
-        constexpr int kCodes = 5;
+        gather_windows(call, n * all + first, n * all + last, k_first, k_first + K,
+                       call.grad_output, call.grad_output_at, gradients, K);
+        gather_windows(call, n * all + first, n * all + last, k_first, k_first + K, call.codes,
+                       call.codes_at, codes, K);
+        // Four lists a window, one for every code.
+        constexpr int kCodes = 4;
         int32_t counts[kMaxWindows][kCodes];
-        for (int64_t window = first; window < last; ++window) {
-          const int64_t p = window / call.Q, q = window % call.Q;
-          Entry<A>* const lists = entries + (window - first) * kCodes * K;
-          Entry<A>* ends[kCodes];
-          for (int code = 0; code < kCodes; ++code) ends[code] = lists + code * K;
-          const T* g_window = g + k_first * call.grad_output_at.c + p * call.grad_output_at.y +
-                              q * call.grad_output_at.x;
-          const uint8_t* codes_window =
-              codes + k_first * call.codes_at.c + p * call.codes_at.y + q * call.codes_at.x;
-          int32_t at = 0;
-          for (int64_t k = 0; k < K; ++k, at += static_cast<int32_t>(plan.patch)) {
-            Entry<A>* const to = ends[code_at(codes_window + k * call.codes_at.c)]++;
-            *to = {at, widen(g_window[k * call.grad_output_at.c])};
-          }
+        for (int64_t window = 0; window < last - first; ++window) {
           for (int code = 0; code < kCodes; ++code) {
-            counts[window - first][code] = static_cast<int32_t>(ends[code] - lists - code * K);
+            counts[window][code] = static_cast<int32_t>(list_filters(
+                gradients + window * K, codes + window * K, static_cast<uint8_t>(code), K,
+                static_cast<int32_t>(plan.patch), entries + (window * kCodes + code) * K));
           }
         }
         for (int64_t block = block_begin; block < block_end; ++block) {
           const A* const filters = call.filters + (block * call.K + k_first) * plan.patch;
           for (int64_t window = first; window < last; ++window) {
             const int64_t p = window / call.Q, q = window % call.Q;
-            for (int code = 0; code < 4; ++code) {
+            for (int code = 0; code < kCodes; ++code) {
               const int32_t count = counts[window - first][code];
               if (count == 0) continue;
               const int64_t y = 2 * p + code / 2, x = 2 * q + code % 2;

@@ -179,36 +179,6 @@ __attribute__((noinline)) static void untransform_patch(const float* products, i
 // ---------------------------------------------------------------------------------------------
 // A block: rows of tiles [first, last), counted through images, and filters [k_begin, k_end)
 
-// Pooled gradients, or codes, as [windows][filters], of filters in whole vectors.
-template <class T, class From, class To>
-static void gather_windows(const ConvBackward<T>& call, const TilesBackwardPlan<T>& plan,
-                           int64_t first, int64_t last, int64_t k_begin, int64_t k_end,
-                           const From* from, Strides4 at, To* to) {
-  const int64_t image = call.P * call.Q, count = k_end - k_begin;
-  const int64_t stop = plan.grid.first_window(call, last);
-  for (int64_t window = plan.grid.first_window(call, first); window < stop;) {
-    const int64_t n = window / image, begin = window % image;
-    const int64_t in_image = least(stop - window, image - begin);
-    const From* const x = from + n * at.n + k_begin * at.c;
-    if (at.x == 1 && at.y == call.Q) {
-      transpose(x + begin, at.c, to, plan.filters, count, in_image);
-    } else {
-      for (int64_t i = 0; i < in_image; ++i) {
-        const From* const y = x + (begin + i) / call.Q * at.y + (begin + i) % call.Q * at.x;
-        for (int64_t k = 0; k < count; ++k) {
-          if constexpr (std::is_same_v<From, To>) {
-            to[i * plan.filters + k] = y[k * at.c];
-          } else {
-            to[i * plan.filters + k] = widen(y[k * at.c]);
-          }
-        }
-      }
-    }
-    to += in_image * plan.filters;
-    window += in_image;
-  }
-}
-
 // Returns whether all living gradients are small enough.
 template <class T>
 static bool gather_gradients(const ConvBackward<T>& call, const TilesBackwardPlan<T>& plan,
@@ -220,9 +190,10 @@ static bool gather_gradients(const ConvBackward<T>& call, const TilesBackwardPla
   uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
   const int64_t origin = grid.first_window(call, first);
   const int64_t windows = grid.first_window(call, last) - origin, filters = plan.filters;
-  gather_windows(call, plan, first, last, k_begin, k_end, call.grad_output, call.grad_output_at,
-                 gradients);
-  gather_windows(call, plan, first, last, k_begin, k_end, call.codes, call.codes_at, codes);
+  gather_windows(call, origin, origin + windows, k_begin, k_end, call.grad_output,
+                 call.grad_output_at, gradients, filters);
+  gather_windows(call, origin, origin + windows, k_begin, k_end, call.codes, call.codes_at, codes,
+                 filters);
   // After the last window one that is dead, for tiles that reach beyond the image; and so are the
   // filters that there are not.
   const int64_t rest = round_up(k_end - k_begin, kStep) - (k_end - k_begin);

@@ -111,3 +111,36 @@ FASTNET_INLINE void store_windows(const Vec<A> (&most)[kCount], const Vec<Index<
     store_codes<A>(codes[n], dead ? I{} + kDead : code[n]);
   }
 }
+
+// Pooled gradients, or codes, of windows [first, last), counted through images, and filters
+// [k_begin, k_end): to[window][filter], `next` from one window to the next.
+template <class T, class From, class To>
+static void gather_windows(const ConvCall<T>& call, int64_t first, int64_t last, int64_t k_begin,
+                           int64_t k_end, const From* from, Strides4 at, To* to, int64_t next) {
+  const int64_t image = call.P * call.Q, count = k_end - k_begin;
+  for (int64_t window = first; window < last;) {
+    const int64_t n = window / image, begin = window % image;
+    const int64_t in_image = least(last - window, image - begin);
+    const From* const x = from + n * at.n + k_begin * at.c;
+    if (at.x == 1 && at.y == call.Q) {
+      transpose(x + begin, at.c, to, next, count, in_image);
+    } else {
+      for (int64_t i = 0; i < in_image; ++i) {
+        const From* const y = x + (begin + i) / call.Q * at.y + (begin + i) % call.Q * at.x;
+        if (std::is_same_v<From, To> && at.c == 1) {
+          __builtin_memcpy(to + i * next, y, static_cast<size_t>(count) * sizeof(To));
+          continue;
+        }
+        for (int64_t k = 0; k < count; ++k) {
+          if constexpr (std::is_same_v<From, To>) {
+            to[i * next + k] = y[k * at.c];
+          } else {
+            to[i * next + k] = widen(y[k * at.c]);
+          }
+        }
+      }
+    }
+    to += in_image * next;
+    window += in_image;
+  }
+}

@@ -36,8 +36,12 @@ void mlp_pick_kernel(const Pixel* images, const int64_t* order, const float* sca
     int64_t k = 0;
     for (; k + kStep <= K; k += kStep) {
       if (are_zero(from + k)) continue;
-      count += store_nonzero(load_pixels(from + k) * load(scale + k), static_cast<int32_t>(k),
-                             values + count, columns + count);
+      Vec<float> z = load_pixels(from + k) * load(scale + k);
+      Vec<int32_t> column = lane_index<int32_t>() + static_cast<int32_t>(k);
+      const int picked = pick(z != Vec<float>{}, &z, &column);
+      store(values + count, z);
+      *reinterpret_cast<UnalignedVec<int32_t>*>(columns + count) = column;
+      count += picked;
     }
     for (; k < K; ++k) {
       const float z = static_cast<float>(from[k]) * scale[k];

@@ -242,39 +242,32 @@ struct SetBits {
 };
 #endif
 
-// Stores the elements that are not 0 side by side, and `first` plus their lanes as places. Returns
-// how many there are. Behind them, as far as a vector reaches, memory is overwritten, too.
-FASTNET_INLINE int store_nonzero(Vec<float> value, int32_t first, float* values, int32_t* places) {
+// Brings the lanes in which `is_wanted` is all ones side by side, in both vectors. Returns how many
+// there are; what the others hold then has no meaning.
+FASTNET_INLINE int pick(Vec<int32_t> is_wanted, Vec<float>* value, Vec<int32_t>* place) {
 #if defined(__x86_64__)
   if constexpr (kVectorBytes == 64) {
     uint16_t mask;
-    Vec<float> picked;
-    Vec<int32_t> lanes = lane_index<int32_t>() + first;
-    __asm__("vcmpps $4, %2, %1, %0" : "=Yk"(mask) : "v"(value), "v"(Vec<float>{}));
-    __asm__("vcompressps %1, %0%{%2%}%{z%}" : "=v"(picked) : "v"(value), "Yk"(mask));
-    __asm__("vpcompressd %1, %0%{%2%}%{z%}" : "=v"(lanes) : "v"(lanes), "Yk"(mask));
-    store(values, picked);
-    *reinterpret_cast<UnalignedVec<int32_t>*>(places) = lanes;
+    __asm__("vpmovd2m %1, %0" : "=Yk"(mask) : "v"(is_wanted));
+    __asm__("vcompressps %1, %0%{%2%}%{z%}" : "=v"(*value) : "v"(*value), "Yk"(mask));
+    __asm__("vpcompressd %1, %0%{%2%}%{z%}" : "=v"(*place) : "v"(*place), "Yk"(mask));
     return __builtin_popcount(mask);
   }
   if constexpr (kVectorBytes == 32) {
     static constexpr SetBits kSetBits;
-    const Vec<int32_t> is_nonzero = value != Vec<float>{};
     uint32_t mask;
-    Vec<float> picked;
-    __asm__("vmovmskps %1, %0" : "=r"(mask) : "x"(is_nonzero));
+    __asm__("vmovmskps %1, %0" : "=r"(mask) : "x"(is_wanted));
     const Vec<int32_t> lanes = load_bytes(reinterpret_cast<const uint8_t*>(kSetBits.of + mask));
-    __asm__("vpermps %1, %2, %0" : "=x"(picked) : "x"(value), "x"(lanes));
-    store(values, picked);
-    *reinterpret_cast<UnalignedVec<int32_t>*>(places) = lanes + first;
+    __asm__("vpermps %1, %2, %0" : "=x"(*value) : "x"(*value), "x"(lanes));
+    __asm__("vpermd %1, %2, %0" : "=x"(*place) : "x"(*place), "x"(lanes));
     return __builtin_popcount(mask);
   }
 #endif
   int count = 0;
   for (int lane = 0; lane < kLanes<float>; ++lane) {
-    values[count] = value[lane];
-    places[count] = first + lane;
-    count += value[lane] != 0;
+    (*value)[count] = (*value)[lane];
+    (*place)[count] = (*place)[lane];
+    count += is_wanted[lane] != 0;
   }
   return count;
 }
