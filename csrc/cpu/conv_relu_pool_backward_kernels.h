@@ -323,8 +323,7 @@ FASTNET_INLINE Entry<acc_t<T>>* list_windows(const T* gradients, int64_t gradien
     constexpr typename MakeLanes<kLanes<T>>::type lanes{};
     for (; gradient_stride == 1 && code_stride == 1 && i + kLanes<T> <= count; i += kLanes<T>) {
       const I code = load_bytes(codes + i);
-      const I base = *reinterpret_cast<const UnalignedVec<int32_t>*>(bases + i);
-      const I at = base + ((-(code & 1) & offsets[1]) + (-(code >> 1) & offsets[2]));
+      const I at = load(bases + i) + ((-(code & 1) & offsets[1]) + (-(code >> 1) & offsets[2]));
       end = store_entries(code < kDead, at, load(gradients + i), end, lanes);
     }
   }
@@ -398,10 +397,14 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
   // Where windows stand, of all strips.
   int32_t* const bases = reinterpret_cast<int32_t*>(scratch + plan.bases_at);
   const int64_t strip_windows = plan.strip_rows * call.Q;
-  for (int64_t i = 0; i < plan.strips * strip_windows; ++i) {
-    const int64_t strip = i / strip_windows, p = i % strip_windows / call.Q, q = i % call.Q;
-    bases[i] =
-        static_cast<int32_t>(strip * plan.strip_size + 2 * (p * plan.row + q * plan.channels));
+  int32_t* base = bases;
+  for (int64_t strip = 0; strip < plan.strips; ++strip) {
+    for (int64_t p = 0; p < plan.strip_rows; ++p) {
+      const int64_t row = strip * plan.strip_size + 2 * p * plan.row;
+      for (int64_t q = 0; q < call.Q; ++q) {
+        *base++ = static_cast<int32_t>(row + 2 * q * plan.channels);
+      }
+    }
   }
   int32_t offsets[kDead + 1] = {};
   for (int code = 0; code < kDead; ++code) {
@@ -527,8 +530,7 @@ void conv_backward_input_kernel(const ConvBackward<T>& call, int64_t n_begin, in
                        call.grad_output, call.grad_output_at, gradients, K);
         gather_windows(call, n * all + first, n * all + last, k_first, k_first + K, call.codes,
                        call.codes_at, codes, K);
-        // Four lists a window, one for every code.
-        constexpr int kCodes = 4;
+        constexpr int kCodes = kDead;  // of the living, each of which has a list in every window
         int32_t counts[kMaxWindows][kCodes];
         for (int64_t window = 0; window < last - first; ++window) {
           for (int code = 0; code < kCodes; ++code) {

@@ -67,10 +67,6 @@ int64_t few_channels_scratch(const ConvBackward<T>& call) {
   return has_few_channels(call) ? FewChannelsPlan<T>(call).end : 0;
 }
 
-FASTNET_INLINE Vec<int32_t> load_codes(const int32_t* from) {
-  return *reinterpret_cast<const UnalignedVec<int32_t>*>(from);
-}
-
 // sum + u v, but only in some lanes. With masks of their own processors add so, without need of u.
 FASTNET_INLINE Vec<float> add_where(Vec<int32_t> where, Vec<float> u, Vec<float> v,
                                     Vec<float> sum) {
@@ -104,7 +100,7 @@ static void add_windows(const float* gradients, const int32_t* codes, const floa
     I code[kFilters];
     FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
       g[f] = load(gradients + f * kFewPlane + i);
-      code[f] = load_codes(codes + f * kFewPlane + i);
+      code[f] = load(codes + f * kFewPlane + i);
     }
     FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
       const int row = kFirst + r;
@@ -173,7 +169,7 @@ static void copy_run(const T* gradients, const uint8_t* codes, int64_t count, fl
   constexpr int kStep = kLanes<float>;
   const auto copy = [&](int64_t i) __attribute__((always_inline)) {
     store(gradients_to + i, load(gradients + i));
-    *reinterpret_cast<UnalignedVec<int32_t>*>(codes_to + i) = load_bytes(codes + i);
+    store(codes_to + i, load_bytes(codes + i));
   };
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) copy(i);
@@ -299,7 +295,7 @@ static bool few_channels_block(const ConvBackward<T>& call, int64_t n_begin, int
       int32_t* const code = codes + k * kFewPlane;
       for (int64_t i = windows; i < all; ++i) code[i] = kDead;
       for (int64_t i = 0; i < all; i += kLanes<float>) {
-        const Vec<float> alive = load_codes(code + i) < kDead ? load(g + i) : Vec<float>{};
+        const Vec<float> alive = load(code + i) < kDead ? load(g + i) : Vec<float>{};
         store(g + i, alive);
         bias[k] += alive;
         raise_magnitude(&largest, alive);

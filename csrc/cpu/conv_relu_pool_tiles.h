@@ -290,20 +290,13 @@ static bool are_alike(const StripPart& part) {
   const Vec<int32_t> sizes = largest_in(part);
   if (is_below(sizes, kLargestOfMany)) return true;
   if (!is_below(sizes, kLargestOfLarge)) return false;
-  float largest = 0;
-  for (int lane = 0; lane < kLanes<float>; ++lane) {
-    const float size = ((V)sizes)[lane];
-    largest = largest < size ? size : largest;
-  }
-  const V limit = splat(largest / kLargestOfMany);
+  const V limit = splat(reduce_max<float>((V)sizes) / kLargestOfMany);
   Vec<int32_t> balance = {};  // of those above the limit over those below
   each_vector(part, [&](V value) {
     const V size = value < V{} ? -value : value;
     balance += ((size > V{}) & (size < limit)) - (size >= limit);
   });
-  int64_t sum = 0;
-  for (int lane = 0; lane < kLanes<float>; ++lane) sum += balance[lane];
-  return sum >= 0;
+  return reduce_add<int32_t>(balance) >= 0;
 }
 
 // V of rows of tiles [first, last), counted through images, by way of a strip with `next_block`

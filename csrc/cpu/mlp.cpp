@@ -29,6 +29,10 @@ namespace {
 
 constexpr int64_t kWidestVector = 16;  // floats
 
+int64_t in_whole_vectors(int64_t count) {
+  return divide_up(count, kWidestVector) * kWidestVector;
+}
+
 // Holds threads until all have come. They come within microseconds of each other, and wait awake;
 // only where there are fewer cores than threads is one of them let go.
 class SpinBarrier {
@@ -180,6 +184,8 @@ struct Part {
   Floats copies[6];
   Floats grad, bias_grad;  // sums over the blocks of a batch; of the weight, none where one is all
   Floats base;             // for sparse images: what a layer's units are where all pixels are 0
+
+  void take_copies() { weight = copies[0], weight_first = copies[1], weight_second = copies[2]; }
 };
 
 void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_stride,
@@ -206,7 +212,7 @@ struct Workspace {
   Workspace(const Training& training, int64_t thread);
 };
 
-// The last layer's tensors, in the order of Part's copies.
+// A layer's tensors, in the order of Part's copies.
 std::array<const Tensor*, 6> tensors_of(const MlpLayer& layer) {
   return {&layer.weight, &layer.weight_first, &layer.weight_second,
           &layer.bias,   &layer.bias_first,   &layer.bias_second};
@@ -233,14 +239,14 @@ Workspace::Workspace(const Training& training, int64_t thread) {
     part.dz_width = part.units.size();
     part.bias_grad = Floats(part.units.size());
     if (l == 0 && training.is_sparse) {
-      part.width = divide_up(part.units.size(), kWidestVector) * kWidestVector;
-      float** const tensors[] = {&part.weight, &part.weight_first, &part.weight_second};
+      part.width = in_whole_vectors(part.units.size());
+      const std::array<const Tensor*, 6> whole = tensors_of(layer);
       for (int i = 0; i < 3; ++i) {
         part.copies[i] = Floats(layer.in * part.width);
-        FASTNET_BEST_ISA(mlp_transpose_kernel(*tensors[i], layer.in, part.copies[i], part.width,
-                                              part.units.size(), layer.in));
-        *tensors[i] = part.copies[i];
+        FASTNET_BEST_ISA(mlp_transpose_kernel(floats(*whole[i]) + from, layer.in, part.copies[i],
+                                              part.width, part.units.size(), layer.in));
       }
+      part.take_copies();
       part.grad = Floats(layer.in * part.width);
       part.base = Floats(part.width);
       if (L == 2) part.dz_width = part.width;  // as wide as its units and their gradient are
@@ -254,8 +260,7 @@ Workspace::Workspace(const Training& training, int64_t thread) {
   Part& own = parts[L - 1];
   own.units = share_of(last.in, thread, training.threads);
   // Behind hidden layers.
-  own.width = own.units.size();
-  if (L > 1) own.width = divide_up(own.width, kWidestVector) * kWidestVector;
+  own.width = L > 1 ? in_whole_vectors(own.units.size()) : own.units.size();
   const int64_t width = own.width;
   const std::array<const Tensor*, 6> whole = tensors_of(last);
   for (int i = 0; i < 3; ++i) {
@@ -269,7 +274,7 @@ Workspace::Workspace(const Training& training, int64_t thread) {
   }
   if (training.is_in_blocks()) own.grad = Floats(C * width);
   own.bias_grad = Floats(C);
-  own.weight = own.copies[0], own.weight_first = own.copies[1], own.weight_second = own.copies[2];
+  own.take_copies();
   if (last.bias.numel() > 0) {
     own.bias = own.copies[3], own.bias_first = own.copies[4], own.bias_second = own.copies[5];
   }
@@ -320,11 +325,12 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
   double loss_sum = 0;
   int64_t right_sum = 0;
 
-  const auto find_base = [&](const Part& part) {
+  const auto find_base = [&] {
+    const Part& part = parts.front();
     FASTNET_BEST_ISA(mlp_base_kernel(part.weight, shift, part.bias, part.base, layers.front().in,
                                      part.units.size(), part.width));
   };
-  if (is_sparse) find_base(parts.front());
+  if (is_sparse) find_base();
   MlpStep now{};
   int64_t M = 0, left = 0;  // rows of a block, and those of its batch from it on
   bool is_more = false;     // whether gradients of the batch's rows before it are there
@@ -448,7 +454,7 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
               part.grad, shift, part.bias_grad, part.weight, part.weight_first, part.weight_second,
               layer.in, part.width, now));
           update_bias(part, units);
-          find_base(part);
+          find_base();
         }
       } else {
         const float* const below = l > 0 ? hidden[l - 1] : input;
@@ -468,10 +474,10 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
   if (is_sparse) {
     const Part& part = parts[0];
     const MlpLayer& layer = layers.front();
-    const Tensor* const tensors[] = {&layer.weight, &layer.weight_first, &layer.weight_second};
+    const std::array<const Tensor*, 6> first = tensors_of(layer);
     for (int i = 0; i < states; ++i) {
       FASTNET_BEST_ISA(mlp_transpose_kernel(part.copies[i], part.width,
-                                            floats(*tensors[i]) + part.units.begin * layer.in,
+                                            floats(*first[i]) + part.units.begin * layer.in,
                                             layer.in, layer.in, part.units.size()));
     }
   }
@@ -513,7 +519,7 @@ int64_t choose_block(const std::vector<MlpLayer>& layers, int64_t rows) {
   const int64_t most = std::max(kWidestVector * 4, kCachedRows / row);
   if (parameters > kCachedGradients || rows <= most + most / 2) return rows;
   const int64_t blocks = divide_up(rows, most);
-  return divide_up(divide_up(rows, blocks), kWidestVector) * kWidestVector;
+  return in_whole_vectors(divide_up(rows, blocks));
 }
 
 // Whether the images are 0 for so great a part that the first layer passes over it: some of them
@@ -524,7 +530,7 @@ bool are_sparse(const Tensor& images, const std::vector<MlpLayer>& layers, int64
   constexpr double kMostNonzero = 0.25;
   if (layers.size() == 1) return false;                // whose weight is shared out by columns
   const int64_t units = layers.front().out / threads;  // and one more for some
-  const int64_t width = divide_up(units, kWidestVector) * kWidestVector;
+  const int64_t width = in_whole_vectors(units);
   if (3 * units < 2 * width || width * layers.front().in > kMostWeights) return false;
   const int64_t n = images.size(0), K = images.size(1), sampled = std::min(n, kSampled);
   int64_t nonzero = 0;
@@ -574,7 +580,7 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
   // and on how many threads there are, and must not on how batches fall into calls.
   const int64_t rows = choose_block(layers, batch_size);
   const int64_t threads = choose_threads(layers, batch_size);
-  const int64_t stride = divide_up(rows, kWidestVector) * kWidestVector;
+  const int64_t stride = in_whole_vectors(rows);
   Training training{.images = images,
                     .targets = classes,
                     .order = chosen,

@@ -40,7 +40,7 @@ void mlp_pick_kernel(const Pixel* images, const int64_t* order, const float* sca
       Vec<int32_t> column = lane_index<int32_t>() + static_cast<int32_t>(k);
       const int picked = pick(z != Vec<float>{}, &z, &column);
       store(values + count, z);
-      *reinterpret_cast<UnalignedVec<int32_t>*>(columns + count) = column;
+      store(columns + count, column);
       count += picked;
     }
     for (; k < K; ++k) {
@@ -82,7 +82,8 @@ inline constexpr int kMostUnitVectors = 4;
 template <class Pass>
 FASTNET_INLINE void each_unit_vectors(int64_t vectors, const Pass& pass) {
   int64_t v = 0;
-  for (; v + kMostUnitVectors <= vectors; v += kMostUnitVectors) pass(Constant<4>{}, v);
+  for (; v + kMostUnitVectors <= vectors; v += kMostUnitVectors)
+    pass(Constant<kMostUnitVectors>{}, v);
   if (v + 2 <= vectors) {
     pass(Constant<2>{}, v);
     v += 2;

@@ -58,6 +58,9 @@ FASTNET_INLINE Vec<float> load(const float* from) {
 FASTNET_INLINE Vec<double> load(const double* from) {
   return *reinterpret_cast<const UnalignedVec<double>*>(from);
 }
+FASTNET_INLINE Vec<int32_t> load(const int32_t* from) {
+  return *reinterpret_cast<const UnalignedVec<int32_t>*>(from);
+}
 FASTNET_INLINE Vec<float> load(const bfloat16* from) {
   using Half = typename VectorType<uint16_t, kVectorBytes / 2>::unaligned;
   const Half bits = *reinterpret_cast<const Half*>(from);
@@ -87,6 +90,9 @@ FASTNET_INLINE void store(float* to, Vec<float> value) {
 }
 FASTNET_INLINE void store(double* to, Vec<double> value) {
   *reinterpret_cast<UnalignedVec<double>*>(to) = value;
+}
+FASTNET_INLINE void store(int32_t* to, Vec<int32_t> value) {
+  *reinterpret_cast<UnalignedVec<int32_t>*>(to) = value;
 }
 FASTNET_INLINE void store(bfloat16* to, Vec<float> value) {
   using Half = typename VectorType<uint16_t, kVectorBytes / 2>::unaligned;
