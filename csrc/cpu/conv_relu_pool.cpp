@@ -26,10 +26,8 @@ ConvForm form_of(const ConvReluPoolShape& shape) {
       shape.C * shape.K >= (shape.R == 3 ? kManyProducts3 : kManyProducts5)) {
     return ConvForm::patches_of_6;
   }
-  // Of one channel the direct form takes little longer, and elements of a window that are equal,
-  // as strokes on a constant background make them, stay equal in it: the first wins, as in torch.
-  const bool is_few = shape.R == 3 && shape.C >= 2 && shape.C <= 4;
-  return is_few ? ConvForm::patches_of_4 : ConvForm::direct;
+  if (shape.R != 3 || shape.C > 4) return ConvForm::direct;
+  return shape.C > 1 ? ConvForm::patches_of_4 : ConvForm::rows_of_4;
 }
 
 // Returns what stood in its way: filters or an input that the form asked for cannot take, or as

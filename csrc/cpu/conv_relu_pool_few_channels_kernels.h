@@ -43,21 +43,25 @@ static bool has_few_channels(const ConvBackward<T>& call) {
 // Where everything stands in a thread's scratch memory, in elements.
 template <class T>
 struct FewChannelsPlan {
-  int64_t rows;         // of windows at a time, counted through images
-  int64_t half;         // the even columns of a row of a strip, or the odd ones
+  int64_t rows;     // of windows at a time, counted through images
+  int64_t filters;  // whose gradients are at hand: in the cache along with one channel's patches
+  int64_t half;     // the even columns of a row of a strip, or the odd ones
   int64_t strip_plane;  // from one channel of a strip to the next
-  int64_t strip_at, patches_at, gradients_at, codes_at, sums_at, end;
+  int64_t strip_at, patches_at, gradients_at, codes_at, bytes_at, sums_at, end;
 
   explicit FewChannelsPlan(const ConvBackward<T>& call) {
     constexpr int64_t kLine = 64 / sizeof(float), kSlack = 4 * kLine;
     rows = kFewWindows / call.Q;
+    if (rows > call.P) rows -= rows % call.P;  // whole images: what is read stands in one piece
+    filters = call.C == 1 ? 4 : kFewFilters;
     half = call.Q + 1;
     strip_plane = round_up((2 * least(rows, call.P) + 2) * 2 * half, kLine);
     strip_at = 0;
     patches_at = strip_at + call.C * strip_plane + kSlack;
     gradients_at = patches_at + call.C * kPoints * kFewPlane;
-    codes_at = gradients_at + kFewFilters * kFewPlane;
-    sums_at = codes_at + kFewFilters * kFewPlane;
+    codes_at = gradients_at + filters * kFewPlane;
+    bytes_at = codes_at + filters * kFewPlane;
+    sums_at = bytes_at + filters * kFewPlane / static_cast<int64_t>(sizeof(float));
     end = sums_at + kFewFilters * call.C * kPoints * kLanes<float>;
   }
 };
@@ -65,16 +69,6 @@ struct FewChannelsPlan {
 template <class T>
 int64_t few_channels_scratch(const ConvBackward<T>& call) {
   return has_few_channels(call) ? FewChannelsPlan<T>(call).end : 0;
-}
-
-// sum + u v, but only in some lanes. With masks of their own processors add so, without need of u.
-FASTNET_INLINE Vec<float> add_where(Vec<int32_t> where, Vec<float> u, Vec<float> v,
-                                    Vec<float> sum) {
-  if constexpr (kRegisters == 32) {
-    return where ? sum + u * v : sum;
-  } else {
-    return sum + (where ? u : Vec<float>{}) * v;
-  }
 }
 
 // sums[filter][c][point] += Σ over windows of U ⊙ V, in kRows rows of points from the first one on.
@@ -96,38 +90,36 @@ static void add_windows(const float* gradients, const int32_t* codes, const floa
     }
   }
   for (int64_t i = 0; i < windows; i += kStep) {
-    V g[kFilters];
-    I code[kFilters];
+    I g[kFilters], code[kFilters];
     FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
-      g[f] = load(gradients + f * kFewPlane + i);
+      g[f] = (I)load(gradients + f * kFewPlane + i);
       code[f] = load(codes + f * kFewPlane + i);
     }
     FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
       const int row = kFirst + r;
-      V u[kFilters][4];
-      I where[kFilters][4];
+      // U: the gradient where the row has it, with the sign that the differences in G give it in
+      // the lower row and in the odd column.
+      I by_row[kFilters], is_right[kFilters], sign[kFilters];
       FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
-        // With the sign that the differences in G give it, in the odd column and in the lower row.
-        const I by_column = code[f] << 31, by_row = (code[f] >> 1) << 31;
-        const V signed_g = row == 2 ? (V)((I)g[f] ^ by_row) : g[f];
-        u[f][0] = u[f][1] = u[f][3] = signed_g;
-        u[f][2] = (V)((I)signed_g ^ by_column);
-        if (row == 0 || row == 3) {
-          where[f][0] = code[f] == (row == 0 ? 0 : 2);
-          where[f][3] = code[f] == (row == 0 ? 1 : 3);
-          where[f][1] = where[f][2] = row == 0 ? code[f] < 2 : code[f] >= 2;
-        } else {
-          where[f][0] = by_column == 0;
-          where[f][3] = by_column < 0;
-          where[f][1] = where[f][2] = I{} == 0;
-        }
+        const I is_lower = code[f] << 30 >> 31;
+        by_row[f] = in_register(row == 0   ? g[f] & ~is_lower
+                                : row == 1 ? g[f]
+                                : row == 2 ? g[f] ^ (is_lower << 31)
+                                           : g[f] & is_lower);
+        sign[f] = code[f] << 31;
+        is_right[f] = sign[f] >> 31;
       }
       FASTNET_UNROLL for (int s = 0; s < 4; ++s) {
+        I u[kFilters];
+        FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
+          u[f] = in_register(s == 0   ? by_row[f] & ~is_right[f]
+                             : s == 1 ? by_row[f]
+                             : s == 2 ? by_row[f] ^ sign[f]
+                                      : by_row[f] & is_right[f]);
+        }
         FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) {
           const V v = load(patches + (c * kPoints + row * 4 + s) * kFewPlane + i);
-          FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
-            sum[f][c][r][s] = add_where(where[f][s], u[f][s], v, sum[f][c][r][s]);
-          }
+          FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) sum[f][c][r][s] += (V)u[f] * v;
         }
       }
     }
@@ -163,46 +155,65 @@ static void add_all_windows(const float* gradients, const int32_t* codes, const 
   }
 }
 
-template <class T>
-static void copy_run(const T* gradients, const uint8_t* codes, int64_t count, float* gradients_to,
-                     int32_t* codes_to) {
+// Gradients, of dead windows 0, and codes of `count` neighbouring windows. Adds the gradients to
+// `bias` and raises `largest` to them.
+template <class From>
+static void take_run(const From* gradients, const uint8_t* codes, int64_t count,
+                     float* gradients_to, int32_t* codes_to, Vec<float>* bias,
+                     Vec<int32_t>* largest) {
   constexpr int kStep = kLanes<float>;
-  const auto copy = [&](int64_t i) __attribute__((always_inline)) {
-    store(gradients_to + i, load(gradients + i));
-    store(codes_to + i, load_bytes(codes + i));
+  Vec<float> sum = *bias;
+  Vec<int32_t> most = *largest;
+  // Of a vector's lanes the first ones may have been taken already.
+  const auto take = [&](int64_t i, Vec<int32_t> is_new) __attribute__((always_inline)) {
+    const Vec<int32_t> code = load_bytes(codes + i);
+    const Vec<float> alive = code < kDead ? load(gradients + i) : Vec<float>{};
+    store(gradients_to + i, alive);
+    store(codes_to + i, code);
+    sum += is_new ? alive : Vec<float>{};
+    raise_magnitude(&most, alive);
   };
   int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) copy(i);
+  for (; i + kStep <= count; i += kStep) take(i, Vec<int32_t>{} == Vec<int32_t>{});
   if (i < count && count >= kStep) {
-    copy(count - kStep);  // the rest reaches back over what was copied already
-    return;
+    const int32_t taken = static_cast<int32_t>(i - (count - kStep));
+    take(count - kStep, __builtin_convertvector(lane_index<float>(), Vec<int32_t>) >= taken);
+    i = count;
   }
-  for (; i < count; ++i) {
-    gradients_to[i] = widen(gradients[i]);
+  Vec<float> rest = {};
+  for (int lane = 0; i < count; ++i, ++lane) {
+    rest[lane] = codes[i] < kDead ? widen(gradients[i]) : 0.0f;
+    gradients_to[i] = rest[lane];
     codes_to[i] = codes[i];
   }
+  raise_magnitude(&most, rest);
+  *bias = sum + rest;
+  *largest = most;
 }
 
-// Gradients and codes of `filters` filters from k on and rows [first, last) of windows of image n.
+// The same of `filters` filters from k on and rows [first, last) of windows of image n, kFewPlane
+// from one filter to the next. `bytes` is memory for as many codes.
 template <class T>
-static void fill_gradients(const ConvBackward<T>& call, int64_t n, int64_t first, int64_t last,
-                           int64_t k, int64_t filters, float* gradients, int32_t* codes) {
+static void take_gradients(const ConvBackward<T>& call, int64_t n, int64_t first, int64_t last,
+                           int64_t k, int64_t filters, float* gradients, int32_t* codes,
+                           Vec<float>* bias, Vec<int32_t>* largest, uint8_t* bytes) {
   const Strides4 &g_at = call.grad_output_at, &c_at = call.codes_at;
   const T* const g = call.grad_output + n * g_at.n + first * g_at.y + k * g_at.c;
   const uint8_t* const c = call.codes + n * c_at.n + first * c_at.y + k * c_at.c;
-  if (g_at.x == 1 && c_at.x == 1) {
-    const bool in_planes = g_at.y == call.Q && c_at.y == call.Q;
-    const int64_t runs = in_planes ? 1 : last - first, count = (last - first) * call.Q / runs;
+  const int64_t rows = last - first, count = rows * call.Q;
+  const auto take = [&](const auto* from, int64_t next, const uint8_t* codes_from,
+                        int64_t next_code) {
     for (int64_t i = 0; i < filters; ++i) {
-      for (int64_t run = 0; run < runs; ++run) {
-        const int64_t to = i * kFewPlane + run * count;
-        copy_run(g + i * g_at.c + run * g_at.y, c + i * c_at.c + run * c_at.y, count,
-                 gradients + to, codes + to);
-      }
+      take_run(from + i * next, codes_from + i * next_code, count, gradients + i * kFewPlane,
+               codes + i * kFewPlane, bias + i, largest);
     }
+  };
+  if (g_at.x == 1 && g_at.y == call.Q && c_at.x == 1 && c_at.y == call.Q) {
+    take(g, g_at.c, c, c_at.c);
     return;
   }
-  for (int64_t p = 0; p < last - first; ++p) {
+  // Otherwise a plane of each filter's is made first.
+  for (int64_t p = 0; p < rows; ++p) {
     const int64_t row = p * call.Q;
     if (g_at.c == 1) {  // channels_last
       transpose(g + p * g_at.y, g_at.x, gradients + row, kFewPlane, call.Q, filters);
@@ -213,12 +224,17 @@ static void fill_gradients(const ConvBackward<T>& call, int64_t n, int64_t first
         }
       }
     }
-    for (int64_t i = 0; i < filters; ++i) {
-      for (int64_t q = 0; q < call.Q; ++q) {
-        codes[i * kFewPlane + row + q] = c[i * c_at.c + p * c_at.y + q * c_at.x];
+    if (c_at.c == 1) {
+      transpose(c + p * c_at.y, c_at.x, bytes + row, kFewPlane, call.Q, filters);
+    } else {
+      for (int64_t i = 0; i < filters; ++i) {
+        for (int64_t q = 0; q < call.Q; ++q) {
+          bytes[i * kFewPlane + row + q] = c[i * c_at.c + p * c_at.y + q * c_at.x];
+        }
       }
     }
   }
+  take(gradients, kFewPlane, bytes, kFewPlane);
 }
 
 // to[r][s] += Aᵀ (the sums of all lanes, with the halves of G) A
@@ -258,12 +274,16 @@ static bool few_channels_block(const ConvBackward<T>& call, int64_t n_begin, int
   float* const patches = scratch + plan.patches_at;
   float* const gradients = scratch + plan.gradients_at;
   int32_t* const codes = reinterpret_cast<int32_t*>(scratch + plan.codes_at);
+  uint8_t* const bytes = reinterpret_cast<uint8_t*>(scratch + plan.bytes_at);
   float* const point_sums = scratch + plan.sums_at;
   constexpr int64_t kSums = kPoints * kLanes<float>;
-  // Also the patches: what is multiplied by a dead window's zero must be a number.
+  const auto add = call.C == 1   ? add_all_windows<1>
+                   : call.C == 2 ? add_all_windows<2>
+                                 : add_all_windows<3>;
   const auto clear = [&](int64_t begin, int64_t end) {
     __builtin_memset(scratch + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
   };
+  // Also the patches: what is multiplied by a dead window's zero must be a number.
   clear(plan.strip_at, plan.gradients_at);
   clear(plan.sums_at, plan.end);
   Vec<float> bias[kFewFilters] = {};
@@ -286,25 +306,25 @@ static bool few_channels_block(const ConvBackward<T>& call, int64_t n_begin, int
           }
         }
       }
-      const int64_t at = (row - first) * call.Q;
-      fill_gradients(call, n, p, p + (stop - row), k_begin, filters, gradients + at, codes + at);
       row = stop;
     }
-    for (int64_t k = 0; k < filters; ++k) {
-      float* const g = gradients + k * kFewPlane;
-      int32_t* const code = codes + k * kFewPlane;
-      for (int64_t i = windows; i < all; ++i) code[i] = kDead;
-      for (int64_t i = 0; i < all; i += kLanes<float>) {
-        const Vec<float> alive = load(code + i) < kDead ? load(g + i) : Vec<float>{};
-        store(g + i, alive);
-        bias[k] += alive;
-        raise_magnitude(&largest, alive);
+    for (int64_t k = 0; k < filters; k += plan.filters) {
+      const int64_t count = least(plan.filters, filters - k);
+      for (int64_t row = first; row < last;) {
+        const int64_t n = row / call.P, p = row % call.P, stop = least(last, (n + 1) * call.P);
+        const int64_t at = (row - first) * call.Q;
+        take_gradients(call, n, p, p + (stop - row), k_begin + k, count, gradients + at, codes + at,
+                       bias + k, &largest, bytes);
+        row = stop;
       }
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t window = windows; window < all; ++window) {
+          gradients[i * kFewPlane + window] = 0;
+          codes[i * kFewPlane + window] = kDead;
+        }
+      }
+      add(gradients, codes, patches, all, count, point_sums + k * call.C * kSums);
     }
-    const auto add = call.C == 1   ? add_all_windows<1>
-                     : call.C == 2 ? add_all_windows<2>
-                                   : add_all_windows<3>;
-    add(gradients, codes, patches, all, filters, point_sums);
   }
   if (!is_below(largest, kLargestGradient)) return false;
   for (int64_t k = 0; k < filters; ++k) {

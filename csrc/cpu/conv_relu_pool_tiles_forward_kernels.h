@@ -128,7 +128,7 @@ __attribute__((noinline)) static void pool_tile(const float* products, int64_t p
       to[i] = pooled[row * kWindows + i];
       code_to[i] = codes[row * kWindows + i];
     }
-    store_windows<float, T, kWindows>(most, code, to, code_to);
+    store_windows<false, float, T, kWindows>(most, code, to, code_to);
   }
 }
 

@@ -79,6 +79,15 @@ FASTNET_INLINE void window_maxima(const Vec<A> (&y)[kCount][4], Vec<A> (&most)[k
         code[n] = wins ? I{} + i : code[n];
       }
     }
+  } else if constexpr (!kHasMasks) {
+    // Choices by masks in vectors stand in the way of multiplications; maxima and logic do not.
+    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+      const I right = y[n][0] < y[n][1], lower_right = y[n][2] < y[n][3];
+      const Vec<A> upper = maximum<A>(y[n][0], y[n][1]), lower = maximum<A>(y[n][2], y[n][3]);
+      const I down = upper < lower;
+      most[n] = maximum<A>(upper, lower);
+      code[n] = -(down + down + (right ^ (down & (right ^ lower_right))));
+    }
   } else {
     Vec<A> lower[kCount];
     I lower_code[kCount];
@@ -101,14 +110,21 @@ FASTNET_INLINE void window_maxima(const Vec<A> (&y)[kCount][4], Vec<A> (&most)[k
 }
 
 // Their ReLU, and the code where that passes nothing.
-template <class A, class T, int kCount>
+template <bool kMayBeNaN, class A, class T, int kCount>
 FASTNET_INLINE void store_windows(const Vec<A> (&most)[kCount], const Vec<Index<A>> (&code)[kCount],
                                   T* const (&pooled)[kCount], uint8_t* const (&codes)[kCount]) {
   using I = Vec<Index<A>>;
   FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-    const I dead = most[n] <= Vec<A>{};
-    store(pooled[n], dead ? Vec<A>{} : most[n]);
-    store_codes<A>(codes[n], dead ? I{} + kDead : code[n]);
+    if constexpr (kMayBeNaN || kHasMasks) {
+      const I dead = most[n] <= Vec<A>{};
+      store(pooled[n], dead ? Vec<A>{} : most[n]);
+      store_codes<A>(codes[n], dead ? I{} + kDead : code[n]);
+    } else {
+      const Vec<A> alive = maximum<A>(Vec<A>{}, most[n]);
+      const I dead = ((I)alive == I{}) & (I{} + kDead);
+      store(pooled[n], alive);
+      store_codes<A>(codes[n], code[n] < dead ? dead : code[n]);
+    }
   }
 }
 

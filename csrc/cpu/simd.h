@@ -19,6 +19,9 @@ using Vec = typename VectorType<Element>::type;
 template <class Element>
 using UnalignedVec = typename VectorType<Element>::unaligned;
 
+// Whether comparisons give masks of their own, with which a choice costs nothing.
+inline constexpr bool kHasMasks = kVectorBytes == 64;
+
 template <class T>
 inline constexpr int kLanes = kVectorBytes / sizeof(acc_t<T>);
 
@@ -215,6 +218,15 @@ FASTNET_INLINE A reduce_add(Vec<A> value) {
 
 template <class A>
 FASTNET_INLINE Vec<A> maximum(Vec<A> a, Vec<A> b) {
+#if defined(__x86_64__)
+  // The compiler makes it a comparison and a choice, not knowing that of NaN and of two zeros the
+  // instruction takes `a`, too.
+  if constexpr (kVectorBytes > 16 && sizeof(A) == sizeof(float)) {
+    Vec<A> most;
+    __asm__("vmaxps %2, %1, %0" : "=v"(most) : "v"(b), "v"(a));
+    return most;
+  }
+#endif
   return a < b ? b : a;
 }
 
