@@ -502,14 +502,16 @@ def test_integers_of_other_kinds(device):
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 3), (20, 9, 3), (36, 20, 3), (24, 8, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 32, 3), (3, 8, 3), (8, 8, 3), (20, 9, 3), (36, 20, 3), (24, 8, 5)], ids=str
+)
 @pytest.mark.parametrize("filled", [(12, 12), (12, 1), (1, 12)], ids=["all", "rows", "columns"])
 def test_a_background_of_one_value_has_its_gradient_at_the_first(filled, shape, device):
     """As images of digits do: whole windows of equal sums, whatever form they were made in, next to
     others, and to the padding. The same of stripes."""
     C, K, kernel = shape
     if device.name == "emulated":
-        C, K = 6, 3
+        C, K = min(C, 6), 3
     torch.manual_seed(0)
     input = torch.randn(3, C, *filled, device=device).expand(3, C, 12, 12).clone()
     if filled == (12, 12):
