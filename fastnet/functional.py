@@ -149,6 +149,22 @@ def conv_relu_pool2d(
         >>> conv_relu_pool2d(images, torch.randn(32, 3, 3, 3), padding=1).shape
         torch.Size([64, 32, 16, 16])
     """
+    if _library.NODES is not None and not torch.compiler.is_compiling():
+        output = _library.NODES.quick_conv_relu_pool(
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            pool_kernel_size,
+            pool_stride,
+            pool_padding,
+            ceil_mode,
+        )
+        if output is not None:
+            return output
     given = (input, weight, bias)
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)

@@ -192,6 +192,79 @@ def test_quick_calls_leave_what_is_not_plain():
     assert is_taken()
 
 
+def test_quick_convolutions_leave_what_is_not_plain():
+    x, w, b = torch.randn(2, 4, 9, 8), torch.randn(6, 2, 3, 3), torch.randn(6)
+    plain = (1, 1, 1, 2, 2, None, 0, False)  # stride, padding, dilation, groups; and of the pool
+
+    def is_taken(x=x, w=w, b=b, **changed):
+        names = ("stride", "padding", "dilation", "groups")
+        names += ("pool_kernel_size", "pool_stride", "pool_padding", "ceil_mode")
+        options = dict(zip(names, plain, strict=True)) | changed
+        output = NODES.quick_conv_relu_pool(x, w, b, *options.values())
+        if output is not None:
+            kernel, step, around, ceil = list(options.values())[4:]
+            z = F.conv2d(x, w, b, *list(options.values())[:4])
+            want = F.max_pool2d(z.relu(), kernel, step, around, ceil_mode=ceil)
+            torch.testing.assert_close(output, want, rtol=1e-4, atol=1e-5)
+            got = conv_relu_pool2d(x, w, b, **options)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        return output is not None
+
+    assert is_taken()
+    assert is_taken(b=None)
+    assert is_taken(torch.nn.Parameter(x), torch.nn.Parameter(w), torch.nn.Parameter(b))
+    assert is_taken(x.double(), w.double(), b.double())
+    assert is_taken(x.to(memory_format=torch.channels_last))
+    assert is_taken(x[:0])
+    assert is_taken(x[:, :2], groups=1)
+    for taken in (
+        {"stride": (2, 1)},
+        {"padding": (0, 3)},
+        {"dilation": (1, 2)},
+        {"pool_kernel_size": (2, 2), "pool_stride": 2, "pool_padding": (0, 0)},
+        {"padding": (0, 1), "dilation": (3, 1)},
+    ):
+        assert is_taken(**taken), taken
+    for refused in (
+        {"x": x[0]},
+        {"x": x.half()},
+        {"x": x[:, :3]},
+        {"x": x[:, :, :0]},
+        {"x": x.as_subclass(Watched)},
+        {"w": w[0]},
+        {"w": w.double()},
+        {"w": w[:5]},
+        {"b": b[:5]},
+        {"b": b.double()},
+        {"stride": 0},
+        {"stride": (1,)},
+        {"stride": (1, 1, 1)},
+        {"stride": [1, 1]},
+        {"stride": 1.0},
+        {"stride": True},
+        {"padding": -1},
+        {"padding": "same"},
+        {"padding": 1 << 70},
+        {"dilation": 0},
+        {"dilation": 5},  # no window is left
+        {"groups": 0},
+        {"groups": -2},
+        {"groups": 4},
+        {"groups": 2.0},
+        {"pool_kernel_size": 3},
+        {"pool_stride": 1},
+        {"pool_padding": 1},
+        {"ceil_mode": True},  # of nine rows
+        {"ceil_mode": 1},
+    ):
+        assert not is_taken(**refused), refused
+    assert is_taken(x[:, :, :8], ceil_mode=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_taken()
+    with forward_ad.dual_level():
+        assert not is_taken(forward_ad.make_dual(x, x))
+
+
 def test_other_threads_go_on():
     """Python's lock is not held while a kernel runs."""
     import threading

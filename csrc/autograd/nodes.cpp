@@ -374,6 +374,61 @@ pybind11::object quick_linear_relu(const pybind11::handle& input, const pybind11
   return wrapped([&] { return linear_relu(*x, *w, b); });
 }
 
+// One number for height and width, or one for each: two of Python's own integers.
+std::optional<Sizes> plain_pair(const pybind11::handle& object) {
+  const auto number = [](PyObject* item) {
+    return PyLong_CheckExact(item) ? PyLong_AsLong(item) : -1;
+  };
+  PyObject* const value = object.ptr();
+  const bool is_pair = PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2;
+  const Sizes pair =
+      is_pair ? Sizes{number(PyTuple_GET_ITEM(value, 0)), number(PyTuple_GET_ITEM(value, 1))}
+              : Sizes{number(value), number(value)};
+  if (PyErr_Occurred()) PyErr_Clear();  // too large for a long: -1, too
+  return pair[0] >= 0 && pair[1] >= 0 ? std::optional(pair) : std::nullopt;
+}
+
+// Of images in a batch, pooled by windows of 2 x 2 side by side.
+pybind11::object quick_conv_relu_pool(
+    const pybind11::handle& input, const pybind11::handle& weight, const pybind11::handle& bias,
+    const pybind11::handle& stride, const pybind11::handle& padding,
+    const pybind11::handle& dilation, const pybind11::handle& groups,
+    const pybind11::handle& pool_kernel_size, const pybind11::handle& pool_stride,
+    const pybind11::handle& pool_padding, const pybind11::handle& ceil_mode) {
+  const OptionalTensor x = plain(input), w = plain(weight);
+  const OptionalTensor b = bias.is_none() ? std::nullopt : plain(bias);
+  if (!is_quiet() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) || x->dim() != 4 ||
+      w->dim() != 4 || w->scalar_type() != x->scalar_type() || w->numel() == 0) {
+    return pybind11::none();
+  }
+  if (b && (b->dim() != 1 || b->size(0) != w->size(0) || b->scalar_type() != x->scalar_type())) {
+    return pybind11::none();
+  }
+  const auto windows = plain_pair(pool_kernel_size), around = plain_pair(pool_padding);
+  const auto apart = pool_stride.is_none() ? windows : plain_pair(pool_stride);
+  const auto strides = plain_pair(stride), paddings = plain_pair(padding);
+  const auto dilations = plain_pair(dilation);
+  const Sizes two{2, 2}, zero{0, 0};
+  if (windows != two || apart != two || around != zero || !strides || !paddings || !dilations ||
+      !PyLong_CheckExact(groups.ptr()) || !PyBool_Check(ceil_mode.ptr())) {
+    return pybind11::none();
+  }
+  const auto parts = plain_pair(groups).value_or(zero)[0];
+  if (parts < 1 || w->size(0) % parts != 0 || x->size(1) != w->size(1) * parts) {
+    return pybind11::none();
+  }
+  for (int d = 0; d < 2; ++d) {
+    const int64_t size = x->size(2 + d), reach = (*dilations)[d] * (w->size(2 + d) - 1);
+    if (size == 0 || (*strides)[d] < 1 || (*dilations)[d] < 1) return pybind11::none();
+    const int64_t room = size + 2 * (*paddings)[d] - reach - 1;
+    const int64_t convolved = room < 0 ? 0 : room / (*strides)[d] + 1;
+    if (convolved < 2 || (ceil_mode.ptr() == Py_True && convolved % 2 != 0)) {
+      return pybind11::none();
+    }
+  }
+  return wrapped([&] { return conv_relu_pool(*x, *w, b, *strides, *paddings, *dilations, parts); });
+}
+
 // Of two-dimensional logits and class indices, without class weights.
 pybind11::object quick_cross_entropy(const pybind11::handle& input, const pybind11::handle& target,
                                      int64_t reduction, const pybind11::handle& ignore_index,
@@ -406,5 +461,6 @@ PYBIND11_MODULE(_nodes, module) {
   module.def("cross_entropy", &fastnet::cross_entropy, Unlocked());
   module.def("conv_relu_pool", &fastnet::conv_relu_pool, Unlocked());
   module.def("quick_linear_relu", &fastnet::quick_linear_relu);
+  module.def("quick_conv_relu_pool", &fastnet::quick_conv_relu_pool);
   module.def("quick_cross_entropy", &fastnet::quick_cross_entropy);
 }
