@@ -97,29 +97,46 @@ static void add_windows(const float* gradients, const int32_t* codes, const floa
     }
     FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
       const int row = kFirst + r;
-      // U: the gradient where the row has it, with the sign that the differences in G give it in
-      // the lower row and in the odd column.
-      I by_row[kFilters], is_right[kFilters], sign[kFilters];
+      // U: the gradient where the row and the column have it, with the sign that the differences in
+      // G give it in the lower row and in the odd column.
+      I by_row[kFilters], sign[kFilters];
       FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
-        const I is_lower = code[f] << 30 >> 31;
-        by_row[f] = in_register(row == 0   ? g[f] & ~is_lower
-                                : row == 1 ? g[f]
-                                : row == 2 ? g[f] ^ (is_lower << 31)
-                                           : g[f] & is_lower);
         sign[f] = code[f] << 31;
-        is_right[f] = sign[f] >> 31;
+        by_row[f] = row == 2 ? g[f] ^ (code[f] >> 1 << 31) : g[f];
+        if (!kHasMasks && (row == 0 || row == 3)) {
+          const I is_lower = code[f] << 30 >> 31;
+          by_row[f] &= row == 0 ? ~is_lower : is_lower;
+        }
+        if (!kHasMasks) by_row[f] = in_register(by_row[f]);
       }
       FASTNET_UNROLL for (int s = 0; s < 4; ++s) {
-        I u[kFilters];
+        I u[kFilters], where[kFilters];
         FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
-          u[f] = in_register(s == 0   ? by_row[f] & ~is_right[f]
-                             : s == 1 ? by_row[f]
-                             : s == 2 ? by_row[f] ^ sign[f]
-                                      : by_row[f] & is_right[f]);
+          u[f] = s == 2 ? by_row[f] ^ sign[f] : by_row[f];
+          if (kHasMasks && (row == 0 || row == 3)) {
+            const int upper = row == 0 ? 0 : 2;
+            where[f] = s == 0     ? code[f] == upper
+                       : s == 3   ? code[f] == upper + 1
+                       : row == 0 ? code[f] < 2
+                                  : code[f] >= 2;
+          } else if (kHasMasks) {
+            where[f] = s == 0 ? sign[f] == 0 : s == 3 ? sign[f] < 0 : I{} == 0;
+          } else {
+            if (s == 0) u[f] &= ~(sign[f] >> 31);
+            if (s == 3) u[f] &= sign[f] >> 31;
+            u[f] = in_register(u[f]);
+          }
         }
         FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) {
           const V v = load(patches + (c * kPoints + row * 4 + s) * kFewPlane + i);
-          FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) sum[f][c][r][s] += (V)u[f] * v;
+          FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
+            const V more = sum[f][c][r][s] + (V)u[f] * v;
+            if constexpr (kHasMasks) {
+              sum[f][c][r][s] = where[f] ? more : sum[f][c][r][s];
+            } else {
+              sum[f][c][r][s] = more;
+            }
+          }
         }
       }
     }
