@@ -41,6 +41,10 @@ void define_schemas(Library& library) {
   library.def(
       "conv_relu_pool_forward(Tensor input, Tensor weight, Tensor? bias, int[] stride, "
       "int[] padding, int[] dilation, int groups) -> (Tensor, Tensor)");
+  // The activations alone, where no gradient will be asked for.
+  library.def(
+      "conv_relu_pool_inference(Tensor input, Tensor weight, Tensor? bias, int[] stride, "
+      "int[] padding, int[] dilation, int groups) -> Tensor");
   // The gradients of input, weight and bias, undefined where not asked for.
   library.def(
       "conv_relu_pool_backward(Tensor grad_output, Tensor codes, Tensor input, Tensor weight, "

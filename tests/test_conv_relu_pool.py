@@ -93,6 +93,8 @@ def check(leaves, dtype, device, **options):
         # equal, and another one wins.
         rivals, wide = [None if t is None else t.detach().requires_grad_() for t in leaves], dtype
         expected = native(*rivals, **options)
+    with torch.no_grad():  # which takes a way of its own
+        assert torch.equal(conv_relu_pool2d(*leaves, **options), output)
     grad = (torch.randint(-8, 9, output.shape, device=output.device) / 8).to(dtype)
     grads = [
         torch.autograd.grad(result, [t for t in inputs if t is not None], g)
@@ -362,6 +364,9 @@ def test_nan_and_infinity_pass_as_in_torch(shape, where, device):
     leaves = [t.requires_grad_() for t in (input, weight, bias)]
     output, expected = conv_relu_pool2d(*leaves, padding=padding), native(*leaves, padding=padding)
     assert_near(output, expected.double(), torch.float32)
+    with torch.no_grad():
+        evaluated = conv_relu_pool2d(*leaves, padding=padding)
+    torch.testing.assert_close(evaluated, output.detach(), rtol=0, atol=0, equal_nan=True)
     grad = (torch.randint(1, 9, output.shape, device=device) / 8).to(output)
     for actual, wanted in zip(
         torch.autograd.grad(output, leaves, grad),
@@ -702,6 +707,10 @@ def test_opcheck(memory_format, stride, device):
     torch.library.opcheck(
         device.ops.conv_relu_pool_forward.default, (input, weight, bias, *convolution)
     )
+    torch.library.opcheck(
+        device.ops.conv_relu_pool_inference.default,
+        (input.detach(), weight.detach(), bias.detach(), *convolution),
+    )
     output, codes = device.ops.conv_relu_pool_forward(input, weight, bias, *convolution)
     for needs in ((True, True, True), (False, True, False), (True, False, True)):
         torch.library.opcheck(
@@ -865,6 +874,9 @@ def test_raw_op_says_what_is_wrong(change, words, device):
         device.ops.conv_relu_pool_forward(*arguments.values())
     for word in words:
         assert word in str(caught.value)
+    with pytest.raises(RuntimeError) as of_inference:
+        device.ops.conv_relu_pool_inference(*arguments.values())
+    assert str(of_inference.value) == str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -253,6 +253,8 @@ using Sizes = std::vector<int64_t>;
 using ConvReLUPoolForward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&,
                                                        const OptionalTensor&, at::IntArrayRef,
                                                        at::IntArrayRef, at::IntArrayRef, int64_t);
+using ConvReLUPoolInference = Tensor(const Tensor&, const Tensor&, const OptionalTensor&,
+                                     at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t);
 using ConvReLUPoolBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
                                                                 const Tensor&, const Tensor&,
                                                                 at::IntArrayRef, at::IntArrayRef,
@@ -265,6 +267,13 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
                                                   int64_t groups) {
   static const Op<ConvReLUPoolForward> forward("fastnet::conv_relu_pool_forward");
   return forward(input, weight, bias, stride, padding, dilation, groups);
+}
+
+Tensor conv_relu_pool_inference(const Tensor& input, const Tensor& weight,
+                                const OptionalTensor& bias, const Sizes& stride,
+                                const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  static const Op<ConvReLUPoolInference> inference("fastnet::conv_relu_pool_inference");
+  return inference(input, weight, bias, stride, padding, dilation, groups);
 }
 
 // Saves input, weight and a byte per pooled output: which position of its window won.
@@ -315,8 +324,7 @@ Tensor conv_relu_pool(const Tensor& input, const Tensor& weight, const OptionalT
   if (is_trained(input, weight, bias)) {
     return ConvReLUPool::apply(input, weight, bias, stride, padding, dilation, groups);
   }
-  return std::get<0>(
-      conv_relu_pool_forward(input, weight, bias, stride, padding, dilation, groups));
+  return conv_relu_pool_inference(input, weight, bias, stride, padding, dilation, groups);
 }
 
 // ------------------------------------------------------------------------------------------------

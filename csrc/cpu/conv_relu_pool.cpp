@@ -99,17 +99,11 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
   return call.form != ConvForm::direct ? met.load() : Magnitude::small;
 }
 
-std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
-                                                  const std::optional<Tensor>& bias,
-                                                  const std::vector<int64_t>& stride,
-                                                  const std::vector<int64_t>& padding,
-                                                  const std::vector<int64_t>& dilation,
-                                                  int64_t groups) {
-  const ConvReluPoolShape shape =
-      check_conv_relu_pool(input, weight, bias, stride, padding, dilation, groups);
+// The output, and the codes where `codes` is not null.
+Tensor calculate(const ConvReluPoolShape& shape, const Tensor& input, const Tensor& weight,
+                 const std::optional<Tensor>& bias, uint8_t* codes) {
   Tensor output = allocate_image(input, shape, shape.P, shape.Q);
-  Tensor codes = allocate_image(input, shape, shape.P, shape.Q, ScalarType::Byte);
-  if (output.numel() == 0) return {output, codes};
+  if (output.numel() == 0) return output;
   const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
 
   dispatch_float("conv_relu_pool", input.scalar_type(), [&](auto type) {
@@ -125,7 +119,7 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
                                      strides_of(weight),
                                      bias_data,
                                      mutable_data<T>(output),
-                                     static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                                     codes,
                                      strides_of(output),
                                      /*most_units=*/0,
                                      form,
@@ -149,19 +143,42 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
           "conv_relu_pool: torch's convolution came in an unexpected memory format");
     const int64_t rows = shape.N * shape.P * (channels_last ? 1 : shape.K);
     auto* out = mutable_data<T>(output);
-    auto* code = static_cast<uint8_t*>(codes.mutable_data_ptr());
     parallel(rows, 8 * output.numel() / rows, [&](int64_t begin, int64_t end) {
-      FASTNET_BEST_ISA(relu_pool_kernel(data<T>(z), strides_of(z), out, code, strides_of(output),
+      FASTNET_BEST_ISA(relu_pool_kernel(data<T>(z), strides_of(z), out, codes, strides_of(output),
                                         shape.K, shape.P, shape.Q, channels_last, begin, end));
     });
   });
-  return {output, codes};
+  return output;
+}
+
+std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
+                                                  const std::optional<Tensor>& bias,
+                                                  const std::vector<int64_t>& stride,
+                                                  const std::vector<int64_t>& padding,
+                                                  const std::vector<int64_t>& dilation,
+                                                  int64_t groups) {
+  const ConvReluPoolShape shape =
+      check_conv_relu_pool(input, weight, bias, stride, padding, dilation, groups);
+  Tensor codes = allocate_image(input, shape, shape.P, shape.Q, ScalarType::Byte);
+  return {calculate(shape, input, weight, bias, static_cast<uint8_t*>(codes.mutable_data_ptr())),
+          codes};
+}
+
+Tensor conv_relu_pool_inference(const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& bias,
+                                const std::vector<int64_t>& stride,
+                                const std::vector<int64_t>& padding,
+                                const std::vector<int64_t>& dilation, int64_t groups) {
+  const ConvReluPoolShape shape =
+      check_conv_relu_pool(input, weight, bias, stride, padding, dilation, groups);
+  return calculate(shape, input, weight, bias, nullptr);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
   library.impl("conv_relu_pool_forward", TORCH_BOX(&conv_relu_pool_forward));
+  library.impl("conv_relu_pool_inference", TORCH_BOX(&conv_relu_pool_inference));
 }
 
 }  // namespace fastnet

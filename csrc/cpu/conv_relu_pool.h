@@ -83,7 +83,7 @@ struct ConvForward : ConvCall<T> {
   Strides4 weight_at;  // of k, c, r, s
   const T* bias;       // or null
   T* output;
-  uint8_t* codes;
+  uint8_t* codes;      // or null: no gradient will be asked for
   Strides4 output_at;  // of the codes, too
   int64_t most_units;  // in a block: that all threads have some
   ConvForm form;

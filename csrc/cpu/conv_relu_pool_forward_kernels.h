@@ -366,7 +366,8 @@ struct Targets {
   Targets(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first, int64_t last,
           acc_t<T>* scratch) {
     T* const pooled = reinterpret_cast<T*>(scratch + plan.pooled_at);
-    uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
+    uint8_t* const codes =
+        call.codes ? reinterpret_cast<uint8_t*>(scratch + plan.codes_at) : nullptr;
     const int64_t image = call.P * call.Q;
     int64_t n = first / image, window = first % image;
     for (int64_t at = 0; at < plan.tiles; at += kLanes<T>) {
@@ -374,8 +375,8 @@ struct Targets {
       const int64_t to = n * call.output_at.n + window;
       const int64_t v = at / kLanes<T>;
       is_output[v] = call.output_at.x == 1 && is_whole;
-      of[v] = is_output[v] ? Target<T>{call.output + to, call.codes + to, call.output_at.c}
-                           : Target<T>{pooled + at, codes + at, plan.tiles};
+      of[v] = is_output[v] ? Target<T>{call.output + to, codes_at(call.codes, to), call.output_at.c}
+                           : Target<T>{pooled + at, codes_at(codes, at), plan.tiles};
       for (window += kLanes<T>; window >= image; window -= image) ++n;
     }
   }
@@ -406,12 +407,16 @@ static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, 
       for (int64_t k = 0; k < k_end - k_begin; ++k) {
         for (int64_t i = 0; i < count; ++i) {
           call.output[to + k * call.output_at.c + i] = pooled[from + k * tiles + i];
+        }
+        for (int64_t i = 0; call.codes && i < count; ++i) {
           call.codes[to + k * call.output_at.c + i] = codes[from + k * tiles + i];
         }
       }
     } else {  // channels_last
       transpose(pooled + from, tiles, call.output + to, call.output_at.x, k_end - k_begin, count);
-      transpose(codes + from, tiles, call.codes + to, call.output_at.x, k_end - k_begin, count);
+      if (call.codes) {
+        transpose(codes + from, tiles, call.codes + to, call.output_at.x, k_end - k_begin, count);
+      }
     }
     tile += count;
   }
@@ -504,13 +509,13 @@ static void fused_block(const ConvForward<T>& call, const float* patches, const 
       fused_products<kChannels>(filters, patches + v_first * kLanes<float>, sums);
       for (int i = 0; i < count; ++i) {
         const int64_t k = k_first + i;
-        V y[kVectors][4], most[kVectors];
-        Vec<int32_t> code[kVectors];
+        V y[kVectors][4], bias[kVectors];
         T* pooled[kVectors];
         uint8_t* codes[kVectors];
         FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
           pooled[v] = to[v].pooled + k * to[v].next;
-          codes[v] = to[v].codes + k * to[v].next;
+          codes[v] = codes_at(to[v].codes, k * to[v].next);
+          bias[v] = splat(call.bias ? widen(call.bias[k]) : 0.0f);
           FASTNET_UNROLL for (int row = 0; row < 2; ++row) {
             const auto m = [&](int column) __attribute__((always_inline)) {
               return load(sums[i][column][row][v]);
@@ -519,10 +524,7 @@ static void fused_block(const ConvForward<T>& call, const float* patches, const 
             y[v][2 * row + 1] = (m(1) - m(2)) - m(3);
           }
         }
-        window_maxima<false, float>(y, most, code);
-        const V bias = splat(call.bias ? widen(call.bias[k]) : 0.0f);
-        FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) most[v] += bias;  // moves all four alike
-        store_windows<false, float, T, kVectors>(most, code, pooled, codes);
+        finish_windows<false, float, T, kVectors>(y, bias, pooled, codes);
       }
     }
   }
@@ -581,12 +583,9 @@ static void rows_group(const float* patches, int64_t plane, int64_t tiles, const
     FASTNET_UNROLL for (int i = 0; i < kFilters; ++i) {
       const V y[1][4] = {{upper[i][0], upper[i][1], lower[i][0], lower[i][1]}};
       const int64_t k = k_first + i;
-      V most[1];
-      Vec<int32_t> code[1];
-      window_maxima<false, float>(y, most, code);
-      most[0] += splat(bias ? widen(bias[k]) : 0.0f);
-      store_windows<false, float, T, 1>(most, code, {to.pooled + k * to.next},
-                                        {to.codes + k * to.next});
+      const V its_bias[1] = {splat(bias ? widen(bias[k]) : 0.0f)};
+      finish_windows<false, float, T, 1>(y, its_bias, {to.pooled + k * to.next},
+                                         {codes_at(to.codes, k * to.next)});
     }
   }
 }
@@ -643,16 +642,13 @@ static void direct_tile(const A* patches, int64_t patch_row, int64_t plane, cons
       }
     }
   }
-  V most[kFilters];
-  Vec<Index<A>> code[kFilters];
   T* pooled[kFilters];
   uint8_t* codes[kFilters];
   FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
     pooled[k] = to.pooled + k * to.next;
-    codes[k] = to.codes + k * to.next;
+    codes[k] = codes_at(to.codes, k * to.next);
   }
-  window_maxima<kMayBeNaN, A>(sum, most, code);
-  store_windows<kMayBeNaN, A, T, kFilters>(most, code, pooled, codes);
+  finish_windows<kMayBeNaN, A, T, kFilters>(sum, nullptr, pooled, codes);
 }
 
 template <class A, class T, int kKernel, int kFilters = kDirectFilters, class... Arguments>
@@ -686,7 +682,7 @@ static void direct_block(const ConvForward<T>& call, const ForwardPlan<T>& plan,
     for (int64_t v = 0; v * kLanes<T> < tiles; ++v) {
       Target<T> to = targets.of[v];
       to.pooled += k * to.next;
-      to.codes += k * to.next;
+      to.codes = codes_at(to.codes, k * to.next);
       direct_group<A, T, kKernel>(count, may_be_nan, scratch + plan.patches_at + v * kLanes<T>,
                                   plan.patch_row, plan.plane, filters, next_filter, next_tap, bias,
                                   C, to);
@@ -788,13 +784,11 @@ void relu_pool_kernel(const T* z, Strides4 z_at, T* output, uint8_t* codes, Stri
         }
       }
       narrow(most <= 0 ? A(0) : most, output + to + offset);
-      codes[to + offset] = most <= 0 ? kDead : code;
+      if (codes) codes[to + offset] = most <= 0 ? kDead : code;
     };
     const auto vector = [&](const Vec<A>(&y)[1][4], int64_t offset) {
-      Vec<A> most[1];
-      Vec<Index<A>> code[1];
-      window_maxima<true, A>(y, most, code);
-      store_windows<true, A, T, 1>(most, code, {output + to + offset}, {codes + to + offset});
+      finish_windows<true, A, T, 1>(y, nullptr, {output + to + offset},
+                                    {codes_at(codes, to + offset)});
     };
     if (channels_last) {
       for (int64_t q = 0; q < Q; ++q) {

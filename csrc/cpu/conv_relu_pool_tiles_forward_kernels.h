@@ -106,8 +106,7 @@ __attribute__((noinline)) static void pool_tile(const float* products, int64_t p
   transform_columns(products, kSide * plane, plane, outputs, half);
 #pragma GCC unroll 1
   for (int row = 0; row < kWindows; ++row) {
-    V z[kWindows][4], most[kWindows];
-    Vec<int32_t> code[kWindows];
+    V z[kWindows][4], its_bias[kWindows];
     FASTNET_UNROLL for (int dy = 0; dy < 2; ++dy) {
       outputs_of_points(half[2 * row + dy], y);
       FASTNET_UNROLL for (int x = 0; x < kOutputs; ++x) z[x / 2][2 * dy + x % 2] = y[x];
@@ -120,15 +119,14 @@ __attribute__((noinline)) static void pool_tile(const float* products, int64_t p
         if (equal & kEqual23) z[i][3] = z[i][2];
       }
     }
-    window_maxima<false, float>(z, most, code);
     T* to[kWindows];
     uint8_t* code_to[kWindows];
     FASTNET_UNROLL for (int i = 0; i < kWindows; ++i) {
-      most[i] += load(bias);  // which moves all four alike
+      its_bias[i] = load(bias);
       to[i] = pooled[row * kWindows + i];
       code_to[i] = codes[row * kWindows + i];
     }
-    store_windows<false, float, T, kWindows>(most, code, to, code_to);
+    finish_windows<false, float, T, kWindows>(z, its_bias, to, code_to);
   }
 }
 
@@ -170,14 +168,14 @@ static void pool_tiles(const ConvForward<T>& call, const TilesForwardPlan<T>& pl
         const bool is_window = y + p < call.P && q < call.Q;
         const int64_t offset = (row_window + p * call.Q + q) * next;
         to[i] = is_window ? pooled + offset : nowhere;
-        codes_to[i] = is_window ? codes + offset : no_code;
+        codes_to[i] = is_window ? codes_at(codes, offset) : no_code;
       }
       for (int64_t v = 0; v < vectors; ++v) {
         pool_tile<kWindows>(products + v * kLanes<float>, plan.products_plane,
                             bias + v * kLanes<float>, *equal, to, codes_to);
         for (int i = 0; i < kWindows * kWindows; ++i) {
           to[i] += kLanes<float>;
-          codes_to[i] += kLanes<float>;
+          codes_to[i] = codes_at(codes_to[i], kLanes<float>);
         }
       }
     }
@@ -196,16 +194,16 @@ static void write_windows(const ConvForward<T>& call, const TilesForwardPlan<T>&
         n * call.output_at.n + window % image * call.output_at.x + k_first * call.output_at.c;
     if (call.output_at.x == 1) {
       transpose(pooled, plan.filters, call.output + to, image, in_image, count);
-      transpose(codes, plan.filters, call.codes + to, image, in_image, count);
+      if (codes) transpose(codes, plan.filters, call.codes + to, image, in_image, count);
     } else {  // channels_last
       for (int64_t i = 0; i < in_image; ++i) {
         const int64_t from = i * plan.filters, at = to + i * call.output_at.x;
         __builtin_memcpy(call.output + at, pooled + from, static_cast<size_t>(count) * sizeof(T));
-        __builtin_memcpy(call.codes + at, codes + from, static_cast<size_t>(count));
+        if (codes) __builtin_memcpy(call.codes + at, codes + from, static_cast<size_t>(count));
       }
     }
     pooled += in_image * plan.filters;
-    codes += in_image * plan.filters;
+    if (codes) codes += in_image * plan.filters;
     window += in_image;
   }
 }
@@ -218,7 +216,7 @@ static bool tiles_forward(const ConvForward<T>& call, int64_t begin, int64_t end
   constexpr int64_t kStep = kLanes<float>;
   const TilesForwardPlan<T> plan(call);
   T* const pooled = reinterpret_cast<T*>(scratch + plan.pooled_at);
-  uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + plan.codes_at);
+  uint8_t* const codes = call.codes ? reinterpret_cast<uint8_t*>(scratch + plan.codes_at) : nullptr;
   for (int64_t first = begin; first < end; first += plan.rows) {
     const int64_t last = least(end, first + plan.rows);
     int32_t* equal = reinterpret_cast<int32_t*>(scratch + plan.equal_at);
@@ -243,8 +241,8 @@ static bool tiles_forward(const ConvForward<T>& call, int64_t begin, int64_t end
       const int64_t to = plan.grid.first_window(call, first) * call.output_at.x + k_first;
       const auto pool = call.kernel == 3 ? pool_tiles<2, T> : pool_tiles<1, T>;
       pool(call, plan, first, last, vectors, bias, is_output ? call.output + to : pooled,
-           is_output ? call.codes + to : codes, next, pooled + windows * plan.filters,
-           codes + windows * plan.filters, scratch);
+           is_output ? codes_at(call.codes, to) : codes, next, pooled + windows * plan.filters,
+           codes_at(codes, windows * plan.filters), scratch);
       if (!is_output) write_windows(call, plan, first, last, k_first, count, pooled, codes);
     }
   }

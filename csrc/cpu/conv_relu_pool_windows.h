@@ -109,18 +109,45 @@ FASTNET_INLINE void window_maxima(const Vec<A> (&y)[kCount][4], Vec<A> (&most)[k
   }
 }
 
-// Their ReLU, and the code where that passes nothing.
+// Where the codes are that stand `by` further on; null where none are wanted.
+FASTNET_INLINE uint8_t* codes_at(uint8_t* codes, int64_t by) {
+  return codes ? codes + by : nullptr;
+}
+
+// Of the elements y of windows the maximum, with the bias, which moves all four alike and may be
+// null, and the ReLU; and, where they are wanted, the codes: kDead where the ReLU passes nothing.
 template <bool kMayBeNaN, class A, class T, int kCount>
-FASTNET_INLINE void store_windows(const Vec<A> (&most)[kCount], const Vec<Index<A>> (&code)[kCount],
-                                  T* const (&pooled)[kCount], uint8_t* const (&codes)[kCount]) {
+FASTNET_INLINE void finish_windows(const Vec<A> (&y)[kCount][4], const Vec<A>* bias,
+                                   T* const (&pooled)[kCount], uint8_t* const (&codes)[kCount]) {
   using I = Vec<Index<A>>;
+  const Vec<A> zero = {};
+  if (!codes[0]) {
+    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+      Vec<A> most;
+      if constexpr (kMayBeNaN) {
+        most = y[n][0];
+        FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
+          most = (most < y[n][i]) | (y[n][i] != y[n][i]) ? y[n][i] : most;
+        }
+      } else {
+        most = maximum<A>(maximum<A>(y[n][0], y[n][1]), maximum<A>(y[n][2], y[n][3]));
+      }
+      if (bias) most += bias[n];
+      store(pooled[n], kMayBeNaN ? (most <= zero ? zero : most) : maximum<A>(zero, most));
+    }
+    return;
+  }
+  Vec<A> most[kCount];
+  I code[kCount];
+  window_maxima<kMayBeNaN, A>(y, most, code);
   FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+    if (bias) most[n] += bias[n];
     if constexpr (kMayBeNaN || kHasMasks) {
-      const I dead = most[n] <= Vec<A>{};
-      store(pooled[n], dead ? Vec<A>{} : most[n]);
+      const I dead = most[n] <= zero;
+      store(pooled[n], dead ? zero : most[n]);
       store_codes<A>(codes[n], dead ? I{} + kDead : code[n]);
     } else {
-      const Vec<A> alive = maximum<A>(Vec<A>{}, most[n]);
+      const Vec<A> alive = maximum<A>(zero, most[n]);
       const I dead = ((I)alive == I{}) & (I{} + kDead);
       store(pooled[n], alive);
       store_codes<A>(codes[n], code[n] < dead ? dead : code[n]);

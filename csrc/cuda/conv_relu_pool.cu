@@ -281,6 +281,16 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
   return {output, codes};
 }
 
+// The codes are written all the same: a byte for each window beside the activations.
+Tensor conv_relu_pool_inference(const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& bias,
+                                const std::vector<int64_t>& stride,
+                                const std::vector<int64_t>& padding,
+                                const std::vector<int64_t>& dilation, int64_t groups) {
+  return std::get<0>(
+      conv_relu_pool_forward(input, weight, bias, stride, padding, dilation, groups));
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
     const Tensor& grad_output, const Tensor& codes, const Tensor& input, const Tensor& weight,
     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -310,6 +320,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
 
 FASTNET_CUDA_LIBRARY(library) {
   library.impl("conv_relu_pool_forward", TORCH_BOX(&conv_relu_pool_forward));
+  library.impl("conv_relu_pool_inference", TORCH_BOX(&conv_relu_pool_inference));
   library.impl("conv_relu_pool_backward", TORCH_BOX(&conv_relu_pool_backward));
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastnet import _library
 
 _forward = torch.ops.fastnet.conv_relu_pool_forward.default
+_inference = torch.ops.fastnet.conv_relu_pool_inference.default
 _backward = torch.ops.fastnet.conv_relu_pool_backward.default
 
 
@@ -55,6 +56,13 @@ def fake_forward(
     return output, torch.empty_like(output, dtype=torch.uint8)
 
 
+@torch.library.register_fake("fastnet::conv_relu_pool_inference")
+def fake_inference(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *convolution: Sequence[int] | int
+) -> Tensor:
+    return fake_forward(input, weight, bias, *convolution)[0]
+
+
 @torch.library.register_fake("fastnet::conv_relu_pool_backward")
 def fake_backward(
     grad_output: Tensor,
@@ -79,15 +87,18 @@ def fake_backward(
 def apply(
     input: Tensor, weight: Tensor, bias: Tensor | None, *convolution: Sequence[int] | int
 ) -> Tensor:
-    """The op with its gradients.
+    """The op with its gradients; where none will be asked for, without what they need.
 
     Args:
         input, weight, bias: as the kernels take them.
         convolution: stride, padding, dilation, groups.
     """
-    if _library.NODES is None or torch.compiler.is_compiling():
+    if _library.NODES is not None and not torch.compiler.is_compiling():
+        return _library.NODES.conv_relu_pool(input, weight, bias, *convolution)
+    trained = (input, weight) if bias is None else (input, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained):
         return ConvReLUPool.apply(input, weight, bias, *convolution)
-    return _library.NODES.conv_relu_pool(input, weight, bias, *convolution)
+    return _inference(input, weight, bias, *convolution)
 
 
 class ConvReLUPool(torch.autograd.Function):
