@@ -14,7 +14,7 @@
 #include "conv_relu_pool_patches.h"
 #include "conv_relu_pool_windows.h"
 #include "conv_relu_pool_tiles.h"
-#include "conv_relu_pool_few_channels_kernels.h"
+#include "conv_relu_pool_few_channels_backward_kernels.h"
 #include "conv_relu_pool_tiles_backward_kernels.h"
 // clang-format on
 

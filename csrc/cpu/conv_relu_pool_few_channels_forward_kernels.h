@@ -1,0 +1,262 @@
+// The forward of 3 x 3 filters of very few channels, in Winograd's form. Included by
+// conv_relu_pool_forward_kernels.h; the blocks of tiles are those of conv_relu_pool_blocks.h.
+
+// ---------------------------------------------------------------------------------------------
+// Filters, transformed
+
+// filters[k / 4][point][c][k % 4] = (G g Gᵀ)[point], of filters that there are not 0.
+template <class T>
+static Magnitude transform_part(const ConvForward<T>& call, int64_t part) {
+  using V = Vec4<float>;
+  const int64_t C = call.C, step = kProductFilters * C;
+  const int64_t first = part_begin(call, part), count = part_begin(call, part + 1) - first;
+  V largest = {};
+  Vec4<int32_t> is_number = V{} == V{};
+  for (int64_t c = 0; c < C; ++c) {
+    V g[3][3];
+    FASTNET_UNROLL for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] = V{};
+    for (int64_t k = 0; k < count; ++k) {
+      const T* from = call.weight + (first + k) * call.weight_at.n + c * call.weight_at.c;
+      for (int r = 0; r < 3; ++r) {
+        for (int s = 0; s < 3; ++s) {
+          g[r][s][k] = widen(from[r * call.weight_at.y + s * call.weight_at.x]);
+        }
+      }
+    }
+    FASTNET_UNROLL for (int tap = 0; tap < 9; ++tap) {
+      const V value = g[tap / 3][tap % 3], size = value < V{} ? -value : value;
+      largest = largest < size ? size : largest;
+      is_number &= value == value;
+    }
+    V half[4][3];
+    for (int s = 0; s < 3; ++s) {
+      const V outer = (g[0][s] + g[2][s]) * 0.5f, inner = g[1][s] * 0.5f;
+      half[0][s] = g[0][s];
+      half[1][s] = outer + inner;
+      half[2][s] = outer - inner;
+      half[3][s] = g[2][s];
+    }
+    float* to = call.arranged_filters + part * kPoints * step + c * kProductFilters;
+    for (int r = 0; r < 4; ++r) {
+      const V outer = (half[r][0] + half[r][2]) * 0.5f, inner = half[r][1] * 0.5f;
+      const V row[4] = {half[r][0], outer + inner, outer - inner, half[r][2]};
+      for (int s = 0; s < 4; ++s) store_4(to + (r * 4 + s) * step, row[s]);
+    }
+  }
+  LargestOf<float> all;
+  for (int k = 0; k < 4; ++k) {
+    all.add(largest[k]);
+    all.is_number &= is_number[k] != 0;
+  }
+  return all.magnitude();
+}
+
+// filters[group][row][s][k in group] = (G g)[row][s]
+template <class T>
+static Magnitude transform_group(const ConvForward<T>& call, int64_t k_begin, int64_t k_end) {
+  LargestOf<float> all;
+  const int64_t count = k_end - k_begin;
+  float* const to = call.arranged_filters + k_begin * kRowsFilter;
+  for (int64_t k = 0; k < count; ++k) {
+    for (int s = 0; s < 3; ++s) {
+      const T* const from = call.weight + (k_begin + k) * call.weight_at.n + s * call.weight_at.x;
+      float g[3];
+      for (int r = 0; r < 3; ++r) {
+        g[r] = widen(from[r * call.weight_at.y]);
+        all.add(g[r]);
+      }
+      const float outer = (g[0] + g[2]) * 0.5f, inner = g[1] * 0.5f;
+      const float rows[4] = {g[0], outer + inner, outer - inner, g[2]};
+      for (int r = 0; r < 4; ++r) to[(r * 3 + s) * count + k] = rows[r];
+    }
+  }
+  return all.magnitude();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Winograd's form
+
+// Of very few channels, kFusedFilters filters of kProductVectors vectors: products and Aᵀ from the
+// left in registers, a column of points after the other, and so half as many results to memory as
+// there are points. sums[filter][column][row][vector]: in any other order the compiler finds sums
+// that two turns of the loop over filters seem to share, keeps them, and spills.
+template <int kChannels>
+FASTNET_INLINE void fused_products(
+    const float* filters, const float* patches,
+    float (&sums)[kFusedFilters][4][2][kProductVectors][kLanes<float>]) {
+  using V = Vec<float>;
+  constexpr int kFilters = kFusedFilters, kVectors = kProductVectors;
+#pragma GCC unroll 1
+  for (int column = 0; column < 4; ++column) {
+    V upper[kFilters][kVectors], lower[kFilters][kVectors];
+    const auto multiply = [&](int row, int c, const auto& add) __attribute__((always_inline)) {
+      const int point = 4 * row + column;
+      const float* const w = filters + (point * kChannels + c) * kProductFilters;
+      V x[kVectors];
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+        x[v] = in_register(load(patches + (c * kPoints + point) * kFusedRow + v * kLanes<float>));
+      }
+      FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+        FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) add(k, v, splat(w[k]) * x[v]);
+      }
+    };
+    // The second row and the third first, whose sum goes to one result, their difference to the
+    // other.
+    FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) {
+      multiply(1, c, [&](int k, int v, V product) __attribute__((always_inline)) {
+        upper[k][v] = c == 0 ? product : upper[k][v] + product;
+      });
+      multiply(2, c, [&](int k, int v, V product) __attribute__((always_inline)) {
+        lower[k][v] = c == 0 ? product : lower[k][v] + product;
+      });
+    }
+    FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+        const V sum = upper[k][v] + lower[k][v];
+        lower[k][v] = upper[k][v] - lower[k][v];
+        upper[k][v] = sum;
+      }
+    }
+    FASTNET_UNROLL for (int c = 0; c < kChannels; ++c) {
+      multiply(0, c, [&](int k, int v, V product) __attribute__((always_inline)) {
+        upper[k][v] += product;
+      });
+      multiply(3, c, [&](int k, int v, V product) __attribute__((always_inline)) {
+        lower[k][v] -= product;
+      });
+    }
+    FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+        store(sums[k][column][0][v], upper[k][v]);
+        store(sums[k][column][1][v], lower[k][v]);
+      }
+    }
+  }
+}
+
+// The same times A, bias, ReLU and maximum: filters [k_begin, k_end) of `tiles` tiles. All vectors
+// of a filter one after the other, so that a line of the output is whole before it leaves the
+// cache. It is asked for before the products: a store that has to wait for its line keeps those of
+// the products after it waiting, too.
+template <int kChannels, class T>
+static void fused_block(const ConvForward<T>& call, const float* patches, const Target<T>* targets,
+                        int64_t tiles, int64_t k_begin, int64_t k_end) {
+  using V = Vec<float>;
+  constexpr int kVectors = kProductVectors;
+  constexpr int64_t kGroup = kPoints * kChannels * kProductFilters;
+  for (int64_t k_first = k_begin; k_first < k_end; k_first += kFusedFilters) {
+    const float* const filters =
+        call.filters + k_first / kProductFilters * kGroup + k_first % kProductFilters;
+    const int count = static_cast<int>(least(kFusedFilters, k_end - k_first));
+    for (int64_t v_first = 0; v_first * kLanes<float> < tiles; v_first += kVectors) {
+      const Target<T>* const to = targets + v_first;
+      for (int i = 0; i < count; ++i) {
+        const int64_t k = k_first + i;
+        FASTNET_UNROLL for (int v = 0; v < kVectors; ++v)
+            __builtin_prefetch(to[v].pooled + k * to[v].next);
+        __builtin_prefetch(to[0].codes + k * to[0].next);
+      }
+      alignas(64) float sums[kFusedFilters][4][2][kVectors][kLanes<float>];
+      fused_products<kChannels>(filters, patches + v_first * kLanes<float>, sums);
+      for (int i = 0; i < count; ++i) {
+        const int64_t k = k_first + i;
+        V y[kVectors][4], bias[kVectors];
+        T* pooled[kVectors];
+        uint8_t* codes[kVectors];
+        FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+          pooled[v] = to[v].pooled + k * to[v].next;
+          codes[v] = codes_at(to[v].codes, k * to[v].next);
+          bias[v] = splat(call.bias ? widen(call.bias[k]) : 0.0f);
+          FASTNET_UNROLL for (int row = 0; row < 2; ++row) {
+            const auto m = [&](int column) __attribute__((always_inline)) {
+              return load(sums[i][column][row][v]);
+            };
+            y[v][2 * row] = m(0) + (m(1) + m(2));
+            y[v][2 * row + 1] = (m(1) - m(2)) - m(3);
+          }
+        }
+        finish_windows<false, float, T, kVectors>(y, bias, pooled, codes);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Winograd's form from row to row only, of one channel
+//
+//   Y = Aᵀ (U * V)    U = G g of the filter g, V = Bᵀ d of the patch d, * from column to column
+//
+// 24 multiplications instead of 36, and no sums that go through memory: with one channel, the 16
+// multiplications of the form in both directions wait for their operands. Where a window's patches
+// are alike, as on a background, its elements stay equal: the first wins, as in torch.
+
+// kFilters filters of all vectors of a block.
+template <class T, int kFilters>
+static void rows_group(const float* patches, int64_t plane, int64_t tiles, const float* filters,
+                       const T* bias, const Target<T>* targets, int64_t k_first) {
+  using V = Vec<float>;
+  for (int64_t at = 0; at < tiles; at += kLanes<float>) {
+    V upper[kFilters][2], lower[kFilters][2];
+    // Row `row` of V with that of U, to the sums of both columns.
+    const auto add_row = [&](int row, V(&sums)[kFilters][2],
+                             const auto& add) __attribute__((always_inline)) {
+      FASTNET_UNROLL for (int s = 0; s < 3; ++s) {
+        V w[kFilters];
+        FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+          w[k] = splat(filters[(row * 3 + s) * kFilters + k]);
+        }
+        FASTNET_UNROLL for (int column = 0; column < 2; ++column) {
+          const V x = in_register(load(patches + at + (4 * row + s + column) * plane));
+          FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+            V* const sum = &sums[k][column];
+            *sum = in_register(add(s, *sum, w[k] * x));
+          }
+        }
+      }
+    };
+    const auto begin = [](int s, V sum, V product) __attribute__((always_inline)) {
+      return s == 0 ? product : sum + product;
+    };
+    add_row(1, upper, begin);
+    add_row(2, lower, begin);
+    FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
+      FASTNET_UNROLL for (int column = 0; column < 2; ++column) {
+        const V sum = upper[k][column] + lower[k][column];
+        lower[k][column] = in_register(upper[k][column] - lower[k][column]);
+        upper[k][column] = in_register(sum);
+      }
+    }
+    add_row(0, upper,
+            [](int, V sum, V product) __attribute__((always_inline)) { return sum + product; });
+    add_row(3, lower,
+            [](int, V sum, V product) __attribute__((always_inline)) { return sum - product; });
+    const Target<T>& to = targets[at / kLanes<float>];
+    FASTNET_UNROLL for (int i = 0; i < kFilters; ++i) {
+      const V y[1][4] = {{upper[i][0], upper[i][1], lower[i][0], lower[i][1]}};
+      const int64_t k = k_first + i;
+      const V its_bias[1] = {splat(bias ? widen(bias[k]) : 0.0f)};
+      finish_windows<false, float, T, 1>(y, its_bias, {to.pooled + k * to.next},
+                                         {codes_at(to.codes, k * to.next)});
+    }
+  }
+}
+
+template <class T, int kFilters = kDirectFilters, class... Arguments>
+static void rows_groups(int64_t filters, Arguments... arguments) {
+  if (filters == kFilters) {
+    rows_group<T, kFilters>(arguments...);
+  } else if constexpr (kFilters > 1) {
+    rows_groups<T, kFilters - 1>(filters, arguments...);
+  }
+}
+
+template <class T>
+static void rows_block(const ConvForward<T>& call, const float* patches, int64_t plane,
+                       const Target<T>* targets, int64_t tiles, int64_t part_first,
+                       int64_t part_last) {
+  for (int64_t part = part_first; part < part_last; ++part) {
+    const int64_t k = part_begin(call, part), count = part_begin(call, part + 1) - k;
+    rows_groups<T>(count, patches, plane, tiles, call.filters + k * kRowsFilter, call.bias, targets,
+                   k);
+  }
+}
