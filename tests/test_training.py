@@ -9,7 +9,6 @@ import pytest
 import torch
 from support import same
 
-import fastnet
 from fastnet.data import Batches
 from fastnet.errors import FastnetError
 from fastnet.recipes import RECIPES, plots
