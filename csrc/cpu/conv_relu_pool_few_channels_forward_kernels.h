@@ -4,6 +4,16 @@
 // ---------------------------------------------------------------------------------------------
 // Filters, transformed
 
+// G of one column of a filter's taps.
+template <class V>
+FASTNET_INLINE void points_of_taps(V g0, V g1, V g2, V (&to)[4]) {
+  const V outer = (g0 + g2) * 0.5f, inner = g1 * 0.5f;
+  to[0] = g0;
+  to[1] = outer + inner;
+  to[2] = outer - inner;
+  to[3] = g2;
+}
+
 // filters[k / 4][point][c][k % 4] = (G g Gᵀ)[point], of filters that there are not 0.
 template <class T>
 static Magnitude transform_part(const ConvForward<T>& call, int64_t part) {
@@ -28,18 +38,12 @@ static Magnitude transform_part(const ConvForward<T>& call, int64_t part) {
       largest = largest < size ? size : largest;
       is_number &= value == value;
     }
-    V half[4][3];
-    for (int s = 0; s < 3; ++s) {
-      const V outer = (g[0][s] + g[2][s]) * 0.5f, inner = g[1][s] * 0.5f;
-      half[0][s] = g[0][s];
-      half[1][s] = outer + inner;
-      half[2][s] = outer - inner;
-      half[3][s] = g[2][s];
-    }
+    V half[3][4];
+    for (int s = 0; s < 3; ++s) points_of_taps(g[0][s], g[1][s], g[2][s], half[s]);
     float* to = call.arranged_filters + part * kPoints * step + c * kProductFilters;
     for (int r = 0; r < 4; ++r) {
-      const V outer = (half[r][0] + half[r][2]) * 0.5f, inner = half[r][1] * 0.5f;
-      const V row[4] = {half[r][0], outer + inner, outer - inner, half[r][2]};
+      V row[4];
+      points_of_taps(half[0][r], half[1][r], half[2][r], row);
       for (int s = 0; s < 4; ++s) store_4(to + (r * 4 + s) * step, row[s]);
     }
   }
@@ -65,8 +69,8 @@ static Magnitude transform_group(const ConvForward<T>& call, int64_t k_begin, in
         g[r] = widen(from[r * call.weight_at.y]);
         all.add(g[r]);
       }
-      const float outer = (g[0] + g[2]) * 0.5f, inner = g[1] * 0.5f;
-      const float rows[4] = {g[0], outer + inner, outer - inner, g[2]};
+      float rows[4];
+      points_of_taps(g[0], g[1], g[2], rows);
       for (int r = 0; r < 4; ++r) to[(r * 3 + s) * count + k] = rows[r];
     }
   }
@@ -154,7 +158,7 @@ static void fused_block(const ConvForward<T>& call, const float* patches, const 
         const int64_t k = k_first + i;
         FASTNET_UNROLL for (int v = 0; v < kVectors; ++v)
             __builtin_prefetch(to[v].pooled + k * to[v].next);
-        __builtin_prefetch(to[0].codes + k * to[0].next);
+        __builtin_prefetch(codes_at(to[0].codes, k * to[0].next));
       }
       alignas(64) float sums[kFusedFilters][4][2][kVectors][kLanes<float>];
       fused_products<kChannels>(filters, patches + v_first * kLanes<float>, sums);

@@ -121,24 +121,16 @@ FASTNET_INLINE void finish_windows(const Vec<A> (&y)[kCount][4], const Vec<A>* b
                                    T* const (&pooled)[kCount], uint8_t* const (&codes)[kCount]) {
   using I = Vec<Index<A>>;
   const Vec<A> zero = {};
+  Vec<A> most[kCount];
+  I code[kCount];
   if (!codes[0]) {
+    window_maxima<kMayBeNaN, A>(y, most, code);  // of which the compiler leaves out the codes
     FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-      Vec<A> most;
-      if constexpr (kMayBeNaN) {
-        most = y[n][0];
-        FASTNET_UNROLL for (int i = 1; i < 4; ++i) {
-          most = (most < y[n][i]) | (y[n][i] != y[n][i]) ? y[n][i] : most;
-        }
-      } else {
-        most = maximum<A>(maximum<A>(y[n][0], y[n][1]), maximum<A>(y[n][2], y[n][3]));
-      }
-      if (bias) most += bias[n];
-      store(pooled[n], kMayBeNaN ? (most <= zero ? zero : most) : maximum<A>(zero, most));
+      if (bias) most[n] += bias[n];
+      store(pooled[n], kMayBeNaN ? (most[n] <= zero ? zero : most[n]) : maximum<A>(zero, most[n]));
     }
     return;
   }
-  Vec<A> most[kCount];
-  I code[kCount];
   window_maxima<kMayBeNaN, A>(y, most, code);
   FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
     if (bias) most[n] += bias[n];
