@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#include "cpu/ops.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(fastnet, library) {
@@ -35,10 +36,18 @@ pybind11::dict build_info() {
   return info;
 }
 
+constexpr fastnet::cpu::Ops kCpuOps{
+    &fastnet::cpu::linear_relu_forward,         &fastnet::cpu::linear_relu_backward,
+    &fastnet::cpu::cross_entropy_forward,       &fastnet::cpu::cross_entropy_backward,
+    &fastnet::cpu::cross_entropy_with_gradient, &fastnet::cpu::conv_relu_pool_forward,
+    &fastnet::cpu::conv_relu_pool_inference,    &fastnet::cpu::conv_relu_pool_backward,
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "fastnet's operator schemas and CPU kernels, registered as torch.ops.fastnet.*";
   module.def("build_info", &build_info,
              "What this build is: versions, compiler, instruction set, CUDA architectures.");
+  module.attr("cpu_ops") = pybind11::capsule(&kCpuOps, fastnet::cpu::kOpsCapsule);
 }

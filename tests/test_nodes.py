@@ -53,7 +53,9 @@ def test_same_results_as_in_python(name, monkeypatch):
         monkeypatch.setattr(fastnet._library, "NODES", nodes)
         monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
         output = call(*given)
-        assert ("CppNode" in output.grad_fn.name()) == (nodes is not None)
+        is_python = isinstance(output.grad_fn, torch.autograd.function.BackwardCFunction)
+        assert is_python == (nodes is None)
+        assert output.grad_fn.name().endswith("Backward")
         torch.manual_seed(1)
         grads = torch.autograd.grad(output, wanted, torch.randn_like(output), create_graph=True)
         again = torch.autograd.grad(sum((g * g).sum() for g in grads), wanted, allow_unused=True)
@@ -97,6 +99,39 @@ def test_hooks_and_freed_graphs():
         output.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def test_watchers_see_calls():
+    """A profiler the ops, which are called past the dispatcher otherwise; a hook the nodes."""
+    weight, bias = leaves((5, 20), (5,))
+    x = torch.randn(6, 20)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        linear_relu(x, weight, bias).sum().backward()
+    seen = {event.key for event in profile.key_averages()}
+    assert {"fastnet::linear_relu_forward", "fastnet::linear_relu_backward"} <= seen
+    assert "LinearReLUBackward" in seen
+    if hasattr(torch.autograd.graph, "node_creation_hook"):
+        made = []
+        with torch.autograd.graph.node_creation_hook(lambda node: made.append(node.name())):
+            linear_relu(x, weight, bias)
+        assert made.count("LinearReLUBackward") == 1
+
+
+def test_output_without_a_gradient():
+    """Of two results of which one is used, the other gets none."""
+
+    class Split(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(_ctx, _grad):
+            return None
+
+    (weight,) = leaves((5, 20))
+    Split.apply(linear_relu(torch.randn(6, 20), weight)).sum().backward()
+    assert weight.grad is None
 
 
 @pytest.mark.usefixtures("nodes")

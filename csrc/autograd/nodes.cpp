@@ -5,13 +5,9 @@
 // It serves the torch that it was compiled with (see fastnet/_library.py); under any other one, and
 // wherever torch.compile is at work, the Functions in Python do the same.
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/item.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -22,32 +18,11 @@
 #include <tuple>
 #include <vector>
 
-namespace fastnet {
+#include "node.h"
+#include "op.h"
+
+namespace fastnet::autograd {
 namespace {
-
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
-
-// An op of csrc/schemas.h, found once and called below autograd.
-template <class Signature>
-struct Op;
-
-template <class Result, class... Arguments>
-struct Op<Result(Arguments...)> {
-  explicit Op(const char* name)
-      : handle(c10::Dispatcher::singleton()
-                   .findSchemaOrThrow(name, "")
-                   .typed<Result(Arguments...)>()) {}
-
-  Result operator()(Arguments... arguments) const {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return handle.call(arguments...);
-  }
-
-  c10::TypedOperatorHandle<Result(Arguments...)> handle;
-};
 
 // Whether somebody wants to differentiate the gradient, or to map over it.
 bool is_differentiated() {
@@ -82,76 +57,48 @@ Tensor or_undefined(const OptionalTensor& tensor) {
   return tensor ? *tensor : Tensor();
 }
 
-// Whether a third tensor wants a gradient: one that is not given has no place to ask for.
-bool needs_bias(AutogradContext* ctx) {
-  return ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
-}
-
-bool wants_gradient(const Tensor& tensor) {
-  return tensor.requires_grad();
-}
-bool wants_gradient(const OptionalTensor& tensor) {
-  return tensor && tensor->requires_grad();
-}
-
-// Whether there has to be a node.
-template <class... Tensors>
-bool is_trained(const Tensors&... tensors) {
-  return c10::GradMode::is_enabled() && (wants_gradient(tensors) || ...);
-}
-
 // ------------------------------------------------------------------------------------------------
 // linear_relu
 
-using LinearReLUForward = Tensor(const Tensor&, const Tensor&, const OptionalTensor&);
-using LinearReLUBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                              const OptionalTensor&,
-                                                              const OptionalTensor&, bool);
-
 Tensor linear_relu_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  static const Op<LinearReLUForward> forward("fastnet::linear_relu_forward");
+  static const Op<&cpu::Ops::linear_relu_forward> forward("fastnet::linear_relu_forward");
   return forward(input, weight, bias);
 }
 
 // Saves the output, whose sign is the ReLU's mask, and the factors that a gradient needs.
-struct LinearReLU : torch::autograd::Function<LinearReLU> {
-  static constexpr bool is_traceable = true;
+struct LinearReLU {
+  static constexpr const char* kName = "LinearReLUBackward";
+  static constexpr size_t kSaved = 3;
+  using Options = std::tuple<>;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                        const OptionalTensor& bias) {
-    Tensor output = linear_relu_forward(input, weight, bias);
-    ctx->save_for_backward({output, weight.requires_grad() ? input : Tensor(),
-                            input.requires_grad() ? weight : Tensor()});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    return output;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    static const Op<LinearReLUBackward> backward_op("fastnet::linear_relu_backward");
-    const variable_list saved = ctx->get_saved_variables();
+  static variable_list backward(const Tensor& grad_output, const variable_list& saved,
+                                const Options&, const std::vector<bool>& needs) {
+    static const Op<&cpu::Ops::linear_relu_backward> backward_op("fastnet::linear_relu_backward");
     if (is_differentiated()) {
-      return differentiable("linear_relu", gradients[0], saved[0], saved[1], saved[2],
-                            needs_bias(ctx));
+      return differentiable("linear_relu", grad_output, saved[0], saved[1], saved[2],
+                            bool(needs[2]));
     }
     auto [input, weight, bias] =
-        backward_op(gradients[0], saved[0], given(saved[1]), given(saved[2]), needs_bias(ctx));
+        backward_op(grad_output, saved[0], given(saved[1]), given(saved[2]), needs[2]);
     return {input, weight, bias};
   }
 };
 
 Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  return is_trained(input, weight, bias) ? LinearReLU::apply(input, weight, bias)
-                                         : linear_relu_forward(input, weight, bias);
+  Tensor output = linear_relu_forward(input, weight, bias);
+  if (is_trained(input, weight, bias)) {
+    const auto save = [&](auto& node) {
+      node.save({output, weight.requires_grad() ? input : Tensor(),
+                 input.requires_grad() ? weight : Tensor()},
+                {});
+    };
+    record<LinearReLU>(output, save, input, weight, bias);
+  }
+  return output;
 }
 
 // ------------------------------------------------------------------------------------------------
 // cross_entropy
-
-using CrossEntropyForward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                       const OptionalTensor&, int64_t, int64_t,
-                                                       double);
-using CrossEntropyBackward = Tensor(const Tensor&, const Tensor&, const Tensor&,
-                                    const OptionalTensor&, const Tensor&, int64_t, int64_t, double);
 
 bool is_real(const Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
@@ -161,7 +108,7 @@ bool is_real(const Tensor& tensor) {
 std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
                                                  const OptionalTensor& weight, int64_t reduction,
                                                  int64_t ignore_index, double label_smoothing) {
-  static const Op<CrossEntropyForward> forward("fastnet::cross_entropy_forward");
+  static const Op<&cpu::Ops::cross_entropy_forward> forward("fastnet::cross_entropy_forward");
   return forward(logits, target, weight, reduction, ignore_index, label_smoothing);
 }
 
@@ -181,150 +128,120 @@ bool is_traced(const Tensor& tensor) {
 
 // Saves the logits, and two numbers a row or the gradient, as the Function in
 // fastnet/ops/cross_entropy.py, which does here what is not plain or large.
-struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
-  static constexpr bool is_traceable = true;
+struct CrossEntropy {
+  static constexpr const char* kName = "CrossEntropyBackward";
+  static constexpr size_t kSaved = 5;
+  using Options = std::tuple<int64_t, int64_t, double>;  // reduction, ignore_index, label_smoothing
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
-                        const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                        double label_smoothing) {
-    static const Op<CrossEntropyForward> with_gradient("fastnet::cross_entropy_with_gradient");
-    Tensor loss, statistics, gradient;
-    if (!logits.is_cpu() || !is_real(logits) || reduction == 0 || is_traced(logits)) {
-      std::tie(loss, statistics) =
-          cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing);
-    } else if (has_kept_memory(logits)) {
-      const variable_list results = from_python("cross_entropy", "run_forward", logits, target,
-                                                weight, reduction, ignore_index, label_smoothing);
-      loss = results[0], statistics = results[1], gradient = results[2];
-    } else {
-      std::tie(loss, gradient) =
-          with_gradient(logits, target, weight, reduction, ignore_index, label_smoothing);
-    }
-    ctx->save_for_backward({logits, target, or_undefined(weight), statistics, gradient});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
-    return loss;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    variable_list result(6);
-    result[0] = gradient_of(ctx, gradients[0]);
-    return result;
-  }
-
-  static Tensor gradient_of(AutogradContext* ctx, const Tensor& grad_loss) {
-    static const Op<CrossEntropyBackward> backward_op("fastnet::cross_entropy_backward");
-    const variable_list saved = ctx->get_saved_variables();
+  static variable_list backward(const Tensor& grad_loss, const variable_list& saved,
+                                const Options& options, const std::vector<bool>&) {
+    static const Op<&cpu::Ops::cross_entropy_backward> backward_op(
+        "fastnet::cross_entropy_backward");
     const Tensor &logits = saved[0], &target = saved[1], &statistics = saved[3];
     const Tensor& gradient = saved[4];
     const OptionalTensor weight = given(saved[2]);
+    const auto [reduction, ignore_index, label_smoothing] = options;
     const bool is_plain = !is_differentiated() && !is_traced(grad_loss);
     if (is_plain && gradient.defined() && grad_loss.item().toDouble() == 1 &&
         !torch::autograd::get_current_graph_task_keep_graph()) {
-      return gradient;
+      return {gradient};
     }
-    const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
-    const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
     if (is_plain && !gradient.defined() && !has_kept_memory(logits)) {
-      return backward_op(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
-                         label_smoothing);
+      return {backward_op(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
+                          label_smoothing)};
     }
     return from_python("cross_entropy", "gradient_of", grad_loss, logits, target, weight,
                        given(statistics), given(gradient), reduction, ignore_index,
-                       label_smoothing)[0];
+                       label_smoothing);
   }
 };
 
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                      int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  if (is_trained(logits)) {
-    return CrossEntropy::apply(logits, target, weight, reduction, ignore_index, label_smoothing);
+  if (!is_trained(logits)) {
+    return std::get<0>(
+        cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing));
   }
-  return std::get<0>(
-      cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing));
+  static const Op<&cpu::Ops::cross_entropy_with_gradient> with_gradient(
+      "fastnet::cross_entropy_with_gradient");
+  Tensor loss, statistics, gradient;
+  if (!logits.is_cpu() || !is_real(logits) || reduction == 0 || is_traced(logits)) {
+    std::tie(loss, statistics) =
+        cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing);
+  } else if (has_kept_memory(logits)) {
+    const at::AutoGradMode without_gradients(false);
+    const variable_list results = from_python("cross_entropy", "run_forward", logits, target,
+                                              weight, reduction, ignore_index, label_smoothing);
+    loss = results[0], statistics = results[1], gradient = results[2];
+  } else {
+    std::tie(loss, gradient) =
+        with_gradient(logits, target, weight, reduction, ignore_index, label_smoothing);
+  }
+  const auto save = [&](auto& node) {
+    node.save({logits, target, or_undefined(weight), statistics, gradient},
+              {reduction, ignore_index, label_smoothing});
+  };
+  record<CrossEntropy>(loss, save, logits);
+  return loss;
 }
 
 // ------------------------------------------------------------------------------------------------
 // conv_relu_pool
 
 using Sizes = std::vector<int64_t>;
-using ConvReLUPoolForward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                       const OptionalTensor&, at::IntArrayRef,
-                                                       at::IntArrayRef, at::IntArrayRef, int64_t);
-using ConvReLUPoolInference = Tensor(const Tensor&, const Tensor&, const OptionalTensor&,
-                                     at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t);
-using ConvReLUPoolBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                                const Tensor&, const Tensor&,
-                                                                at::IntArrayRef, at::IntArrayRef,
-                                                                at::IntArrayRef, int64_t, bool,
-                                                                bool, bool);
 
 std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
                                                   const OptionalTensor& bias, const Sizes& stride,
                                                   const Sizes& padding, const Sizes& dilation,
                                                   int64_t groups) {
-  static const Op<ConvReLUPoolForward> forward("fastnet::conv_relu_pool_forward");
+  static const Op<&cpu::Ops::conv_relu_pool_forward> forward("fastnet::conv_relu_pool_forward");
   return forward(input, weight, bias, stride, padding, dilation, groups);
 }
 
 Tensor conv_relu_pool_inference(const Tensor& input, const Tensor& weight,
                                 const OptionalTensor& bias, const Sizes& stride,
                                 const Sizes& padding, const Sizes& dilation, int64_t groups) {
-  static const Op<ConvReLUPoolInference> inference("fastnet::conv_relu_pool_inference");
+  static const Op<&cpu::Ops::conv_relu_pool_inference> inference(
+      "fastnet::conv_relu_pool_inference");
   return inference(input, weight, bias, stride, padding, dilation, groups);
 }
 
 // Saves input, weight and a byte per pooled output: which position of its window won.
-struct ConvReLUPool : torch::autograd::Function<ConvReLUPool> {
-  static constexpr bool is_traceable = true;
+struct ConvReLUPool {
+  static constexpr const char* kName = "ConvReLUPoolBackward";
+  static constexpr size_t kSaved = 3;
+  using Options = std::tuple<Sizes, Sizes, Sizes, int64_t>;  // stride, padding, dilation, groups
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                        const OptionalTensor& bias, const Sizes& stride, const Sizes& padding,
-                        const Sizes& dilation, int64_t groups) {
-    auto [output, codes] =
-        conv_relu_pool_forward(input, weight, bias, stride, padding, dilation, groups);
-    ctx->save_for_backward({codes, input, weight});
-    ctx->saved_data["stride"] = stride;
-    ctx->saved_data["padding"] = padding;
-    ctx->saved_data["dilation"] = dilation;
-    ctx->saved_data["groups"] = groups;
-    ctx->saved_data["has_bias"] = bias.has_value();
-    return output;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    static const Op<ConvReLUPoolBackward> backward_op("fastnet::conv_relu_pool_backward");
-    const variable_list saved = ctx->get_saved_variables();
+  static variable_list backward(const Tensor& grad_output, const variable_list& saved,
+                                const Options& options, const std::vector<bool>& needs) {
+    static const Op<&cpu::Ops::conv_relu_pool_backward> backward_op(
+        "fastnet::conv_relu_pool_backward");
     const Tensor &codes = saved[0], &input = saved[1], &weight = saved[2];
-    const Sizes stride = ctx->saved_data["stride"].toIntVector();
-    const Sizes padding = ctx->saved_data["padding"].toIntVector();
-    const Sizes dilation = ctx->saved_data["dilation"].toIntVector();
-    const int64_t groups = ctx->saved_data["groups"].toInt();
-    const bool needs[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), needs_bias(ctx)};
-    variable_list result;
+    const auto& [stride, padding, dilation, groups] = options;
     if (is_differentiated()) {
-      result = differentiable("conv_relu_pool", gradients[0], codes, input, weight, stride, padding,
-                              dilation, groups, needs[0], needs[1], needs[2]);
-    } else {
-      auto [of_input, of_weight, of_bias] =
-          backward_op(gradients[0], codes, input, weight, stride, padding, dilation, groups,
-                      needs[0], needs[1], needs[2]);
-      result = {of_input, of_weight, of_bias};
+      return differentiable("conv_relu_pool", grad_output, codes, input, weight, stride, padding,
+                            dilation, groups, bool(needs[0]), bool(needs[1]), bool(needs[2]));
     }
-    result.resize(7);
-    return result;
+    auto [of_input, of_weight, of_bias] =
+        backward_op(grad_output, codes, input, weight, stride, padding, dilation, groups, needs[0],
+                    needs[1], needs[2]);
+    return {of_input, of_weight, of_bias};
   }
 };
 
 Tensor conv_relu_pool(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                       const Sizes& stride, const Sizes& padding, const Sizes& dilation,
                       int64_t groups) {
-  if (is_trained(input, weight, bias)) {
-    return ConvReLUPool::apply(input, weight, bias, stride, padding, dilation, groups);
+  if (!is_trained(input, weight, bias)) {
+    return conv_relu_pool_inference(input, weight, bias, stride, padding, dilation, groups);
   }
-  return conv_relu_pool_inference(input, weight, bias, stride, padding, dilation, groups);
+  const auto [output, codes] =
+      conv_relu_pool_forward(input, weight, bias, stride, padding, dilation, groups);
+  const auto save = [&, codes = codes](auto& node) {
+    node.save({codes, input, weight}, {stride, padding, dilation, groups});
+  };
+  record<ConvReLUPool>(output, save, input, weight, bias);
+  return output;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -334,18 +251,8 @@ Tensor conv_relu_pool(const Tensor& input, const Tensor& weight, const OptionalT
 // the kernel of a small layer. Here it takes less than one. `quick_*` answer None where a call is
 // not of the plain kind, and leave it to that file.
 
-// Whether nothing stands between a call and the kernels: no autocast, torch.func, tracing, mode.
-bool is_quiet() {
-  const auto state = c10::impl::tls_local_dispatch_key_set();
-  return state.included_ == c10::default_included_set &&
-         state.excluded_ == c10::default_excluded_set;
-}
-
 // Of Python's objects: torch.Tensor and torch.nn.Parameter, and no class that may know better.
 PyTypeObject* parameter_class = nullptr;
-
-// The keys of ordinary tensors in memory: none that is sparse, nested, lazily negated, a subclass.
-c10::DispatchKeySet keys_of_plain;
 
 // A reference of its own, as Python's object may get another tensor while others have the lock.
 OptionalTensor plain(const pybind11::handle& object) {
@@ -354,8 +261,7 @@ OptionalTensor plain(const pybind11::handle& object) {
     return std::nullopt;
   }
   const Tensor& tensor = THPVariable_Unpack(object.ptr());
-  const bool is_plain = tensor.key_set() == keys_of_plain && !tensor._fw_grad(0).defined();
-  return is_plain ? OptionalTensor(tensor) : std::nullopt;
+  return is_plain(tensor) && !tensor._fw_grad(0).defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
 template <class Call>
@@ -457,18 +363,21 @@ pybind11::object quick_cross_entropy(const pybind11::handle& input, const pybind
 }
 
 }  // namespace
-}  // namespace fastnet
+}  // namespace fastnet::autograd
 
 PYBIND11_MODULE(_nodes, module) {
   module.doc() = "The nodes of fastnet's ops in autograd's graph, for one version of torch.";
-  fastnet::parameter_class = reinterpret_cast<PyTypeObject*>(
+  fastnet::autograd::parameter_class = reinterpret_cast<PyTypeObject*>(
       pybind11::module_::import("torch.nn").attr("Parameter").ptr());
-  fastnet::keys_of_plain = at::empty({0}, at::kCPU).key_set();
+  fastnet::autograd::cpu_ops = pybind11::module_::import("fastnet._C")
+                                   .attr("cpu_ops")
+                                   .cast<pybind11::capsule>()
+                                   .get_pointer<const fastnet::cpu::Ops>();
   using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
-  module.def("linear_relu", &fastnet::linear_relu, Unlocked());
-  module.def("cross_entropy", &fastnet::cross_entropy, Unlocked());
-  module.def("conv_relu_pool", &fastnet::conv_relu_pool, Unlocked());
-  module.def("quick_linear_relu", &fastnet::quick_linear_relu);
-  module.def("quick_conv_relu_pool", &fastnet::quick_conv_relu_pool);
-  module.def("quick_cross_entropy", &fastnet::quick_cross_entropy);
+  module.def("linear_relu", &fastnet::autograd::linear_relu, Unlocked());
+  module.def("cross_entropy", &fastnet::autograd::cross_entropy, Unlocked());
+  module.def("conv_relu_pool", &fastnet::autograd::conv_relu_pool, Unlocked());
+  module.def("quick_linear_relu", &fastnet::autograd::quick_linear_relu);
+  module.def("quick_conv_relu_pool", &fastnet::autograd::quick_conv_relu_pool);
+  module.def("quick_cross_entropy", &fastnet::autograd::quick_cross_entropy);
 }

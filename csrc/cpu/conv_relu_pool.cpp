@@ -7,6 +7,8 @@
 
 #include <atomic>
 
+#include "ops.h"
+
 #define FASTNET_KERNELS "conv_relu_pool_forward_kernels.h"
 #include "foreach_isa.h"
 
@@ -151,12 +153,14 @@ Tensor calculate(const ConvReluPoolShape& shape, const Tensor& input, const Tens
   return output;
 }
 
-std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
-                                                  const std::optional<Tensor>& bias,
-                                                  const std::vector<int64_t>& stride,
-                                                  const std::vector<int64_t>& padding,
-                                                  const std::vector<int64_t>& dilation,
-                                                  int64_t groups) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> cpu::conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
+                                                       const std::optional<Tensor>& bias,
+                                                       const std::vector<int64_t>& stride,
+                                                       const std::vector<int64_t>& padding,
+                                                       const std::vector<int64_t>& dilation,
+                                                       int64_t groups) {
   const ConvReluPoolShape shape =
       check_conv_relu_pool(input, weight, bias, stride, padding, dilation, groups);
   Tensor codes = allocate_image(input, shape, shape.P, shape.Q, ScalarType::Byte);
@@ -164,21 +168,19 @@ std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Ten
           codes};
 }
 
-Tensor conv_relu_pool_inference(const Tensor& input, const Tensor& weight,
-                                const std::optional<Tensor>& bias,
-                                const std::vector<int64_t>& stride,
-                                const std::vector<int64_t>& padding,
-                                const std::vector<int64_t>& dilation, int64_t groups) {
+Tensor cpu::conv_relu_pool_inference(const Tensor& input, const Tensor& weight,
+                                     const std::optional<Tensor>& bias,
+                                     const std::vector<int64_t>& stride,
+                                     const std::vector<int64_t>& padding,
+                                     const std::vector<int64_t>& dilation, int64_t groups) {
   const ConvReluPoolShape shape =
       check_conv_relu_pool(input, weight, bias, stride, padding, dilation, groups);
   return calculate(shape, input, weight, bias, nullptr);
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
-  library.impl("conv_relu_pool_forward", TORCH_BOX(&conv_relu_pool_forward));
-  library.impl("conv_relu_pool_inference", TORCH_BOX(&conv_relu_pool_inference));
+  library.impl("conv_relu_pool_forward", TORCH_BOX(&cpu::conv_relu_pool_forward));
+  library.impl("conv_relu_pool_inference", TORCH_BOX(&cpu::conv_relu_pool_inference));
 }
 
 }  // namespace fastnet

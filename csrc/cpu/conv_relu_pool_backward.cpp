@@ -7,6 +7,8 @@
 
 #include <atomic>
 
+#include "ops.h"
+
 #define FASTNET_KERNELS "conv_relu_pool_backward_kernels.h"
 #include "foreach_isa.h"
 
@@ -115,7 +117,9 @@ bool run(ConvBackward<element_t<T>> call, const Tensor& weight, Gradients& gradi
   return true;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cpu::conv_relu_pool_backward(
     const Tensor& grad_output, const Tensor& codes, const Tensor& input, const Tensor& weight,
     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
     const std::vector<int64_t>& dilation, int64_t groups, bool needs_input, bool needs_weight,
@@ -171,10 +175,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
   return {gradients.input, gradients.weight, gradients.bias};
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
-  library.impl("conv_relu_pool_backward", TORCH_BOX(&conv_relu_pool_backward));
+  library.impl("conv_relu_pool_backward", TORCH_BOX(&cpu::conv_relu_pool_backward));
 }
 
 }  // namespace fastnet

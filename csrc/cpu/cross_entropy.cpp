@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "common.h"
+#include "ops.h"
 
 namespace fastnet {
 namespace {
@@ -198,32 +199,6 @@ struct Operands {
 
 // ---------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
-                                                 const std::optional<Tensor>& weight,
-                                                 int64_t reduction, int64_t ignore_index,
-                                                 double label_smoothing) {
-  const CrossEntropyShape shape =
-      check_cross_entropy(logits, target, weight, reduction, label_smoothing);
-  Tensor loss = allocate_loss(logits, reduction);
-  Tensor statistics = allocate(logits, std::array{shape.statistics()}, accumulate_type(logits));
-
-  dispatch_float("cross_entropy", logits.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    using A = acc_t<T>;
-    Operands<T> operands(shape, logits, target, weight, statistics, ignore_index, label_smoothing);
-    auto& call = operands.call;
-    if (static_cast<Reduction>(reduction) == Reduction::none) {
-      call.losses = static_cast<A*>(loss.mutable_data_ptr());
-    }
-    const ChunkSums total = sum_of_chunks(shape, call.by_columns, [&](auto rows, ChunkSums& sums) {
-      FASTNET_BEST_ISA(cross_entropy_forward_kernel(call, rows.first, rows.second, sums));
-    });
-    call.maximum[shape.statistics() - 1] = static_cast<A>(total.divisor);
-    total.reduce(reduction, loss);
-  });
-  return {loss, statistics};
-}
-
 void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                                 const std::optional<Tensor>& weight, const Tensor& statistics,
                                 int64_t reduction, int64_t ignore_index, double label_smoothing,
@@ -253,16 +228,6 @@ void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits, c
     });
     operands.finish(gradient);
   });
-}
-
-Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                              const std::optional<Tensor>& weight, const Tensor& statistics,
-                              int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  Tensor gradient = allocate_like(logits);
-  prefer_huge_pages(gradient);
-  cross_entropy_backward_out(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
-                             label_smoothing, gradient);
-  return gradient;
 }
 
 // What the mean divides by, before any row is gone through.
@@ -314,10 +279,50 @@ Tensor cross_entropy_with_gradient_out(const Tensor& logits, const Tensor& targe
   return loss;
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
-                                                       const std::optional<Tensor>& weight,
-                                                       int64_t reduction, int64_t ignore_index,
-                                                       double label_smoothing) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> cpu::cross_entropy_forward(const Tensor& logits, const Tensor& target,
+                                                      const std::optional<Tensor>& weight,
+                                                      int64_t reduction, int64_t ignore_index,
+                                                      double label_smoothing) {
+  const CrossEntropyShape shape =
+      check_cross_entropy(logits, target, weight, reduction, label_smoothing);
+  Tensor loss = allocate_loss(logits, reduction);
+  Tensor statistics = allocate(logits, std::array{shape.statistics()}, accumulate_type(logits));
+
+  dispatch_float("cross_entropy", logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    Operands<T> operands(shape, logits, target, weight, statistics, ignore_index, label_smoothing);
+    auto& call = operands.call;
+    if (static_cast<Reduction>(reduction) == Reduction::none) {
+      call.losses = static_cast<A*>(loss.mutable_data_ptr());
+    }
+    const ChunkSums total = sum_of_chunks(shape, call.by_columns, [&](auto rows, ChunkSums& sums) {
+      FASTNET_BEST_ISA(cross_entropy_forward_kernel(call, rows.first, rows.second, sums));
+    });
+    call.maximum[shape.statistics() - 1] = static_cast<A>(total.divisor);
+    total.reduce(reduction, loss);
+  });
+  return {loss, statistics};
+}
+
+Tensor cpu::cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits,
+                                   const Tensor& target, const std::optional<Tensor>& weight,
+                                   const Tensor& statistics, int64_t reduction,
+                                   int64_t ignore_index, double label_smoothing) {
+  Tensor gradient = allocate_like(logits);
+  prefer_huge_pages(gradient);
+  cross_entropy_backward_out(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
+                             label_smoothing, gradient);
+  return gradient;
+}
+
+std::tuple<Tensor, Tensor> cpu::cross_entropy_with_gradient(const Tensor& logits,
+                                                            const Tensor& target,
+                                                            const std::optional<Tensor>& weight,
+                                                            int64_t reduction, int64_t ignore_index,
+                                                            double label_smoothing) {
   Tensor gradient = allocate_like(logits);
   prefer_huge_pages(gradient);
   Tensor loss = cross_entropy_with_gradient_out(logits, target, weight, reduction, ignore_index,
@@ -325,13 +330,11 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, con
   return {loss, gradient};
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
-  library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
-  library.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  library.impl("cross_entropy_forward", TORCH_BOX(&cpu::cross_entropy_forward));
+  library.impl("cross_entropy_backward", TORCH_BOX(&cpu::cross_entropy_backward));
   library.impl("cross_entropy_backward.out", TORCH_BOX(&cross_entropy_backward_out));
-  library.impl("cross_entropy_with_gradient", TORCH_BOX(&cross_entropy_with_gradient));
+  library.impl("cross_entropy_with_gradient", TORCH_BOX(&cpu::cross_entropy_with_gradient));
   library.impl("cross_entropy_with_gradient.out", TORCH_BOX(&cross_entropy_with_gradient_out));
 }
 

@@ -4,6 +4,7 @@
 #include "../linear_relu.h"
 
 #include "common.h"
+#include "ops.h"
 
 #define FASTNET_KERNELS "linear_relu_kernels.h"
 #include "foreach_isa.h"
@@ -73,10 +74,37 @@ bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight
                            is_cached && std::min(M, N) <= 32);
 }
 
+// grad_z and, where wanted, grad_bias, in one pass over grad_out and out.
+template <class T, class Z>
+void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
+                 Tensor* grad_bias, int64_t M, int64_t N) {
+  using A = acc_t<T>;
+  // Fixed chunks of rows, whatever the number of threads: the sums come out the same, bit by bit.
+  const int64_t chunk = std::max<int64_t>(64, 32768 / std::max<int64_t>(1, N));
+  const int64_t chunks = divide_up(M, chunk);
+  const std::unique_ptr<A[]> sums(new A[std::max<int64_t>(1, chunks) * N]);
+  std::fill_n(sums.get(), N, A(0));
+  parallel(chunks, chunk * N * 4, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t first = c * chunk * N;
+      FASTNET_BEST_ISA(masked_grad_kernel(grad_out + first, out + first, grad_z + first,
+                                          sums.get() + c * N, std::min(chunk, M - c * chunk), N));
+    }
+  });
+  if (!grad_bias) return;
+  for (int64_t c = 1; c < chunks; ++c) {
+    for (int64_t n = 0; n < N; ++n) sums[n] += sums[c * N + n];
+  }
+  T* bias = static_cast<T*>(grad_bias->mutable_data_ptr());
+  for (int64_t n = 0; n < N; ++n) bias[n] = static_cast<T>(sums[n]);
+}
+
+}  // namespace
+
 // ---------------------------------------------------------------------------------------------
 
-Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
-                           const std::optional<Tensor>& bias) {
+Tensor cpu::linear_relu_forward(const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& bias) {
   const auto [M, K, N] = check_linear_relu(input, weight, bias);
   Tensor output = allocate(input, with_last(input, N));
   if (output.numel() == 0) return output;
@@ -120,38 +148,11 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
   return output;
 }
 
-// ---------------------------------------------------------------------------------------------
-
-// grad_z and, where wanted, grad_bias, in one pass over grad_out and out.
-template <class T, class Z>
-void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
-                 Tensor* grad_bias, int64_t M, int64_t N) {
-  using A = acc_t<T>;
-  // Fixed chunks of rows, whatever the number of threads: the sums come out the same, bit by bit.
-  const int64_t chunk = std::max<int64_t>(64, 32768 / std::max<int64_t>(1, N));
-  const int64_t chunks = divide_up(M, chunk);
-  const std::unique_ptr<A[]> sums(new A[std::max<int64_t>(1, chunks) * N]);
-  std::fill_n(sums.get(), N, A(0));
-  parallel(chunks, chunk * N * 4, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t first = c * chunk * N;
-      FASTNET_BEST_ISA(masked_grad_kernel(grad_out + first, out + first, grad_z + first,
-                                          sums.get() + c * N, std::min(chunk, M - c * chunk), N));
-    }
-  });
-  if (!grad_bias) return;
-  for (int64_t c = 1; c < chunks; ++c) {
-    for (int64_t n = 0; n < N; ++n) sums[n] += sums[c * N + n];
-  }
-  T* bias = static_cast<T*>(grad_bias->mutable_data_ptr());
-  for (int64_t n = 0; n < N; ++n) bias[n] = static_cast<T>(sums[n]);
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_output,
-                                                        const Tensor& output,
-                                                        const std::optional<Tensor>& input,
-                                                        const std::optional<Tensor>& weight,
-                                                        bool needs_bias) {
+std::tuple<Tensor, Tensor, Tensor> cpu::linear_relu_backward(const Tensor& grad_output,
+                                                             const Tensor& output,
+                                                             const std::optional<Tensor>& input,
+                                                             const std::optional<Tensor>& weight,
+                                                             bool needs_bias) {
   const auto [M, K, N] = check_linear_relu_backward(grad_output, output, input, weight);
   Tensor grad_input, grad_weight, grad_bias;
   if (weight) grad_input = allocate(output, with_last(output, K));
@@ -199,11 +200,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
   return {grad_input, grad_weight, grad_bias};
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
-  library.impl("linear_relu_forward", TORCH_BOX(&linear_relu_forward));
-  library.impl("linear_relu_backward", TORCH_BOX(&linear_relu_backward));
+  library.impl("linear_relu_forward", TORCH_BOX(&cpu::linear_relu_forward));
+  library.impl("linear_relu_backward", TORCH_BOX(&cpu::linear_relu_backward));
 }
 
 }  // namespace fastnet

@@ -1,0 +1,120 @@
+// An op, called from C++ below autograd: through the dispatcher, or past it where it has nothing to
+// do but to find the CPU's kernel.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include "../cpu/ops.h"
+
+namespace fastnet::autograd {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The keys of ordinary tensors in the CPU's memory: none that is sparse, nested, lazily negated, a
+// subclass.
+inline c10::DispatchKeySet keys_of_plain() {
+  static const c10::DispatchKeySet keys = at::empty({0}, at::kCPU).key_set();
+  return keys;
+}
+
+inline bool is_plain(const Tensor& tensor) {
+  return tensor.key_set() == keys_of_plain();
+}
+inline bool is_plain(const OptionalTensor& tensor) {
+  return !tensor || is_plain(*tensor);
+}
+template <class Option>
+bool is_plain(const Option&) {
+  return true;
+}
+
+// Whether nothing stands between a call and the kernels: no autocast, torch.func, tracing, mode.
+inline bool is_quiet() {
+  const auto state = c10::impl::tls_local_dispatch_key_set();
+  return state.included_ == c10::default_included_set &&
+         state.excluded_ == c10::default_excluded_set;
+}
+
+// Between torch's tensors and those of its stable interface, which are references to them.
+inline torch::stable::Tensor to_stable(const Tensor& tensor) {
+  return torch::stable::Tensor(reinterpret_cast<AtenTensorHandle>(new Tensor(tensor)));
+}
+inline cpu::OptionalTensor to_stable(const OptionalTensor& tensor) {
+  return tensor ? cpu::OptionalTensor(to_stable(*tensor)) : std::nullopt;
+}
+inline cpu::Sizes to_stable(at::IntArrayRef sizes) {
+  return sizes.vec();
+}
+template <class Option>
+Option to_stable(const Option& option) {
+  return option;
+}
+
+inline Tensor from_stable(const torch::stable::Tensor& tensor) {
+  return tensor.defined() ? *reinterpret_cast<const Tensor*>(tensor.get()) : Tensor();
+}
+template <class... Tensors>
+auto from_stable(const std::tuple<Tensors...>& tensors) {
+  return std::apply([](const auto&... each) { return std::tuple(from_stable(each)...); }, tensors);
+}
+
+// The kernels of fastnet._C, since this library was loaded.
+inline const cpu::Ops* cpu_ops = nullptr;
+
+// What the dispatcher takes for a type of cpu/ops.h.
+template <class T>
+struct InTorch {
+  using type = T;
+};
+template <>
+struct InTorch<torch::stable::Tensor> {
+  using type = Tensor;
+};
+template <>
+struct InTorch<const torch::stable::Tensor&> {
+  using type = const Tensor&;
+};
+template <>
+struct InTorch<const cpu::OptionalTensor&> {
+  using type = const OptionalTensor&;
+};
+template <>
+struct InTorch<const cpu::Sizes&> {
+  using type = at::IntArrayRef;
+};
+template <class... Each>
+struct InTorch<std::tuple<Each...>> {
+  using type = std::tuple<typename InTorch<Each>::type...>;
+};
+template <class T>
+using in_torch_t = typename InTorch<T>::type;
+
+// The op whose kernel is this member of cpu::Ops: Op<&cpu::Ops::linear_relu_forward>.
+template <auto Kernel, class = decltype(Kernel)>
+class Op;
+
+template <auto Kernel, class Result, class... Arguments>
+class Op<Kernel, Result (*cpu::Ops::*)(Arguments...)> {
+ public:
+  explicit Op(const char* name)
+      : handle_(c10::Dispatcher::singleton()
+                    .findSchemaOrThrow(name, "")
+                    .typed<in_torch_t<Result>(in_torch_t<Arguments>...)>()) {}
+
+  in_torch_t<Result> operator()(in_torch_t<Arguments>... arguments) const {
+    // A profiler is told of the op by the dispatcher.
+    const bool is_direct = (is_plain(arguments) && ...) && is_quiet() && !at::hasCallbacks();
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    if (is_direct) return from_stable((cpu_ops->*Kernel)(to_stable(arguments)...));
+    return handle_.call(arguments...);
+  }
+
+ private:
+  c10::TypedOperatorHandle<in_torch_t<Result>(in_torch_t<Arguments>...)> handle_;
+};
+
+}  // namespace fastnet::autograd

@@ -1,0 +1,64 @@
+// The ops' CPU kernels as plain functions. The dispatcher calls them (see the
+// STABLE_TORCH_LIBRARY_IMPL of each file), and so does csrc/autograd where it has nothing to do:
+// its way from one library to another, by boxed arguments, takes longer than the kernel of a small
+// layer.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastnet::cpu {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+Tensor linear_relu_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_output,
+                                                        const Tensor& output,
+                                                        const OptionalTensor& input,
+                                                        const OptionalTensor& weight,
+                                                        bool needs_bias);
+
+std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
+                                                 const OptionalTensor& weight, int64_t reduction,
+                                                 int64_t ignore_index, double label_smoothing);
+Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                              const OptionalTensor& weight, const Tensor& statistics,
+                              int64_t reduction, int64_t ignore_index, double label_smoothing);
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
+                                                       const OptionalTensor& weight,
+                                                       int64_t reduction, int64_t ignore_index,
+                                                       double label_smoothing);
+
+std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
+                                                  const OptionalTensor& bias, const Sizes& stride,
+                                                  const Sizes& padding, const Sizes& dilation,
+                                                  int64_t groups);
+Tensor conv_relu_pool_inference(const Tensor& input, const Tensor& weight,
+                                const OptionalTensor& bias, const Sizes& stride,
+                                const Sizes& padding, const Sizes& dilation, int64_t groups);
+std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
+    const Tensor& grad_output, const Tensor& codes, const Tensor& input, const Tensor& weight,
+    const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+    bool needs_input, bool needs_weight, bool needs_bias);
+
+// What fastnet._C hands to fastnet._nodes of the same build, in a capsule.
+struct Ops {
+  decltype(&cpu::linear_relu_forward) linear_relu_forward;
+  decltype(&cpu::linear_relu_backward) linear_relu_backward;
+  decltype(&cpu::cross_entropy_forward) cross_entropy_forward;
+  decltype(&cpu::cross_entropy_backward) cross_entropy_backward;
+  decltype(&cpu::cross_entropy_with_gradient) cross_entropy_with_gradient;
+  decltype(&cpu::conv_relu_pool_forward) conv_relu_pool_forward;
+  decltype(&cpu::conv_relu_pool_inference) conv_relu_pool_inference;
+  decltype(&cpu::conv_relu_pool_backward) conv_relu_pool_backward;
+};
+
+inline constexpr const char* kOpsCapsule = "fastnet._C.cpu_ops";
+
+}  // namespace fastnet::cpu
