@@ -37,10 +37,16 @@ pybind11::dict build_info() {
 }
 
 constexpr fastnet::cpu::Ops kCpuOps{
-    &fastnet::cpu::linear_relu_forward,         &fastnet::cpu::linear_relu_backward,
-    &fastnet::cpu::cross_entropy_forward,       &fastnet::cpu::cross_entropy_backward,
-    &fastnet::cpu::cross_entropy_with_gradient, &fastnet::cpu::conv_relu_pool_forward,
-    &fastnet::cpu::conv_relu_pool_inference,    &fastnet::cpu::conv_relu_pool_backward,
+    .linear_relu_forward = &fastnet::cpu::linear_relu_forward,
+    .linear_relu_backward = &fastnet::cpu::linear_relu_backward,
+    .cross_entropy_forward = &fastnet::cpu::cross_entropy_forward,
+    .cross_entropy_backward = &fastnet::cpu::cross_entropy_backward,
+    .cross_entropy_backward_out = &fastnet::cpu::cross_entropy_backward_out,
+    .cross_entropy_with_gradient = &fastnet::cpu::cross_entropy_with_gradient,
+    .cross_entropy_with_gradient_out = &fastnet::cpu::cross_entropy_with_gradient_out,
+    .conv_relu_pool_forward = &fastnet::cpu::conv_relu_pool_forward,
+    .conv_relu_pool_inference = &fastnet::cpu::conv_relu_pool_inference,
+    .conv_relu_pool_backward = &fastnet::cpu::conv_relu_pool_backward,
 };
 
 }  // namespace

@@ -479,7 +479,7 @@ def test_gradient_with_the_loss_of_infinite_logits(bad, C):
 
 
 @pytest.mark.usefixtures("nodes")
-@pytest.mark.parametrize("shape", [(64, 10), (1024, 1000)], ids=str)  # with memory kept, or not
+@pytest.mark.parametrize("shape", [(64, 10), (1024, 1000)], ids=str)  # in kept memory or not
 def test_gradient_of_the_forward_pass_is_used_once(shape):
     logits, target, _ = sample(shape, torch.float32)
     (once,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)

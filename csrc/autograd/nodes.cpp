@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kept_memory.h"
 #include "node.h"
 #include "op.h"
 
@@ -112,10 +113,9 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
   return forward(logits, target, weight, reduction, ignore_index, label_smoothing);
 }
 
-// Whether the gradient is so large that its memory is kept, in fastnet/ops/cross_entropy.py.
+// Whether the gradient is so large that its memory is kept.
 bool has_kept_memory(const Tensor& logits) {
-  constexpr size_t kKept = 2 << 20;
-  return logits.is_cpu() && logits.nbytes() >= kKept;
+  return logits.is_cpu() && logits.nbytes() >= KeptMemory::kLeastBytes;
 }
 
 // Whether a call is recorded or only pretended: then it must say the same whatever the numbers are.
@@ -126,8 +126,46 @@ bool is_traced(const Tensor& tensor) {
          c10::impl::tls_is_dispatch_key_included(DispatchKey::Python);
 }
 
+// The loss and its gradient.
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
+                                                       const OptionalTensor& weight,
+                                                       int64_t reduction, int64_t ignore_index,
+                                                       double label_smoothing) {
+  static const Op<&cpu::Ops::cross_entropy_with_gradient> forward(
+      "fastnet::cross_entropy_with_gradient");
+  static const Op<&cpu::Ops::cross_entropy_with_gradient_out> forward_into(
+      "fastnet::cross_entropy_with_gradient", "out");
+  const bool is_kept = has_kept_memory(logits);
+  Tensor loss, memory = is_kept ? kept_memory().take(logits) : Tensor();
+  if (memory.defined()) {
+    loss = forward_into(logits, target, weight, reduction, ignore_index, label_smoothing, memory);
+  } else {
+    std::tie(loss, memory) =
+        forward(logits, target, weight, reduction, ignore_index, label_smoothing);
+  }
+  return {loss, is_kept ? kept_memory().lend(memory) : memory};
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                              const OptionalTensor& weight, const Tensor& statistics,
+                              int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  static const Op<&cpu::Ops::cross_entropy_backward> backward("fastnet::cross_entropy_backward");
+  static const Op<&cpu::Ops::cross_entropy_backward_out> backward_into(
+      "fastnet::cross_entropy_backward", "out");
+  const bool is_kept = has_kept_memory(logits);
+  Tensor memory = is_kept ? kept_memory().take(logits) : Tensor();
+  if (memory.defined()) {
+    backward_into(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
+                  label_smoothing, memory);
+  } else {
+    memory = backward(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
+                      label_smoothing);
+  }
+  return is_kept ? kept_memory().lend(memory) : memory;
+}
+
 // Saves the logits, and two numbers a row or the gradient, as the Function in
-// fastnet/ops/cross_entropy.py, which does here what is not plain or large.
+// fastnet/ops/cross_entropy.py, which does here what is not plain.
 struct CrossEntropy {
   static constexpr const char* kName = "CrossEntropyBackward";
   static constexpr size_t kSaved = 5;
@@ -135,8 +173,6 @@ struct CrossEntropy {
 
   static variable_list backward(const Tensor& grad_loss, const variable_list& saved,
                                 const Options& options, const std::vector<bool>&) {
-    static const Op<&cpu::Ops::cross_entropy_backward> backward_op(
-        "fastnet::cross_entropy_backward");
     const Tensor &logits = saved[0], &target = saved[1], &statistics = saved[3];
     const Tensor& gradient = saved[4];
     const OptionalTensor weight = given(saved[2]);
@@ -146,9 +182,9 @@ struct CrossEntropy {
         !torch::autograd::get_current_graph_task_keep_graph()) {
       return {gradient};
     }
-    if (is_plain && !gradient.defined() && !has_kept_memory(logits)) {
-      return {backward_op(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
-                          label_smoothing)};
+    if (is_plain && !gradient.defined()) {
+      return {cross_entropy_backward(grad_loss, logits, target, weight, statistics, reduction,
+                                     ignore_index, label_smoothing)};
     }
     return from_python("cross_entropy", "gradient_of", grad_loss, logits, target, weight,
                        given(statistics), given(gradient), reduction, ignore_index,
@@ -162,20 +198,13 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
     return std::get<0>(
         cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing));
   }
-  static const Op<&cpu::Ops::cross_entropy_with_gradient> with_gradient(
-      "fastnet::cross_entropy_with_gradient");
   Tensor loss, statistics, gradient;
   if (!logits.is_cpu() || !is_real(logits) || reduction == 0 || is_traced(logits)) {
     std::tie(loss, statistics) =
         cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing);
-  } else if (has_kept_memory(logits)) {
-    const at::AutoGradMode without_gradients(false);
-    const variable_list results = from_python("cross_entropy", "run_forward", logits, target,
-                                              weight, reduction, ignore_index, label_smoothing);
-    loss = results[0], statistics = results[1], gradient = results[2];
   } else {
-    std::tie(loss, gradient) =
-        with_gradient(logits, target, weight, reduction, ignore_index, label_smoothing);
+    std::tie(loss, gradient) = cross_entropy_with_gradient(logits, target, weight, reduction,
+                                                           ignore_index, label_smoothing);
   }
   const auto save = [&](auto& node) {
     node.save({logits, target, or_undefined(weight), statistics, gradient},
@@ -377,6 +406,7 @@ PYBIND11_MODULE(_nodes, module) {
   module.def("linear_relu", &fastnet::autograd::linear_relu, Unlocked());
   module.def("cross_entropy", &fastnet::autograd::cross_entropy, Unlocked());
   module.def("conv_relu_pool", &fastnet::autograd::conv_relu_pool, Unlocked());
+  module.def("release_memory", [] { fastnet::autograd::kept_memory().release(); });
   module.def("quick_linear_relu", &fastnet::autograd::quick_linear_relu);
   module.def("quick_conv_relu_pool", &fastnet::autograd::quick_conv_relu_pool);
   module.def("quick_cross_entropy", &fastnet::autograd::quick_cross_entropy);

@@ -100,17 +100,21 @@ class Op;
 template <auto Kernel, class Result, class... Arguments>
 class Op<Kernel, Result (*cpu::Ops::*)(Arguments...)> {
  public:
-  explicit Op(const char* name)
+  explicit Op(const char* name, const char* overload = "")
       : handle_(c10::Dispatcher::singleton()
-                    .findSchemaOrThrow(name, "")
+                    .findSchemaOrThrow(name, overload)
                     .typed<in_torch_t<Result>(in_torch_t<Arguments>...)>()) {}
 
   in_torch_t<Result> operator()(in_torch_t<Arguments>... arguments) const {
     // A profiler is told of the op by the dispatcher.
     const bool is_direct = (is_plain(arguments) && ...) && is_quiet() && !at::hasCallbacks();
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    if (is_direct) return from_stable((cpu_ops->*Kernel)(to_stable(arguments)...));
-    return handle_.call(arguments...);
+    if (!is_direct) return handle_.call(arguments...);
+    if constexpr (std::is_void_v<Result>) {
+      (cpu_ops->*Kernel)(to_stable(arguments)...);
+    } else {
+      return from_stable((cpu_ops->*Kernel)(to_stable(arguments)...));
+    }
   }
 
  private:

@@ -199,37 +199,6 @@ struct Operands {
 
 // ---------------------------------------------------------------------------------------------
 
-void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                                const std::optional<Tensor>& weight, const Tensor& statistics,
-                                int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                Tensor gradient) {
-  const CrossEntropyShape shape =
-      check_cross_entropy(logits, target, weight, reduction, label_smoothing);
-  check_cross_entropy_backward(shape, grad_loss, logits, statistics, reduction, gradient);
-  if (gradient.numel() == 0) return;
-
-  dispatch_float("cross_entropy_backward", logits.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    using A = acc_t<T>;
-    Tensor stats = dense(statistics);
-    const Tensor g = dense(grad_loss);
-    Operands<T> operands(shape, logits, target, weight, stats, ignore_index, label_smoothing);
-    operands.write_to(gradient);
-    auto& call = operands.call;
-    call.grad_loss = static_cast<const A*>(g.const_data_ptr());
-    call.per_row = static_cast<Reduction>(reduction) == Reduction::none;
-    call.grad_scale = static_cast<Reduction>(reduction) == Reduction::mean
-                          ? 1 / call.maximum[shape.statistics() - 1]
-                          : A(1);
-    const Chunks chunks(shape, call.by_columns);
-    for_chunks(chunks, shape, [&](int64_t chunk) {
-      const auto [begin, end] = chunks[chunk];
-      FASTNET_BEST_ISA(cross_entropy_backward_kernel(call, begin, end));
-    });
-    operands.finish(gradient);
-  });
-}
-
 // What the mean divides by, before any row is gone through.
 template <class T>
 double divisor_of(const CrossEntropyShape& shape, const CrossEntropyCall<T>& call) {
@@ -243,40 +212,6 @@ double divisor_of(const CrossEntropyShape& shape, const CrossEntropyCall<T>& cal
     if (y != call.ignore_index) divisor += call.weight[y];
   }
   return divisor;
-}
-
-Tensor cross_entropy_with_gradient_out(const Tensor& logits, const Tensor& target,
-                                       const std::optional<Tensor>& weight, int64_t reduction,
-                                       int64_t ignore_index, double label_smoothing,
-                                       Tensor gradient) {
-  const CrossEntropyShape shape =
-      check_cross_entropy(logits, target, weight, reduction, label_smoothing);
-  check(static_cast<Reduction>(reduction) != Reduction::none,
-        "cross_entropy_with_gradient: reduction must be 1 (mean) or 2 (sum), but is ", reduction);
-  Tensor loss = allocate_loss(logits, reduction);
-  Tensor statistics = allocate(logits, std::array{shape.statistics()}, accumulate_type(logits));
-  check_cross_entropy_backward(shape, loss, logits, statistics, reduction, gradient);
-  check(logits.numel() == 0 || gradient.const_data_ptr() != logits.const_data_ptr(),
-        "cross_entropy_with_gradient: the gradient is in the logits' place");
-
-  dispatch_float("cross_entropy_with_gradient", logits.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    using A = acc_t<T>;
-    Operands<T> operands(shape, logits, target, weight, statistics, ignore_index, label_smoothing);
-    operands.write_to(gradient);
-    auto& call = operands.call;
-    const A one = 1;
-    call.grad_loss = &one;
-    call.grad_scale = static_cast<Reduction>(reduction) == Reduction::mean
-                          ? static_cast<A>(1 / divisor_of(shape, call))
-                          : A(1);
-    const ChunkSums total = sum_of_chunks(shape, call.by_columns, [&](auto rows, ChunkSums& sums) {
-      FASTNET_BEST_ISA(cross_entropy_with_gradient_kernel(call, rows.first, rows.second, sums));
-    });
-    total.reduce(reduction, loss);
-    operands.finish(gradient);
-  });
-  return loss;
 }
 
 }  // namespace
@@ -307,6 +242,38 @@ std::tuple<Tensor, Tensor> cpu::cross_entropy_forward(const Tensor& logits, cons
   return {loss, statistics};
 }
 
+void cpu::cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits,
+                                     const Tensor& target, const std::optional<Tensor>& weight,
+                                     const Tensor& statistics, int64_t reduction,
+                                     int64_t ignore_index, double label_smoothing,
+                                     Tensor gradient) {
+  const CrossEntropyShape shape =
+      check_cross_entropy(logits, target, weight, reduction, label_smoothing);
+  check_cross_entropy_backward(shape, grad_loss, logits, statistics, reduction, gradient);
+  if (gradient.numel() == 0) return;
+
+  dispatch_float("cross_entropy_backward", logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    Tensor stats = dense(statistics);
+    const Tensor g = dense(grad_loss);
+    Operands<T> operands(shape, logits, target, weight, stats, ignore_index, label_smoothing);
+    operands.write_to(gradient);
+    auto& call = operands.call;
+    call.grad_loss = static_cast<const A*>(g.const_data_ptr());
+    call.per_row = static_cast<Reduction>(reduction) == Reduction::none;
+    call.grad_scale = static_cast<Reduction>(reduction) == Reduction::mean
+                          ? 1 / call.maximum[shape.statistics() - 1]
+                          : A(1);
+    const Chunks chunks(shape, call.by_columns);
+    for_chunks(chunks, shape, [&](int64_t chunk) {
+      const auto [begin, end] = chunks[chunk];
+      FASTNET_BEST_ISA(cross_entropy_backward_kernel(call, begin, end));
+    });
+    operands.finish(gradient);
+  });
+}
+
 Tensor cpu::cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits,
                                    const Tensor& target, const std::optional<Tensor>& weight,
                                    const Tensor& statistics, int64_t reduction,
@@ -316,6 +283,40 @@ Tensor cpu::cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits
   cross_entropy_backward_out(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
                              label_smoothing, gradient);
   return gradient;
+}
+
+Tensor cpu::cross_entropy_with_gradient_out(const Tensor& logits, const Tensor& target,
+                                            const std::optional<Tensor>& weight, int64_t reduction,
+                                            int64_t ignore_index, double label_smoothing,
+                                            Tensor gradient) {
+  const CrossEntropyShape shape =
+      check_cross_entropy(logits, target, weight, reduction, label_smoothing);
+  check(static_cast<Reduction>(reduction) != Reduction::none,
+        "cross_entropy_with_gradient: reduction must be 1 (mean) or 2 (sum), but is ", reduction);
+  Tensor loss = allocate_loss(logits, reduction);
+  Tensor statistics = allocate(logits, std::array{shape.statistics()}, accumulate_type(logits));
+  check_cross_entropy_backward(shape, loss, logits, statistics, reduction, gradient);
+  check(logits.numel() == 0 || gradient.const_data_ptr() != logits.const_data_ptr(),
+        "cross_entropy_with_gradient: the gradient is in the logits' place");
+
+  dispatch_float("cross_entropy_with_gradient", logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    Operands<T> operands(shape, logits, target, weight, statistics, ignore_index, label_smoothing);
+    operands.write_to(gradient);
+    auto& call = operands.call;
+    const A one = 1;
+    call.grad_loss = &one;
+    call.grad_scale = static_cast<Reduction>(reduction) == Reduction::mean
+                          ? static_cast<A>(1 / divisor_of(shape, call))
+                          : A(1);
+    const ChunkSums total = sum_of_chunks(shape, call.by_columns, [&](auto rows, ChunkSums& sums) {
+      FASTNET_BEST_ISA(cross_entropy_with_gradient_kernel(call, rows.first, rows.second, sums));
+    });
+    total.reduce(reduction, loss);
+    operands.finish(gradient);
+  });
+  return loss;
 }
 
 std::tuple<Tensor, Tensor> cpu::cross_entropy_with_gradient(const Tensor& logits,
@@ -333,9 +334,9 @@ std::tuple<Tensor, Tensor> cpu::cross_entropy_with_gradient(const Tensor& logits
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
   library.impl("cross_entropy_forward", TORCH_BOX(&cpu::cross_entropy_forward));
   library.impl("cross_entropy_backward", TORCH_BOX(&cpu::cross_entropy_backward));
-  library.impl("cross_entropy_backward.out", TORCH_BOX(&cross_entropy_backward_out));
+  library.impl("cross_entropy_backward.out", TORCH_BOX(&cpu::cross_entropy_backward_out));
   library.impl("cross_entropy_with_gradient", TORCH_BOX(&cpu::cross_entropy_with_gradient));
-  library.impl("cross_entropy_with_gradient.out", TORCH_BOX(&cross_entropy_with_gradient_out));
+  library.impl("cross_entropy_with_gradient.out", TORCH_BOX(&cpu::cross_entropy_with_gradient_out));
 }
 
 }  // namespace fastnet

@@ -30,10 +30,18 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
 Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                               const OptionalTensor& weight, const Tensor& statistics,
                               int64_t reduction, int64_t ignore_index, double label_smoothing);
+void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                                const OptionalTensor& weight, const Tensor& statistics,
+                                int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                Tensor gradient);
 std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
                                                        const OptionalTensor& weight,
                                                        int64_t reduction, int64_t ignore_index,
                                                        double label_smoothing);
+Tensor cross_entropy_with_gradient_out(const Tensor& logits, const Tensor& target,
+                                       const OptionalTensor& weight, int64_t reduction,
+                                       int64_t ignore_index, double label_smoothing,
+                                       Tensor gradient);
 
 std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
                                                   const OptionalTensor& bias, const Sizes& stride,
@@ -53,7 +61,9 @@ struct Ops {
   decltype(&cpu::linear_relu_backward) linear_relu_backward;
   decltype(&cpu::cross_entropy_forward) cross_entropy_forward;
   decltype(&cpu::cross_entropy_backward) cross_entropy_backward;
+  decltype(&cpu::cross_entropy_backward_out) cross_entropy_backward_out;
   decltype(&cpu::cross_entropy_with_gradient) cross_entropy_with_gradient;
+  decltype(&cpu::cross_entropy_with_gradient_out) cross_entropy_with_gradient_out;
   decltype(&cpu::conv_relu_pool_forward) conv_relu_pool_forward;
   decltype(&cpu::conv_relu_pool_inference) conv_relu_pool_inference;
   decltype(&cpu::conv_relu_pool_backward) conv_relu_pool_backward;

@@ -452,21 +452,24 @@ FASTNET_INLINE void transpose(const uint8_t* from, int64_t from_row, uint8_t* to
 
 // ---------------------------------------------------------------------------------------------
 // exp(x) for x up to 88 (float) or 709 (double), to 2 ulp. Where the result would be subnormal it
-// is 0, at -infinity too; NaN stays NaN.
+// may be 0, at -infinity it is; NaN stays NaN.
 //
 // exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2. Adding 1.5 · 2^(digits)
 // rounds to an integer, and leaves n in the lowest bits, from where it is shifted into the
 // exponent. ln 2 is subtracted in two parts, of which the first times n is exact.
 
 // Of several vectors step by step: each step waits for the one before, and a processor looks too
-// few instructions ahead to begin with the next vector meanwhile.
+// few instructions ahead to begin with the next vector meanwhile. The exponent's bias is added with
+// what rounds, and n is never below -127, whose power is 0: no comparison, no addition of integers.
 template <int kCount>
 FASTNET_INLINE void exp_each(Vec<float> (&x)[kCount]) {
   using V = Vec<float>;
+  constexpr float kRounds = 12582912.0f + 127.0f;
   V shifted[kCount], r[kCount], q[kCount];
-  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) shifted[i] = x[i] * 1.44269504f + 12582912.0f;
+  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) x[i] = maximum<float>(x[i], splat(-88.0f));
+  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) shifted[i] = x[i] * 1.44269504f + kRounds;
   FASTNET_UNROLL for (int i = 0; i < kCount; ++i) {
-    const V n = shifted[i] - 12582912.0f;
+    const V n = shifted[i] - kRounds;
     r[i] = (x[i] - n * 0.693359375f) + n * 2.12194440e-4f;
   }
   // exp(r) = 1 + r + r² q(r), q the polynomial of least relative error (3e-9)
@@ -476,13 +479,11 @@ FASTNET_INLINE void exp_each(Vec<float> (&x)[kCount]) {
   FASTNET_UNROLL for (int i = 0; i < kCount; ++i) q[i] = q[i] * r[i] + 4.166838899254799e-2f;
   FASTNET_UNROLL for (int i = 0; i < kCount; ++i) q[i] = q[i] * r[i] + 1.666652113199234e-1f;
   FASTNET_UNROLL for (int i = 0; i < kCount; ++i) q[i] = q[i] * r[i] + 4.999999403953552e-1f;
+  FASTNET_UNROLL for (int i = 0; i < kCount; ++i) q[i] = q[i] * r[i] + 1.0f;
   FASTNET_UNROLL for (int i = 0; i < kCount; ++i) {
-    const V exp_r = (q[i] * (r[i] * r[i]) + r[i]) + 1.0f;
-    const V power = (V)(((Vec<uint32_t>)shifted[i] << 23) + 0x3f800000u);
-    x[i] = x[i] < -87.3365447f ? V{} : exp_r * power;
+    x[i] = (q[i] * r[i] + 1.0f) * (V)((Vec<uint32_t>)shifted[i] << 23);
   }
 }
-
 FASTNET_INLINE Vec<float> exp(Vec<float> x) {
   Vec<float> one[1] = {x};
   exp_each(one);

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastnet import ops
+from fastnet import _library
 from fastnet.bench import machine, memory
 from fastnet.bench.results import FASTNET, Row
 
@@ -121,7 +121,8 @@ def _space(case: Case, once: Callable) -> tuple[float, float]:
     allocations to count."""
     if case.mode == "epoch" or isinstance(once, Sequel):
         return float("nan"), float("nan")
-    ops.cross_entropy.MEMORY.release()  # or the gradient would be in memory that is there already
+    if _library.NODES is not None:
+        _library.NODES.release_memory()  # or the gradient would be in memory that is there already
     both = memory.peak_bytes(once), memory.saved_bytes(once)
     return tuple(round(b / 1e6, 6) if both[0] else float("nan") for b in both)
 

@@ -4,8 +4,6 @@ in one for both."""
 from __future__ import annotations
 
 import math
-import sys
-import threading
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +15,10 @@ _forward = torch.ops.fastnet.cross_entropy_forward.default
 _backward = torch.ops.fastnet.cross_entropy_backward.default
 _backward_out = torch.ops.fastnet.cross_entropy_backward.out
 _with_gradient = torch.ops.fastnet.cross_entropy_with_gradient.default
-_with_gradient_out = torch.ops.fastnet.cross_entropy_with_gradient.out
 
 # As torch numbers them, which is how the raw ops take them.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+LARGE = 2 << 20  # bytes of which a copy is felt
 NAMES = {number: name for name, number in REDUCTIONS.items()}
 
 
@@ -77,60 +75,6 @@ def fake_with_gradient_out(logits: Tensor, *arguments, gradient: Tensor) -> Tens
     return logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
 
 
-class KeptMemory:
-    """The memory of the last large gradient on the CPU, for the next one of that layout once nobody
-    else holds it.
-
-    Given back to the system and fetched anew at every step, a few hundred megabytes cost several
-    times what the kernel does: page faults, and on a virtual machine the host's as well.
-    """
-
-    MIN_BYTES = 2 << 20  # a huge page
-
-    def __init__(self) -> None:
-        self._kept: Tensor | None = None
-        self._alone: tuple | None = None
-        self._lock = threading.Lock()
-
-    @staticmethod
-    def _state(tensor: Tensor) -> tuple:
-        """Whatever changes when somebody else holds the memory, shares it or takes it away."""
-        storage = tensor.untyped_storage()
-        return (
-            torch._C._storage_Use_Count(storage._cdata),
-            sys.getrefcount(storage),
-            storage.is_shared(),
-            storage.nbytes(),
-            storage.data_ptr(),
-        )
-
-    def take(self, like: Tensor) -> Tensor | None:
-        """Memory for a tensor like this one, if there is any."""
-        with self._lock:
-            kept = self._kept
-            fits = (
-                kept is not None
-                and kept.shape == like.shape
-                and kept.stride() == like.stride()
-                and kept.dtype is like.dtype
-            )
-            return kept.detach() if fits and self._state(kept) == self._alone else None
-
-    def release(self) -> None:
-        """Gives it back to the system."""
-        with self._lock:
-            self._kept = self._alone = None
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Keeps the memory of a tensor that nobody else has seen yet. Returns what to show them."""
-        with self._lock:
-            self._kept, self._alone = tensor, self._state(tensor)
-            return tensor.detach()
-
-
-MEMORY = KeptMemory()
-
-
 def evaluate(logits: Tensor, target: Tensor, *options) -> Tensor:
     """The loss alone, where no gradient is wanted: without what a Function costs."""
     return _forward(logits, target, *options)[0]
@@ -154,11 +98,6 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _is_kept(logits: Tensor) -> bool:
-    """Whether the gradient's memory is kept for the next one."""
-    return not _is_traced() and logits.is_cpu and logits.nbytes >= KeptMemory.MIN_BYTES
-
-
 def _makes_gradient(logits: Tensor, reduction: int) -> bool:
     """Whether the forward pass makes the gradient, too, so that every logit is read once, and of
     most layouts every exponential computed once.
@@ -177,17 +116,12 @@ def _makes_gradient(logits: Tensor, reduction: int) -> bool:
 def run_forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, *options
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, with the rows' statistics or the gradient, which is in memory that was kept where
-    there is some."""
+    """The loss, with the rows' statistics or the gradient."""
     arguments = (logits, target, weight, reduction, *options)
     if not _makes_gradient(logits, reduction):
         return *_forward(*arguments), None
-    is_kept = _is_kept(logits)
-    gradient = MEMORY.take(logits) if is_kept else None
-    if gradient is not None:
-        return _with_gradient_out(*arguments, gradient=gradient), None, gradient
     loss, gradient = _with_gradient(*arguments)
-    return loss, None, MEMORY.keep(gradient) if is_kept else gradient
+    return loss, None, gradient
 
 
 def gradient_of(
@@ -203,7 +137,7 @@ def gradient_of(
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return differentiate(grad_loss, logits, target, weight, *options)
     if gradient is None:
-        return (_from_statistics(grad_loss, logits, target, weight, statistics, *options),)
+        return (_backward(grad_loss, logits, target, weight, statistics, *options),)
     if type(grad_loss) is not Tensor or _is_traced():
         return (gradient * grad_loss,)
     factor = grad_loss.item()
@@ -215,18 +149,7 @@ def gradient_of(
         return (gradient * factor,)
     if factor == 1:
         return (gradient,)
-    return (gradient.mul_(factor) if _is_kept(logits) else gradient * factor,)
-
-
-def _from_statistics(grad_loss: Tensor, logits: Tensor, *arguments) -> Tensor:
-    """The gradient, in memory that was kept where there is some."""
-    is_kept = _is_kept(logits)
-    gradient = MEMORY.take(logits) if is_kept else None
-    if gradient is not None:
-        _backward_out(grad_loss, logits, *arguments, out=gradient)
-        return gradient
-    gradient = _backward(grad_loss, logits, *arguments)
-    return MEMORY.keep(gradient) if is_kept else gradient
+    return (gradient.mul_(factor) if logits.nbytes >= LARGE else gradient * factor,)
 
 
 class CrossEntropy(torch.autograd.Function):
