@@ -118,7 +118,7 @@ def test_watchers_see_calls():
 
 
 def test_output_without_a_gradient():
-    """Of two results of which one is used, the other gets none."""
+    """Where what comes after gives none, neither does a node."""
 
     class Split(torch.autograd.Function):
         @staticmethod

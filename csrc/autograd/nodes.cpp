@@ -5,7 +5,6 @@
 // It serves the torch that it was compiled with (see fastnet/_library.py); under any other one, and
 // wherever torch.compile is at work, the Functions in Python do the same.
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/item.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -177,12 +176,12 @@ struct CrossEntropy {
     const Tensor& gradient = saved[4];
     const OptionalTensor weight = given(saved[2]);
     const auto [reduction, ignore_index, label_smoothing] = options;
-    const bool is_plain = !is_differentiated() && !is_traced(grad_loss);
-    if (is_plain && gradient.defined() && grad_loss.item().toDouble() == 1 &&
+    const bool is_usual = !is_differentiated() && !is_traced(grad_loss);
+    if (is_usual && gradient.defined() && grad_loss.item().toDouble() == 1 &&
         !torch::autograd::get_current_graph_task_keep_graph()) {
       return {gradient};
     }
-    if (is_plain && !gradient.defined()) {
+    if (is_usual && !gradient.defined()) {
       return {cross_entropy_backward(grad_loss, logits, target, weight, statistics, reduction,
                                      ignore_index, label_smoothing)};
     }
@@ -398,10 +397,9 @@ PYBIND11_MODULE(_nodes, module) {
   module.doc() = "The nodes of fastnet's ops in autograd's graph, for one version of torch.";
   fastnet::autograd::parameter_class = reinterpret_cast<PyTypeObject*>(
       pybind11::module_::import("torch.nn").attr("Parameter").ptr());
-  fastnet::autograd::cpu_ops = pybind11::module_::import("fastnet._C")
-                                   .attr("cpu_ops")
-                                   .cast<pybind11::capsule>()
-                                   .get_pointer<const fastnet::cpu::Ops>();
+  fastnet::autograd::cpu_ops =
+      static_cast<const fastnet::cpu::Ops*>(PyCapsule_Import(fastnet::cpu::kOpsCapsule, 0));
+  if (!fastnet::autograd::cpu_ops) throw pybind11::error_already_set();
   using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   module.def("linear_relu", &fastnet::autograd::linear_relu, Unlocked());
   module.def("cross_entropy", &fastnet::autograd::cross_entropy, Unlocked());

@@ -4,8 +4,13 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <optional>
+#include <tuple>
+#include <type_traits>
 
 #include "../cpu/ops.h"
 

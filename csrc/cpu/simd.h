@@ -484,6 +484,7 @@ FASTNET_INLINE void exp_each(Vec<float> (&x)[kCount]) {
     x[i] = (q[i] * r[i] + 1.0f) * (V)((Vec<uint32_t>)shifted[i] << 23);
   }
 }
+
 FASTNET_INLINE Vec<float> exp(Vec<float> x) {
   Vec<float> one[1] = {x};
   exp_each(one);

@@ -18,8 +18,9 @@ _with_gradient = torch.ops.fastnet.cross_entropy_with_gradient.default
 
 # As torch numbers them, which is how the raw ops take them.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-LARGE = 2 << 20  # bytes of which a copy is felt
 NAMES = {number: name for name, number in REDUCTIONS.items()}
+
+LARGE = 2 << 20  # bytes of which a copy is felt
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
