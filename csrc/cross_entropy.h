@@ -83,6 +83,18 @@ inline CrossEntropyShape check_cross_entropy(const Tensor& logits, const Tensor&
   return shape;
 }
 
+inline void check_cross_entropy_gradient(const Tensor& logits, const Tensor& gradient) {
+  check(gradient.dim() == logits.dim() && gradient.scalar_type() == logits.scalar_type(),
+        "cross_entropy: out is ", gradient.scalar_type(), " ", ShapeOf{gradient},
+        ", but logits are ", logits.scalar_type(), " ", ShapeOf{logits});
+  for (int64_t d = 0; d < logits.dim(); ++d) {
+    check(gradient.size(d) == logits.size(d), "cross_entropy: out ", ShapeOf{gradient},
+          " does not fit logits ", ShapeOf{logits});
+  }
+  check(gradient.device() == logits.device(),
+        "cross_entropy: logits and out are on different devices");
+}
+
 inline void check_cross_entropy_backward(const CrossEntropyShape& shape, const Tensor& grad_loss,
                                          const Tensor& logits, const Tensor& statistics,
                                          int64_t reduction, const Tensor& gradient) {
@@ -92,14 +104,8 @@ inline void check_cross_entropy_backward(const CrossEntropyShape& shape, const T
   check(statistics.dim() == 1 && statistics.size(0) == shape.statistics(),
         "cross_entropy_backward: statistics ", ShapeOf{statistics}, " must have ",
         shape.statistics(), " values for logits ", ShapeOf{logits});
-  check(gradient.dim() == logits.dim() && gradient.scalar_type() == logits.scalar_type(),
-        "cross_entropy_backward: out is ", gradient.scalar_type(), " ", ShapeOf{gradient},
-        ", but logits are ", logits.scalar_type(), " ", ShapeOf{logits});
-  for (int64_t d = 0; d < logits.dim(); ++d) {
-    check(gradient.size(d) == logits.size(d), "cross_entropy_backward: out ", ShapeOf{gradient},
-          " does not fit logits ", ShapeOf{logits});
-  }
-  for (const Tensor* tensor : {&grad_loss, &statistics, &gradient}) {
+  check_cross_entropy_gradient(logits, gradient);
+  for (const Tensor* tensor : {&grad_loss, &statistics}) {
     check(tensor->device() == logits.device(),
           "cross_entropy_backward: the arguments are on different devices");
   }

@@ -26,7 +26,9 @@ SHAPES = [
     (1, 1),  # one class: the loss is 0
     (5, 2),
     (70, 7),  # narrower than a vector, and more rows than a tile of the CPU kernels
-    (3, 33),  # just past the kernels for few classes
+    (37, 128),  # as many classes as a tile has, and rows that do not fill one
+    (37, 129),  # just past the kernels for few classes
+    (3, 33),  # few classes, but too few rows for a tile
     (4, 8, 3),  # positions behind the classes, fewer than a vector
     (2, 21, 9, 11),  # a segmentation: vectors along the positions, the last one reaching back
     (2, 70, 130),  # more classes than a block of them, more positions than a chunk
@@ -108,6 +110,7 @@ def test_matches_float64(shape, device):
 def test_every_class_count(C, device):
     for dtype in device.dtypes:
         check(*sample((3, C), dtype, device), dtype)
+    check(*sample((20, C), torch.float32, device), torch.float32)
     check(*sample((2, C, 17), torch.float32, device), torch.float32)
 
 
@@ -147,7 +150,7 @@ LAYOUTS = ["dense", "classes last", "reversed", "strided", "offset", "expanded"]
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the device stays as it is
 @given(
     N=st.integers(1, 40),
-    C=st.integers(1, 60),
+    C=st.integers(1, 140),
     positions=st.lists(st.integers(1, 7), max_size=3),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     options=st.sampled_from(OPTIONS),

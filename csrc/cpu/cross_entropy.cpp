@@ -111,12 +111,17 @@ ChunkSums sum_of_chunks(const CrossEntropyShape& shape, bool by_columns, const B
   return total;
 }
 
-void check_classes(const int64_t* classes, int64_t rows, int64_t C, int64_t ignore_index) {
+// Returns how many are not ignored.
+int64_t check_classes(const int64_t* classes, int64_t rows, int64_t C, int64_t ignore_index) {
   const auto is_out = [=](int64_t y) {
     return (static_cast<uint64_t>(y) >= static_cast<uint64_t>(C)) & (y != ignore_index);
   };
+  int64_t counted = 0;
   bool any = false;
-  for (int64_t row = 0; row < rows; ++row) any |= is_out(classes[row]);
+  for (int64_t row = 0; row < rows; ++row) {
+    counted += classes[row] != ignore_index;
+    any |= is_out(classes[row]);
+  }
   for (int64_t row = 0; any && row < rows; ++row) {
     const int64_t y = classes[row];
     if (is_out(y)) {
@@ -124,6 +129,7 @@ void check_classes(const int64_t* classes, int64_t rows, int64_t C, int64_t igno
                                    " is out of bounds: logits have ", C, " classes"));
     }
   }
+  return counted;
 }
 
 // A gradient of hundreds of megabytes is fresh memory at every call, and most of the time went into
@@ -146,12 +152,14 @@ struct Operands {
   Tensor logits, target;
   std::optional<Tensor> weight;
   CrossEntropyCall<element_t<T>> call{};
+  int64_t counted;  // rows that are not ignored
 
   Operands(const CrossEntropyShape& shape, const Tensor& given_logits, const Tensor& given_target,
-           const std::optional<Tensor>& given_weight, Tensor& statistics, int64_t ignore_index,
+           const std::optional<Tensor>& given_weight, acc_t<T>* statistics, int64_t ignore_index,
            double label_smoothing)
       : logits(with_class_strides(given_logits)),
-        target(shape.has_probabilities ? with_class_strides(given_target) : dense(given_target)) {
+        target(shape.has_probabilities ? with_class_strides(given_target) : dense(given_target)),
+        counted(shape.rows()) {
     using A = acc_t<T>;
     call.C = shape.C;
     call.D = shape.D;
@@ -166,17 +174,28 @@ struct Operands {
       call.target_at = *class_strides(target);
     } else {
       call.classes = static_cast<const int64_t*>(target.const_data_ptr());
-      check_classes(call.classes, shape.rows(), shape.C, ignore_index);
+      counted = check_classes(call.classes, shape.rows(), shape.C, ignore_index);
     }
     if (given_weight) {
       weight = dense(*given_weight);
       call.weight = static_cast<const A*>(weight->const_data_ptr());
     }
-    call.maximum = static_cast<A*>(statistics.mutable_data_ptr());
+    call.maximum = statistics;
     call.log_sum = call.maximum + shape.rows();
     call.target_sum = call.log_sum + shape.rows();
     call.by_columns = shape.D >= kWidestVector && call.logits_at.inner == 1 &&
                       (!call.probabilities || call.target_at.inner == 1);
+  }
+
+  // What the mean divides by, before any row is gone through.
+  double divisor() const {
+    if (!call.classes || !call.weight) return static_cast<double>(counted);
+    double sum = 0;
+    for (int64_t row = 0; row < target.numel(); ++row) {
+      const int64_t y = call.classes[row];
+      if (y != call.ignore_index) sum += call.weight[y];
+    }
+    return sum;
   }
 
   // Where its own layout has no class strides, the gradient is made in a dense one, and copied at
@@ -197,23 +216,6 @@ struct Operands {
   }
 };
 
-// ---------------------------------------------------------------------------------------------
-
-// What the mean divides by, before any row is gone through.
-template <class T>
-double divisor_of(const CrossEntropyShape& shape, const CrossEntropyCall<T>& call) {
-  if (!call.classes) return static_cast<double>(shape.rows());
-  int64_t count = 0;
-  for (int64_t row = 0; row < shape.rows(); ++row) count += call.classes[row] != call.ignore_index;
-  if (!call.weight) return static_cast<double>(count);
-  double divisor = 0;
-  for (int64_t row = 0; row < shape.rows(); ++row) {
-    const int64_t y = call.classes[row];
-    if (y != call.ignore_index) divisor += call.weight[y];
-  }
-  return divisor;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> cpu::cross_entropy_forward(const Tensor& logits, const Tensor& target,
@@ -228,7 +230,9 @@ std::tuple<Tensor, Tensor> cpu::cross_entropy_forward(const Tensor& logits, cons
   dispatch_float("cross_entropy", logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
-    Operands<T> operands(shape, logits, target, weight, statistics, ignore_index, label_smoothing);
+    Operands<T> operands(shape, logits, target, weight,
+                         static_cast<A*>(statistics.mutable_data_ptr()), ignore_index,
+                         label_smoothing);
     auto& call = operands.call;
     if (static_cast<Reduction>(reduction) == Reduction::none) {
       call.losses = static_cast<A*>(loss.mutable_data_ptr());
@@ -257,7 +261,8 @@ void cpu::cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logi
     using A = acc_t<T>;
     Tensor stats = dense(statistics);
     const Tensor g = dense(grad_loss);
-    Operands<T> operands(shape, logits, target, weight, stats, ignore_index, label_smoothing);
+    Operands<T> operands(shape, logits, target, weight, static_cast<A*>(stats.mutable_data_ptr()),
+                         ignore_index, label_smoothing);
     operands.write_to(gradient);
     auto& call = operands.call;
     call.grad_loss = static_cast<const A*>(g.const_data_ptr());
@@ -294,25 +299,27 @@ Tensor cpu::cross_entropy_with_gradient_out(const Tensor& logits, const Tensor& 
   check(static_cast<Reduction>(reduction) != Reduction::none,
         "cross_entropy_with_gradient: reduction must be 1 (mean) or 2 (sum), but is ", reduction);
   Tensor loss = allocate_loss(logits, reduction);
-  Tensor statistics = allocate(logits, std::array{shape.statistics()}, accumulate_type(logits));
-  check_cross_entropy_backward(shape, loss, logits, statistics, reduction, gradient);
+  check_cross_entropy_gradient(logits, gradient);
   check(logits.numel() == 0 || gradient.const_data_ptr() != logits.const_data_ptr(),
         "cross_entropy_with_gradient: the gradient is in the logits' place");
 
   dispatch_float("cross_entropy_with_gradient", logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
-    Operands<T> operands(shape, logits, target, weight, statistics, ignore_index, label_smoothing);
+    const std::unique_ptr<A[]> statistics(new A[shape.statistics()]);
+    Operands<T> operands(shape, logits, target, weight, statistics.get(), ignore_index,
+                         label_smoothing);
     operands.write_to(gradient);
     auto& call = operands.call;
+    const double divisor = operands.divisor();
     const A one = 1;
     call.grad_loss = &one;
-    call.grad_scale = static_cast<Reduction>(reduction) == Reduction::mean
-                          ? static_cast<A>(1 / divisor_of(shape, call))
-                          : A(1);
-    const ChunkSums total = sum_of_chunks(shape, call.by_columns, [&](auto rows, ChunkSums& sums) {
+    call.grad_scale =
+        static_cast<Reduction>(reduction) == Reduction::mean ? static_cast<A>(1 / divisor) : A(1);
+    ChunkSums total = sum_of_chunks(shape, call.by_columns, [&](auto rows, ChunkSums& sums) {
       FASTNET_BEST_ISA(cross_entropy_with_gradient_kernel(call, rows.first, rows.second, sums));
     });
+    total.divisor = divisor;
     total.reduce(reduction, loss);
     operands.finish(gradient);
   });

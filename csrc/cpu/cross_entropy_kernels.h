@@ -444,55 +444,32 @@ static void column_gradient(const CrossEntropyCall<T>& call, Columns<T> x, Colum
 // Goes through the first elements of rows, one after the other, without a division at each.
 struct RowWalk {
   ClassStrides at;
-  int64_t D, n, d;
+  int64_t D, d, offset, turn;
 
-  RowWalk(const ClassStrides& at, int64_t D, int64_t row) : at(at), D(D), n(row / D), d(row % D) {}
+  RowWalk(const ClassStrides& at, int64_t D, int64_t row)
+      : at(at),
+        D(D),
+        d(row % D),
+        offset(row / D * at.outer + d * at.inner),
+        turn(at.outer - (D - 1) * at.inner) {}
 
   int64_t next() {
-    const int64_t offset = n * at.outer + d * at.inner;
-    if (++d == D) {
-      d = 0;
-      ++n;
-    }
-    return offset;
+    const int64_t here = offset;
+    const bool is_last = ++d == D;
+    offset += is_last ? turn : at.inner;
+    if (is_last) d = 0;
+    return here;
   }
 };
 
-// Few classes: so many rows at a time are copied into columns, whatever their strides.
-inline constexpr int64_t kFewClasses = 32;
+// Up to so many classes, rows are copied into columns, a few vectors of them at a time, whatever
+// their strides: no sum goes across a vector then, and no class count leaves lanes empty. Of very
+// few rows most lanes would be.
+inline constexpr int64_t kFewClasses = 128, kFewestClasses = 32;
 
-template <class V>
-FASTNET_INLINE void transpose_4(V v[4]) {
-  const V a = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5);
-  const V b = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
-  const V c = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
-  const V d = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
-  v[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-  v[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-  v[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-  v[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
-}
-
-// Copies four rows of C >= 4 neighbouring elements into columns or back, four by four; the last
-// four of a row reach back.
-template <bool kToColumns, class A, class Rows>
-FASTNET_INLINE void transpose_rows(const Rows& rows, A* columns, int64_t stride, int64_t C) {
-  using Four = typename VectorType<A, 4 * sizeof(A)>::unaligned;
-  for (int64_t from = 0; from < C; from += 4) {
-    const int64_t c = from + 4 <= C ? from : C - 4;
-    Vec4<A> v[4];
-    for (int i = 0; i < 4; ++i) {
-      v[i] = *reinterpret_cast<const Four*>(kToColumns ? rows[i] + c : columns + (c + i) * stride);
-    }
-    transpose_4(v);
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kToColumns) {
-        *reinterpret_cast<Four*>(columns + (c + i) * stride) = v[i];
-      } else {
-        *reinterpret_cast<Four*>(rows[i] + c) = v[i];
-      }
-    }
-  }
+template <class T>
+FASTNET_INLINE bool has_few_classes(const CrossEntropyCall<T>& call, int64_t rows) {
+  return call.C <= kFewestClasses || (call.C <= kFewClasses && rows >= kLanes<T>);
 }
 
 template <class T>
@@ -500,40 +477,58 @@ struct Tile {
   static constexpr int kRows = kWideColumns * kLanes<T>;
   T elements[kFewClasses * kRows];
 
-  // `count` rows and, in the place of those missing, zeros.
-  Columns<T> gather(const T* from, RowWalk& walk, int64_t C, int64_t count) {
-    int64_t i = 0;
-    if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-      for (; walk.at.cls == 1 && C >= 4 && i + 4 <= count; i += 4) {
-        const T* rows[4];
-        for (auto& row : rows) row = from + walk.next();
-        transpose_rows<true>(rows, elements + i, kRows, C);
+  // `count` rows, and zeros in as many vectors as for_tiles has for them.
+  Columns<T> gather(const T* from, RowWalk& walk, int64_t C, int64_t count, int vectors) {
+    if (is_matrix(walk)) {
+      transpose(from + walk.offset, walk.turn, elements, kRows, count, C);
+      walk.offset += count * walk.turn;
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const T* const x = from + walk.next();
+        for (int64_t c = 0; c < C; ++c) elements[c * kRows + i] = x[c * walk.at.cls];
       }
     }
-    for (; i < count; ++i) {
-      const T* const x = from + walk.next();
-      for (int64_t c = 0; c < C; ++c) elements[c * kRows + i] = x[c * walk.at.cls];
-    }
-    for (; i < kRows; ++i) {
+    for (int64_t i = count; i < vectors * kLanes<T>; ++i) {
       for (int64_t c = 0; c < C; ++c) elements[c * kRows + i] = T{};
     }
     return {elements, kRows};
   }
   void scatter(T* to, RowWalk& walk, int64_t C, int64_t count) {
-    int64_t i = 0;
-    if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-      for (; walk.at.cls == 1 && C >= 4 && i + 4 <= count; i += 4) {
-        T* rows[4];
-        for (auto& row : rows) row = to + walk.next();
-        transpose_rows<false>(rows, elements + i, kRows, C);
+    if (is_matrix(walk)) {
+      transpose(elements, kRows, to + walk.offset, walk.turn, C, count);
+      walk.offset += count * walk.turn;
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        T* const g = to + walk.next();
+        for (int64_t c = 0; c < C; ++c) g[c * walk.at.cls] = elements[c * kRows + i];
       }
     }
-    for (; i < count; ++i) {
-      T* const g = to + walk.next();
-      for (int64_t c = 0; c < C; ++c) g[c * walk.at.cls] = elements[c * kRows + i];
-    }
+  }
+
+ private:
+  // Whether it is as far from each row to the next. Half types would be widened and rounded.
+  static bool is_matrix(const RowWalk& walk) {
+    return sizeof(T) == sizeof(acc_t<T>) && walk.at.cls == 1 &&
+           (walk.D == 1 || walk.turn == walk.at.inner);
   }
 };
+
+// Goes through the rows a tile at a time: body(vectors, row, count), `vectors` a constant, as many
+// as the rows fill.
+template <class T, class Body>
+FASTNET_INLINE void for_tiles(int64_t begin, int64_t end, const Body& body) {
+  constexpr int64_t kStep = kLanes<T>;
+  for (int64_t row = begin; row < end; row += kWideColumns * kStep) {
+    const int64_t count = row + kWideColumns * kStep < end ? kWideColumns * kStep : end - row;
+    if (count > 2 * kStep) {
+      body(std::integral_constant<int, kWideColumns>{}, row, count);
+    } else if (count > kStep) {
+      body(std::integral_constant<int, 2>{}, row, count);
+    } else {
+      body(std::integral_constant<int, 1>{}, row, count);
+    }
+  }
+}
 
 // begin and end lie within one n where the columns are the tensors' own.
 template <class T>
@@ -558,17 +553,16 @@ void cross_entropy_forward_kernel(const CrossEntropyCall<T>& call, int64_t begin
       column_forward<T, 1>(call, {x + j, at.cls}, {from(t, j), t_at.cls}, begin + j, i - j, kStep,
                            out);
     }
-  } else if (call.C <= kFewClasses) {
+  } else if (has_few_classes(call, end - begin)) {
     Tile<T> x, t;
     RowWalk x_walk(at, call.D, begin), t_walk(t_at, call.D, begin);
-    for (int64_t row = begin; row < end; row += kWide) {
-      const int64_t count = row + kWide < end ? kWide : end - row;
+    for_tiles<T>(begin, end, [&](auto vectors, int64_t row, int64_t count) {
       const Columns<T> targets = call.probabilities
-                                     ? t.gather(call.probabilities, t_walk, call.C, count)
+                                     ? t.gather(call.probabilities, t_walk, call.C, count, vectors)
                                      : Columns<T>{nullptr, 0};
-      column_forward<T, kWideColumns>(call, x.gather(call.logits, x_walk, call.C, count), targets,
-                                      row, 0, count, out);
-    }
+      column_forward<T, decltype(vectors)::value>(
+          call, x.gather(call.logits, x_walk, call.C, count, vectors), targets, row, 0, count, out);
+    });
   } else {
     RowWalk x_walk(at, call.D, begin), t_walk(t_at, call.D, begin);
     for (int64_t row = begin; row < end; ++row) {
@@ -605,18 +599,18 @@ static void backward_chunk(const CrossEntropyCall<T>& call, int64_t begin, int64
       column_gradient<T, 1, kOffset>(call, {x + j, at.cls}, {from(t, j), t_at.cls}, g + j, g_at.cls,
                                      begin + j, kStep);
     }
-  } else if (call.C <= kFewClasses) {
+  } else if (has_few_classes(call, end - begin)) {
     Tile<T> x, t, g;
     RowWalk x_walk(at, call.D, begin), t_walk(t_at, call.D, begin), g_walk(g_at, call.D, begin);
-    for (int64_t row = begin; row < end; row += kWide) {
-      const int64_t count = row + kWide < end ? kWide : end - row;
+    for_tiles<T>(begin, end, [&](auto vectors, int64_t row, int64_t count) {
       const Columns<T> targets = kOffset && call.probabilities
-                                     ? t.gather(call.probabilities, t_walk, call.C, count)
+                                     ? t.gather(call.probabilities, t_walk, call.C, count, vectors)
                                      : Columns<T>{nullptr, 0};
-      column_gradient<T, kWideColumns, kOffset>(call, x.gather(call.logits, x_walk, call.C, count),
-                                                targets, g.elements, kWide, row, count);
+      column_gradient<T, decltype(vectors)::value, kOffset>(
+          call, x.gather(call.logits, x_walk, call.C, count, vectors), targets, g.elements, kWide,
+          row, count);
       g.scatter(call.gradient, g_walk, call.C, count);
-    }
+    });
   } else {
     RowWalk x_walk(at, call.D, begin), t_walk(t_at, call.D, begin), g_walk(g_at, call.D, begin);
     for (int64_t row = begin; row < end; ++row) {
@@ -682,19 +676,92 @@ static acc_t<T> row_with_gradient(const CrossEntropyCall<T>& call, int64_t row, 
   return loss;
 }
 
+// The same of few classes, and `count` rows in a tile, which holds the exponentials.
+template <class T, int kVectors>
+static double tile_with_gradient(const CrossEntropyCall<T>& call, Tile<T>& tile, int64_t row,
+                                 int64_t count, RowWalk& x_walk, RowWalk& g_walk) {
+  using A = acc_t<T>;
+  constexpr int kStep = kLanes<T>, kRows = Tile<T>::kRows;
+  RowWalk x_first = x_walk, g_first = g_walk;
+  tile.gather(call.logits, x_walk, call.C, count, kVectors);
+
+  Vec<A> most[kVectors], sums[kVectors], values[kVectors];
+  FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+    most[v] = splat(-kInfinity<A>);
+    sums[v] = Vec<A>{};
+  }
+  for (int64_t c = 0; c < call.C; ++c) {
+    const T* const x = tile.elements + c * kRows;
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+      most[v] = maximum<A>(most[v], load(x + v * kStep));
+    }
+  }
+  A maxima[kVectors * kStep], log_sums[kVectors * kStep], hits[kVectors * kStep] = {};
+  FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+    store(maxima + v * kStep, most[v]);
+    most[v] = shift_of<A>(most[v]);
+  }
+  for (int64_t c = 0; c < call.C; ++c) {
+    T* const x = tile.elements + c * kRows;
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) values[v] = load(x + v * kStep) - most[v];
+    exp_each(values);
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+      store(x + v * kStep, values[v]);
+      sums[v] += values[v];
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(log_sums + v * kStep, log(sums[v]));
+
+  const A scale = call.grad_loss[0] * call.grad_scale;
+  double loss = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* const x = call.logits + x_first.next();
+    const int64_t y = call.classes[row + i];
+    if (y == call.ignore_index) continue;
+    const A w = call.weight ? call.weight[y] : A(1);
+    loss += w * ((maxima[i] - x[y * call.logits_at.cls]) + log_sums[i]);
+    hits[i] = scale * w;
+  }
+  FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sums[v] = load(hits + v * kStep) / sums[v];
+  for (int64_t c = 0; c < call.C; ++c) {
+    T* const x = tile.elements + c * kRows;
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+      store(x + v * kStep, load(x + v * kStep) * sums[v]);
+    }
+  }
+  tile.scatter(call.gradient, g_walk, call.C, count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t y = call.classes[row + i];
+    T* const g = call.gradient + g_first.next();
+    if (y != call.ignore_index) g[y * call.gradient_at.cls] -= hits[i];
+  }
+  return loss;
+}
+
+// Leaves the divisor to the caller, who has to know it before.
 template <class T>
 void cross_entropy_with_gradient_kernel(const CrossEntropyCall<T>& call, int64_t begin, int64_t end,
                                         ChunkSums& out) {
   // Half types would round the exponentials.
-  const bool is_plain = sizeof(T) == sizeof(acc_t<T>) && !call.by_columns && !call.needs_dot &&
-                        call.logits_at.cls == 1 && call.gradient_at.cls == 1 &&
-                        call.C > kFewClasses && call.C <= kMostBlocks * kRowBlock;
-  if (!is_plain) {  // what the one has read is near when the other comes
+  const bool is_plain = sizeof(T) == sizeof(acc_t<T>) && !call.by_columns && !call.needs_dot;
+  RowWalk x_walk(call.logits_at, call.D, begin), g_walk(call.gradient_at, call.D, begin);
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    if (is_plain && has_few_classes(call, end - begin)) {
+      Tile<T> tile;
+      for_tiles<T>(begin, end, [&](auto vectors, int64_t row, int64_t count) {
+        out.loss +=
+            tile_with_gradient<T, decltype(vectors)::value>(call, tile, row, count, x_walk, g_walk);
+      });
+      return;
+    }
+  }
+  const bool by_rows = is_plain && call.logits_at.cls == 1 && call.gradient_at.cls == 1 &&
+                       call.C <= kMostBlocks * kRowBlock;
+  if (!by_rows) {  // what the one has read is near when the other comes
     cross_entropy_forward_kernel(call, begin, end, out);
     cross_entropy_backward_kernel(call, begin, end);
     return;
   }
-  RowWalk x_walk(call.logits_at, call.D, begin), g_walk(call.gradient_at, call.D, begin);
   for (int64_t row = begin; row < end; ++row) {
     const T* const x = call.logits + x_walk.next();
     out.loss += row_with_gradient(call, row, x, call.gradient + g_walk.next(), out.divisor);

@@ -344,7 +344,8 @@ FASTNET_INLINE void transpose_fours(V (&x)[4], LaneList<kLane...>) {
 }
 
 // to[column · to_row + row] = from[row · from_row + column]. Four columns of as many rows as a
-// vector has lanes at a time, or four rows of as many columns, or four of four.
+// vector has lanes at a time, or four rows of as many columns, or four of four. The last four reach
+// back over what is done already.
 template <class From, class To>
 FASTNET_INLINE void transpose(const From* from, int64_t from_row, To* to, int64_t to_row,
                               int64_t rows, int64_t columns) {
@@ -354,28 +355,36 @@ FASTNET_INLINE void transpose(const From* from, int64_t from_row, To* to, int64_
   constexpr int kStep = kLanes<float>;
   constexpr typename MakeLanes<kStep>::type lanes{};
   constexpr typename MakeLanes<4>::type four{};
+  if (rows < 4 || columns < 4) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < columns; ++column) {
+        narrow(widen(from[row * from_row + column]), to + column * to_row + row);
+      }
+    }
+    return;
+  }
+  const auto last_four = [](int64_t index, int64_t count) {
+    return index < count - 4 ? index : count - 4;
+  };
   int64_t row = 0;
   if constexpr (kByVectors) {
     for (; row + kStep <= rows; row += kStep) {
-      const float* const x = from + row * from_row;
-      float* const y = to + row;
-      int64_t column = 0;
-      for (; column + 4 <= columns; column += 4) {
+      for (int64_t column = 0; column < columns; column += 4) {
+        const int64_t at = last_four(column, columns);
+        const float* const x = from + row * from_row + at;
+        float* const y = to + at * to_row + row;
         Vec<float> block[4];
         FASTNET_UNROLL for (int i = 0; i < 4; ++i) {
-          block[i] = load_fours(x + i * from_row + column, 4 * from_row);
+          block[i] = load_fours(x + i * from_row, 4 * from_row);
         }
         transpose_fours(block, lanes);
-        FASTNET_UNROLL for (int i = 0; i < 4; ++i) store(y + (column + i) * to_row, block[i]);
-      }
-      for (; column < columns; ++column) {
-        for (int i = 0; i < kStep; ++i) y[column * to_row + i] = x[i * from_row + column];
+        FASTNET_UNROLL for (int i = 0; i < 4; ++i) store(y + i * to_row, block[i]);
       }
     }
   }
-  for (; row + 4 <= rows; row += 4) {
-    const From* const x = from + row * from_row;
-    To* const y = to + row;
+  for (; row < rows; row += 4) {
+    const From* const x = from + last_four(row, rows) * from_row;
+    To* const y = to + last_four(row, rows);
     int64_t column = 0;
     if constexpr (kByVectors) {
       for (; column + kStep <= columns; column += kStep) {
@@ -387,19 +396,12 @@ FASTNET_INLINE void transpose(const From* from, int64_t from_row, To* to, int64_
         }
       }
     }
-    for (; column + 4 <= columns; column += 4) {
+    for (; column < columns; column += 4) {
+      const int64_t at = last_four(column, columns);
       V block[4];
-      FASTNET_UNROLL for (int i = 0; i < 4; ++i) block[i] = load_4(x + i * from_row + column);
+      FASTNET_UNROLL for (int i = 0; i < 4; ++i) block[i] = load_4(x + i * from_row + at);
       transpose_fours(block, four);
-      FASTNET_UNROLL for (int i = 0; i < 4; ++i) store_4(y + (column + i) * to_row, block[i]);
-    }
-    for (; column < columns; ++column) {
-      for (int i = 0; i < 4; ++i) narrow(widen(x[i * from_row + column]), y + column * to_row + i);
-    }
-  }
-  for (; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; ++column) {
-      narrow(widen(from[row * from_row + column]), to + column * to_row + row);
+      FASTNET_UNROLL for (int i = 0; i < 4; ++i) store_4(y + (at + i) * to_row, block[i]);
     }
   }
 }
