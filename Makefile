@@ -15,6 +15,7 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export TORCH_CUDA_ARCH_LIST ?= 7.5;9.0+PTX
 
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+FORMATTED := $(CXX_FILES) $(wildcard benchmarks/*.cpp)
 # What a build depends on. Python files need none: the checkout itself is what is imported.
 SOURCES := $(CXX_FILES) setup.py pyproject.toml fastnet/_version.py $(wildcard build_backend/*.py)
 BUILT := $(VENV)/.built
@@ -50,12 +51,12 @@ gpu-report: ## build, test and time on the NVIDIA GPU that is here, in the Pytho
 lint: $(VENV)/.installed ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.installed ## put style and formatting right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 test-abi: build emulation ## run the op tests with this build under another torch
 	PYTHON=$(PYTHON) sh tests/abi.sh

@@ -212,6 +212,18 @@ TABLES = {
         },
         cases="steps",
     ),
+    "kernels": Table(
+        "from C++, without autograd",
+        "kernels",
+        BOTH,
+        {
+            "torch's kernels": time("eager"),
+            "fastnet's": time("fastnet"),
+            "ratio": ratio(),
+            **ONE,
+        },
+        cases=".",
+    ),
     "peers": Table(
         "beside JAX",
         "peers",

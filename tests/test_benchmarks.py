@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import fastnet
-from benchmarks import gpu_report, peers, plot, tables
+from benchmarks import gpu_report, kernels, peers, plot, tables
 from fastnet.bench import (
     accelerate,
     conv_relu_pool,
@@ -395,6 +395,32 @@ def test_operators_of_cross_entropy():
             harness.verify(timed)
             modes.append(timed.mode)
         assert modes == ["forward", "backward", "forward+backward", "operators"]
+
+
+@pytest.mark.skipif(
+    fastnet.build_info()["autograd"] != "C++", reason="fastnet was built with another torch"
+)
+def test_kernels_from_cpp_compute_the_same():
+    for case, count in (
+        (kernels.loss(6, 10), 2),
+        (kernels.layer(6, 20, 5, needs_input=False), 3),
+        (kernels.layer(6, 20, 5, needs_input=True), 4),
+    ):
+        harness.verify(case)
+        assert [len(side()) for side in case.sides.values()] == [count, count]
+
+
+def test_kernels_from_cpp_want_the_torch_of_the_build(monkeypatch):
+    built_elsewhere = {"autograd": "Python", "torch_built_with": "2.9.0"}
+    monkeypatch.setattr(fastnet, "build_info", lambda: built_elsewhere)
+    with pytest.raises(FastnetError, match="built with torch 2"):
+        kernels.compiled.__wrapped__()
+
+
+def test_a_side_that_repeats_is_timed_per_time(monkeypatch):
+    case = harness.Case("op", "case", "step", {"fastnet": lambda: []}, repeats=4, seconds=0)
+    monkeypatch.setattr(harness, "measure", lambda *_: {"fastnet": [8e-6]})
+    assert harness.run(case)[0].median_us == 2
 
 
 def test_sides_of_conv_relu_pool_agree():

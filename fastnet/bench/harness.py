@@ -55,6 +55,7 @@ class Case:
         tolerance: largest difference allowed, relative to the largest value.
         compared: the sides whose results are compared, where those that are timed run too long for
             their rounding not to part them.
+        repeats: how often one call of a side does it; `flops` and `bytes` are those of once.
         seconds: how long to measure, all sides together; by default about 25 calls of each, in
             one second to three.
         series: what this is a point of ("ladder", "width", "784->28"), to be drawn as a curve.
@@ -70,6 +71,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
     compared: dict[str, Callable[[], Iterable[torch.Tensor]]] | None = None
+    repeats: int = 1
     seconds: float | None = None
     series: str = ""
     x: float = 0
@@ -84,7 +86,10 @@ def run(case: Case) -> list[Row]:
         seconds = case.seconds
     spaces = {side: _space(case, function) for side, function in case.sides.items()}
     timer = measure_cuda if torch.cuda.is_available() else measure
-    taken = timer(case.sides, seconds)
+    taken = {
+        side: [each / case.repeats for each in times]
+        for side, times in timer(case.sides, seconds).items()
+    }
     medians = {side: percentile(times, 0.5) for side, times in taken.items()}
     others = [m for side, m in medians.items() if not side.startswith(FASTNET)]
     best_other = min(others, default=float("nan"))
