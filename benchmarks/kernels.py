@@ -79,7 +79,7 @@ def loss(N: int, C: int) -> Case:
     return Case(
         op="kernels",
         case=f"cross_entropy: {N}x{C}",
-        mode="forward+backward",
+        mode="C++",
         sides={
             "eager": lambda: kernels.cross_entropy_torch(batches, repeats),
             FASTNET: lambda: kernels.cross_entropy_fastnet(batches, repeats),
@@ -99,7 +99,7 @@ def layer(M: int, K: int, N: int, needs_input: bool) -> Case:
     return Case(
         op="kernels",
         case=f"linear_relu: {M}x{K}->{N}" + (", input gradient" if needs_input else ""),
-        mode="forward+backward",
+        mode="C++",
         sides={
             "eager": lambda: kernels.linear_relu_torch(batches, needs_input, repeats),
             FASTNET: lambda: kernels.linear_relu_fastnet(batches, needs_input, repeats),

@@ -17,7 +17,12 @@ from fastnet.bench import results
 MODES = ("forward+backward", "step", "epoch")
 # Curves whose x is no batch.
 LADDER, WIDTH = "ladder", "width"
-COLOURS = {"linear_relu": "tab:blue", "cross_entropy": "tab:orange", "conv_relu_pool": "tab:green"}
+COLOURS = {
+    "linear_relu": "tab:blue",
+    "linear": "tab:cyan",
+    "cross_entropy": "tab:orange",
+    "conv_relu_pool": "tab:green",
+}
 
 Row = dict[str, str]
 

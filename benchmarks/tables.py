@@ -151,6 +151,13 @@ TABLES = {
             **ONE,
         },
     ),
+    "linear": Table(
+        "linear, float32",
+        "linear",
+        BOTH,
+        {**SIDES, "ratio": ratio(), "kernels alone": ratio("operators"), **ONE},
+        cases=r"^64x",
+    ),
     "cross_entropy": Table(
         "cross-entropy, float32",
         "cross_entropy",
@@ -215,7 +222,7 @@ TABLES = {
     "kernels": Table(
         "from C++, without autograd",
         "kernels",
-        BOTH,
+        "C++",
         {
             "torch's kernels": time("eager"),
             "fastnet's": time("fastnet"),

@@ -39,6 +39,8 @@ pybind11::dict build_info() {
 constexpr fastnet::cpu::Ops kCpuOps{
     .linear_relu_forward = &fastnet::cpu::linear_relu_forward,
     .linear_relu_backward = &fastnet::cpu::linear_relu_backward,
+    .linear_forward = &fastnet::cpu::linear_forward,
+    .linear_backward = &fastnet::cpu::linear_backward,
     .cross_entropy_forward = &fastnet::cpu::cross_entropy_forward,
     .cross_entropy_backward = &fastnet::cpu::cross_entropy_backward,
     .cross_entropy_backward_out = &fastnet::cpu::cross_entropy_backward_out,

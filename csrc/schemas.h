@@ -15,6 +15,13 @@ void define_schemas(Library& library) {
       "linear_relu_backward(Tensor grad_output, Tensor output, Tensor? input, Tensor? weight, "
       "bool needs_bias) -> (Tensor, Tensor, Tensor)");
 
+  // The same without the ReLU, on the CPU alone, for layers so small that a library is far from its
+  // peak.
+  library.def("linear_forward(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  library.def(
+      "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool needs_bias) "
+      "-> (Tensor, Tensor, Tensor)");
+
   // The loss, and what the backward needs to know of the rows (see cross_entropy.h).
   library.def(
       "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int reduction, "

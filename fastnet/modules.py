@@ -10,13 +10,14 @@ from fastnet import functional
 
 
 class Linear(nn.Linear):
-    r"""`nn.Linear`, with the activation that follows it fused in.
+    r"""`nn.Linear`, with the activation that follows it fused in; see `functional.linear_relu` and
+    `functional.linear`.
 
     Args:
         in_features: size of each input sample.
         out_features: size of each output sample.
         bias: whether to add a learnable bias.
-        activation: "relu", or None for `nn.Linear` as it is.
+        activation: "relu", or None.
 
     Shape: `(*, in_features)` → `(*, out_features)`.
 
@@ -43,7 +44,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.activation is None:
-            return super().forward(input)
+            return functional.linear(input, self.weight, self.bias)
         return functional.linear_relu(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -382,10 +382,12 @@ def test_a_peer_that_writes_over_its_input(monkeypatch):
 
 
 def test_operators_compute_what_autograd_does():
-    for timed in linear_relu.cases_of(6, 20, 5, True):
-        if timed.mode == "operators":
-            harness.verify(timed)
-            assert len(timed.sides["fastnet"]()) == 4
+    for op in ("linear_relu", "linear"):
+        for timed in linear_relu.cases_of(6, 20, 5, True, op=op):
+            assert timed.op == op
+            if timed.mode == "operators":
+                harness.verify(timed)
+                assert len(timed.sides["fastnet"]()) == 4
 
 
 def test_operators_of_cross_entropy():

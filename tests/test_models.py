@@ -33,50 +33,70 @@ from fastnet.models import (
 )
 from fastnet.models.layers import accelerated
 
-# What makes it, the shapes of one input and its output, and the layers that are fused.
+# What makes it, the shapes of one input and its output, and the layers that are
+# fastnet's own.
 NETWORKS = {
-    "mnist-net": (MnistNet, (1, 28, 28), (10,), ["fc1"]),
+    "mnist-net": (MnistNet, (1, 28, 28), (10,), ["fc1", "fc2"]),
     "simple-cnn": (
         SimpleCNN,
         (1, 28, 28),
         (10,),
-        ["conv1", "conv2", "conv3", "fc1", "fc2"],
+        ["conv1", "conv2", "conv3", "fc1", "fc2", "fc3"],
     ),
-    "mlp": (lambda backend: mlp(784, 30, 20, 10, backend=backend), (1, 28, 28), (10,), ["1", "2"]),
+    "mlp": (
+        lambda backend: mlp(784, 30, 20, 10, backend=backend),
+        (1, 28, 28),
+        (10,),
+        ["1", "2", "3"],
+    ),
     "mlp-batch-norm": (
         lambda backend: mlp(784, 30, 20, 10, batch_norm=True, backend=backend),
         (1, 28, 28),
         (10,),
-        [],
+        ["1", "4", "7"],
     ),
     "autoencoder": (
         Autoencoder,
         (1, 28, 28),
         (1, 28, 28),
-        [f"{part}.{layer}" for part in ("encoder", "decoder") for layer in (1, 2, 3)],
+        [f"{part}.{layer}" for part in ("encoder", "decoder") for layer in (1, 2, 3, 4)],
     ),
-    "gan": (GAN, (100,), (1, 28, 28), ["generator.1", "generator.2"]),
+    "gan": (
+        GAN,
+        (100,),
+        (1, 28, 28),
+        [
+            f"{part}.{layer}"
+            for part, layers in (("generator", "123"), ("discriminator", "135"))
+            for layer in layers
+        ],
+    ),
     "gan-discriminator": (
         lambda backend: GAN(backend=backend).discriminator,
         (1, 28, 28),
         (),
-        [],
+        ["1", "3", "5"],
     ),
-    "dcgan": (DCGAN, (96,), (1, 28, 28), ["generator.0", "generator.2"]),
+    "dcgan": (
+        DCGAN,
+        (96,),
+        (1, 28, 28),
+        ["generator.0", "generator.2", "discriminator.7", "discriminator.9"],
+    ),
     "dcgan-discriminator": (
         lambda backend: DCGAN(backend=backend).discriminator,
         (1, 28, 28),
         (),
-        [],
+        ["7", "9"],
     ),
     # 39 -> 19 -> 9 -> 4 -> 2: pixels that no window has are left over twice.
     "cats-dogs-cnn": (
         lambda backend: CatsDogsCNN(39, backend=backend),
         (3, 39, 39),
         (2,),
-        ["conv1", "conv2", "conv3", "conv4", "fc1"],
+        ["conv1", "conv2", "conv3", "conv4", "fc1", "fc2"],
     ),
-    "classifier": (lambda backend: classifier(70, 3, backend), (70,), (3,), ["0"]),
+    "classifier": (lambda backend: classifier(70, 3, backend), (70,), (3,), ["0", "2"]),
 }
 
 
@@ -126,13 +146,13 @@ def test_backends_begin_alike(name):
     assert_same_values(fused, native)
     native.load_state_dict(fused.state_dict())
 
-    def fused_in(network):
+    def own_in(network):
         return [
             n for n, m in network.named_modules() if type(m).__module__ == fastnet.Linear.__module__
         ]
 
-    assert fused_in(fused) == layers
-    assert fused_in(native) == []
+    assert own_in(fused) == layers
+    assert own_in(native) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -180,7 +200,9 @@ def test_mlp_has_its_layers_where_they_were():
         names = list(mlp(784, 300, 100, 10, relu=relu).state_dict())
         assert names == [f"{at}.{what}" for at in (1, 2, 3) for what in ("weight", "bias")]
     assert list(mlp(784, 10).state_dict()) == ["1.weight", "1.bias"]
-    assert [type(m) for m in mlp(9, 8, 7, relu=False)[1:]] == [nn.Linear] * 2
+    for backend, kind in (("fastnet", fastnet.Linear), ("torch", nn.Linear)):
+        network = mlp(9, 8, 7, relu=False, backend=backend)
+        assert [type(m) for m in network[1:]] == [kind] * 2
 
 
 def with_values_of(network: nn.Module, other: nn.Module) -> nn.Module:
@@ -191,16 +213,16 @@ def with_values_of(network: nn.Module, other: nn.Module) -> nn.Module:
 
 
 def test_mlp_with_batch_norm_is_the_documents():
-    kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    kinds = [fastnet.Linear, nn.BatchNorm1d, nn.ReLU]
     network = mlp(784, 300, 100, 10, batch_norm=True)
-    assert [type(m) for m in network] == [nn.Flatten, *kinds, *kinds, nn.Linear]
+    assert [type(m) for m in network] == [nn.Flatten, *kinds, *kinds, fastnet.Linear]
     document = with_values_of(networks.BatchNet(), network)
     pictures = torch.rand(5, 1, 28, 28)
     for training in (True, False):
         found, expected = network.train(training)(pictures), document.train(training)(pictures)
         torch.testing.assert_close(found, expected)
     without = mlp(9, 8, 7, relu=False, batch_norm=True)
-    assert [type(m) for m in without] == [nn.Flatten, nn.Linear, nn.BatchNorm1d, nn.Linear]
+    assert [type(m) for m in without] == [nn.Flatten, kinds[0], kinds[1], kinds[0]]
 
 
 def test_autoencoder_goes_through_its_code():

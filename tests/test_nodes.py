@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import fastnet
-from fastnet.functional import conv_relu_pool2d, cross_entropy, linear_relu
+from fastnet.functional import conv_relu_pool2d, cross_entropy, linear, linear_relu
 
 NODES = fastnet._library.NODES
 pytestmark = pytest.mark.skipif(
@@ -40,6 +40,12 @@ CALLS = {
         lambda logits: cross_entropy(logits, torch.arange(2000) % 10, torch.arange(10.0)),
         lambda: leaves((2000, 10)),
     ),
+}
+
+# Which in Python are torch's own.
+LINEAR = {
+    "linear": (linear, lambda: leaves((6, 20), (5, 20), (5,))),
+    "linear, no bias": (linear, lambda: leaves((2, 3, 20), (5, 20), None)),
 }
 
 
@@ -70,9 +76,9 @@ def test_same_results_as_in_python(name, monkeypatch):
         torch.testing.assert_close(actual, expected, **near)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", {**CALLS, **LINEAR})
 def test_only_wanted_gradients(name):
-    call, make = CALLS[name]
+    call, make = {**CALLS, **LINEAR}[name]
     for chosen in range(3):
         given = [t if t is None else t.detach() for t in make()]
         if chosen >= len(given) or given[chosen] is None:
@@ -107,9 +113,11 @@ def test_watchers_see_calls():
     x = torch.randn(6, 20)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         linear_relu(x, weight, bias).sum().backward()
+        linear(x, weight, bias).sum().backward()
     seen = {event.key for event in profile.key_averages()}
     assert {"fastnet::linear_relu_forward", "fastnet::linear_relu_backward"} <= seen
-    assert "LinearReLUBackward" in seen
+    assert {"fastnet::linear_forward", "fastnet::linear_backward"} <= seen
+    assert {"LinearReLUBackward", "LinearBackward"} <= seen
     if hasattr(torch.autograd.graph, "node_creation_hook"):
         made = []
         with torch.autograd.graph.node_creation_hook(lambda node: made.append(node.name())):
@@ -136,10 +144,10 @@ def test_output_without_a_gradient():
 
 @pytest.mark.usefixtures("nodes")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", {**CALLS, **LINEAR})
 def test_compiled_autograd(name, backend):
     """Which traces the nodes, and calls what they call."""
-    call, make = CALLS[name]
+    call, make = {**CALLS, **LINEAR}[name]
     given = make()
     results = []
     compiler = torch.compile(backend=backend)
@@ -175,6 +183,7 @@ def test_quick_calls_leave_what_is_not_plain():
         output = NODES.quick_linear_relu(x, w, b)
         if output is not None:
             torch.testing.assert_close(output, F.linear(x, w, b).relu())
+        assert (NODES.quick_linear(x, w, b) is None) == (output is None)
         return output is not None
 
     def loss_is_taken(x=x, target=target):

@@ -6,6 +6,9 @@
 // wherever torch.compile is at work, the Functions in Python do the same.
 
 #include <ATen/ops/item.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -95,6 +98,55 @@ Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTens
     record<LinearReLU>(output, save, input, weight, bias);
   }
   return output;
+}
+
+// ------------------------------------------------------------------------------------------------
+// linear: without a ReLU
+
+// Saves the factors that a gradient needs.
+struct Linear {
+  static constexpr const char* kName = "LinearBackward";
+  static constexpr size_t kSaved = 2;
+  using Options = std::tuple<>;
+
+  static variable_list backward(const Tensor& grad_output, const variable_list& saved,
+                                const Options&, const std::vector<bool>& needs) {
+    static const Op<&cpu::Ops::linear_backward> backward_op("fastnet::linear_backward");
+    const Tensor &input = saved[0], &weight = saved[1];
+    if (is_differentiated()) {  // by native operators, which torch knows how to
+      const Tensor rows = grad_output.reshape({-1, grad_output.size(-1)});
+      return {weight.defined() ? at::matmul(grad_output, weight) : Tensor(),
+              input.defined() ? at::mm(rows.t(), input.reshape({-1, input.size(-1)})) : Tensor(),
+              needs[2] ? at::sum(rows, 0) : Tensor()};
+    }
+    auto [of_input, of_weight, of_bias] =
+        backward_op(grad_output, given(input), given(weight), needs[2]);
+    return {of_input, of_weight, of_bias};
+  }
+};
+
+Tensor small_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  static const Op<&cpu::Ops::linear_forward> forward("fastnet::linear_forward");
+  Tensor output = forward(input, weight, bias);
+  if (is_trained(input, weight, bias)) {
+    const auto save = [&](auto& node) {
+      node.save(
+          {weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor()},
+          {});
+    };
+    record<Linear>(output, save, input, weight, bias);
+  }
+  return output;
+}
+
+// Multiply-adds up to which that is quicker than torch's product, with autograd's own nodes around
+// it.
+constexpr int64_t kSmallLinear = 16'000'000;
+
+bool is_small_linear(const Tensor& input, const Tensor& weight) {
+  const int64_t work = input.numel() * weight.size(0);
+  return weight.is_contiguous() && input.size(-1) == weight.size(1) && work > 0 &&
+         work <= kSmallLinear;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -302,8 +354,10 @@ pybind11::object wrapped(const Call& call) {
   return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(std::move(result)));
 }
 
-pybind11::object quick_linear_relu(const pybind11::handle& input, const pybind11::handle& weight,
-                                   const pybind11::handle& bias) {
+// Calls call(input, weight, bias), three tensors that make a linear layer.
+template <class Call>
+pybind11::object quick_layer(const pybind11::handle& input, const pybind11::handle& weight,
+                             const pybind11::handle& bias, const Call& call) {
   const OptionalTensor x = plain(input), w = plain(weight);
   const OptionalTensor b = bias.is_none() ? std::nullopt : plain(bias);
   if (!is_quiet() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) || x->dim() == 0 ||
@@ -313,7 +367,23 @@ pybind11::object quick_linear_relu(const pybind11::handle& input, const pybind11
   if (b && (b->dim() != 1 || b->size(0) != w->size(0) || b->scalar_type() != x->scalar_type())) {
     return pybind11::none();
   }
-  return wrapped([&] { return linear_relu(*x, *w, b); });
+  return call(*x, *w, b);
+}
+
+pybind11::object quick_linear_relu(const pybind11::handle& input, const pybind11::handle& weight,
+                                   const pybind11::handle& bias) {
+  return quick_layer(input, weight, bias, [](const auto& x, const auto& w, const auto& b) {
+    return wrapped([&] { return linear_relu(x, w, b); });
+  });
+}
+
+pybind11::object quick_linear(const pybind11::handle& input, const pybind11::handle& weight,
+                              const pybind11::handle& bias) {
+  return quick_layer(input, weight, bias,
+                     [](const auto& x, const auto& w, const auto& b) -> pybind11::object {
+                       if (!is_small_linear(x, w)) return pybind11::none();
+                       return wrapped([&] { return small_linear(x, w, b); });
+                     });
 }
 
 // One number for height and width, or one for each: two of Python's own integers.
@@ -406,6 +476,7 @@ PYBIND11_MODULE(_nodes, module) {
   module.def("conv_relu_pool", &fastnet::autograd::conv_relu_pool, Unlocked());
   module.def("release_memory", [] { fastnet::autograd::kept_memory().release(); });
   module.def("quick_linear_relu", &fastnet::autograd::quick_linear_relu);
+  module.def("quick_linear", &fastnet::autograd::quick_linear);
   module.def("quick_conv_relu_pool", &fastnet::autograd::quick_conv_relu_pool);
   module.def("quick_cross_entropy", &fastnet::autograd::quick_cross_entropy);
 }

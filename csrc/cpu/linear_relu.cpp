@@ -1,5 +1,6 @@
-// linear_relu on the CPU. Own kernels for the skinny shapes of small networks, where the library
-// is far from its peak; the library's product, with one fused pass around it, elsewhere.
+// linear_relu, and linear alone, on the CPU. Own kernels for the skinny shapes of small networks,
+// where the library is far from its peak; the library's product, with one fused pass around it,
+// elsewhere.
 
 #include "../linear_relu.h"
 
@@ -75,7 +76,7 @@ bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight
 }
 
 // grad_z and, where wanted, grad_bias, in one pass over grad_out and out.
-template <class T, class Z>
+template <bool kRelu, class T, class Z>
 void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
                  Tensor* grad_bias, int64_t M, int64_t N) {
   using A = acc_t<T>;
@@ -87,8 +88,9 @@ void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_
   parallel(chunks, chunk * N * 4, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t first = c * chunk * N;
-      FASTNET_BEST_ISA(masked_grad_kernel(grad_out + first, out + first, grad_z + first,
-                                          sums.get() + c * N, std::min(chunk, M - c * chunk), N));
+      FASTNET_BEST_ISA(masked_grad_kernel<kRelu>(grad_out + first, kRelu ? out + first : nullptr,
+                                                 grad_z + first, sums.get() + c * N,
+                                                 std::min(chunk, M - c * chunk), N));
     }
   });
   if (!grad_bias) return;
@@ -99,12 +101,10 @@ void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_
   for (int64_t n = 0; n < N; ++n) bias[n] = static_cast<T>(sums[n]);
 }
 
-}  // namespace
-
 // ---------------------------------------------------------------------------------------------
 
-Tensor cpu::linear_relu_forward(const Tensor& input, const Tensor& weight,
-                                const std::optional<Tensor>& bias) {
+template <bool kRelu>
+Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   const auto [M, K, N] = check_linear_relu(input, weight, bias);
   Tensor output = allocate(input, with_last(input, N));
   if (output.numel() == 0) return output;
@@ -120,7 +120,8 @@ Tensor cpu::linear_relu_forward(const Tensor& input, const Tensor& weight,
       const auto* bias_data = b ? data<T>(*b) : nullptr;
       auto* out = mutable_data<T>(output);
       parallel(M, N, [&](int64_t begin, int64_t end) {
-        FASTNET_BEST_ISA(bias_relu_kernel(out + begin * N, bias_data, end - begin, N));
+        FASTNET_BEST_ISA(
+            bias_relu_kernel<element_t<T>, kRelu>(out + begin * N, bias_data, end - begin, N));
       });
     });
     return output;
@@ -135,37 +136,37 @@ Tensor cpu::linear_relu_forward(const Tensor& input, const Tensor& weight,
     constexpr int64_t kUnit = 4;  // small, for equal shares; a tile's width
     if (N > M) {
       parallel(divide_up(N, kUnit), kUnit * M * K, [&](int64_t begin, int64_t end) {
-        FASTNET_BEST_ISA(forward_kernel(x_data, w_data, bias_data, out, K, N, 0, M, begin * kUnit,
-                                        std::min(N, end * kUnit)));
+        FASTNET_BEST_ISA(forward_kernel<element_t<T>, kRelu>(
+            x_data, w_data, bias_data, out, K, N, 0, M, begin * kUnit, std::min(N, end * kUnit)));
       });
     } else {
       parallel(divide_up(M, kUnit), kUnit * N * K, [&](int64_t begin, int64_t end) {
-        FASTNET_BEST_ISA(forward_kernel(x_data, w_data, bias_data, out, K, N, begin * kUnit,
-                                        std::min(M, end * kUnit), 0, N));
+        FASTNET_BEST_ISA(forward_kernel<element_t<T>, kRelu>(
+            x_data, w_data, bias_data, out, K, N, begin * kUnit, std::min(M, end * kUnit), 0, N));
       });
     }
   });
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cpu::linear_relu_backward(const Tensor& grad_output,
-                                                             const Tensor& output,
-                                                             const std::optional<Tensor>& input,
-                                                             const std::optional<Tensor>& weight,
-                                                             bool needs_bias) {
+// Without kRelu the output is not read, and may be anything of its shape.
+template <bool kRelu>
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& output,
+                                            const std::optional<Tensor>& input,
+                                            const std::optional<Tensor>& weight, bool needs_bias) {
   const auto [M, K, N] = check_linear_relu_backward(grad_output, output, input, weight);
   Tensor grad_input, grad_weight, grad_bias;
   if (weight) grad_input = allocate(output, with_last(output, K));
   if (input) grad_weight = allocate(output, {N, K});
   if (needs_bias) grad_bias = allocate(output, {N});
-  const Tensor g = dense(grad_output), out = dense(output);
+  const Tensor g = dense(grad_output), out = kRelu ? dense(output) : output;
 
   if (prefers_library_backward({M, K, N}, weight ? &*weight : nullptr, output.scalar_type())) {
     Tensor grad_z = allocate(output, {M, N});
     dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, N = N](auto type) {
       using T = decltype(type);
-      masked_grad<T>(data<T>(g), data<T>(out), mutable_data<T>(grad_z),
-                     needs_bias ? &grad_bias : nullptr, M, N);
+      masked_grad<kRelu, T>(data<T>(g), data<T>(out), mutable_data<T>(grad_z),
+                            needs_bias ? &grad_bias : nullptr, M, N);
     });
     library_products(grad_z, input, weight, grad_weight, grad_input);
     return {grad_input, grad_weight, grad_bias};
@@ -176,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> cpu::linear_relu_backward(const Tensor& grad_
     using T = decltype(type);
     using A = acc_t<T>;
     const std::unique_ptr<A[]> grad_z(new A[std::max<int64_t>(1, M * N)]);
-    masked_grad<T>(data<T>(g), data<T>(out), grad_z.get(), needs_bias ? &grad_bias : nullptr, M, N);
+    masked_grad<kRelu, T>(data<T>(g), data<T>(out), grad_z.get(), needs_bias ? &grad_bias : nullptr,
+                          M, N);
 
     const auto* x_data = x ? data<T>(*x) : nullptr;
     const auto* w_data = weight ? data<T>(*weight) : nullptr;
@@ -200,9 +202,38 @@ std::tuple<Tensor, Tensor, Tensor> cpu::linear_relu_backward(const Tensor& grad_
   return {grad_input, grad_weight, grad_bias};
 }
 
+}  // namespace
+
+Tensor cpu::linear_relu_forward(const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& bias) {
+  return forward<true>(input, weight, bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cpu::linear_relu_backward(const Tensor& grad_output,
+                                                             const Tensor& output,
+                                                             const std::optional<Tensor>& input,
+                                                             const std::optional<Tensor>& weight,
+                                                             bool needs_bias) {
+  return backward<true>(grad_output, output, input, weight, needs_bias);
+}
+
+Tensor cpu::linear_forward(const Tensor& input, const Tensor& weight,
+                           const std::optional<Tensor>& bias) {
+  return forward<false>(input, weight, bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cpu::linear_backward(const Tensor& grad_output,
+                                                        const std::optional<Tensor>& input,
+                                                        const std::optional<Tensor>& weight,
+                                                        bool needs_bias) {
+  return backward<false>(grad_output, grad_output, input, weight, needs_bias);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
   library.impl("linear_relu_forward", TORCH_BOX(&cpu::linear_relu_forward));
   library.impl("linear_relu_backward", TORCH_BOX(&cpu::linear_relu_backward));
+  library.impl("linear_forward", TORCH_BOX(&cpu::linear_forward));
+  library.impl("linear_backward", TORCH_BOX(&cpu::linear_backward));
 }
 
 }  // namespace fastnet

@@ -129,7 +129,7 @@ void forward_kernel(const T* x, const T* w, const T* bias, T* out, int64_t K, in
 // ---------------------------------------------------------------------------------------------
 // The epilogue by itself, for a product that a library computed: out = relu(out + bias), in place
 
-template <class T>
+template <class T, bool kRelu>
 void bias_relu_kernel(T* out, const T* bias, int64_t rows, int64_t N) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
@@ -139,11 +139,11 @@ void bias_relu_kernel(T* out, const T* bias, int64_t rows, int64_t N) {
     for (; n + kStep <= N; n += kStep) {
       Vec<A> z = load(row + n);
       if (bias) z += load(bias + n);
-      store(row + n, relu(z));
+      store(row + n, activate<kRelu>(z));
     }
     for (; n < N; ++n) {
       const A z = widen(row[n]) + (bias ? widen(bias[n]) : A(0));
-      narrow(relu(z), row + n);
+      narrow(activate<kRelu>(z), row + n);
     }
   }
 }
@@ -151,9 +151,10 @@ void bias_relu_kernel(T* out, const T* bias, int64_t rows, int64_t N) {
 // ---------------------------------------------------------------------------------------------
 // Backward, first step: grad_z (rows, N) = grad_out where out > 0, and its column sums, in one
 // pass. As in torch, a NaN in out lets the gradient through. Z is the type that the gradient is
-// wanted in: T for a library's product, acc_t<T> for the product below.
+// wanted in: T for a library's product, acc_t<T> for the product below. Without kRelu there is no
+// out, and nothing is masked.
 
-template <class T, class Z>
+template <bool kRelu, class T, class Z>
 void masked_grad_kernel(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
                         int64_t rows, int64_t N) {
   using A = acc_t<T>;
@@ -164,12 +165,14 @@ void masked_grad_kernel(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* co
     int64_t n = 0;
     for (; n + kStep <= N; n += kStep) {
       const Vec<A> grad = load(grad_out + m * N + n);
-      const Vec<A> masked = load(out + m * N + n) <= zero ? zero : grad;
+      Vec<A> masked = grad;
+      if constexpr (kRelu) masked = load(out + m * N + n) <= zero ? zero : grad;
       store(grad_z + m * N + n, masked);
       store(column_sums + n, load(column_sums + n) + masked);
     }
     for (; n < N; ++n) {
-      const A masked = widen(out[m * N + n]) <= 0 ? A(0) : widen(grad_out[m * N + n]);
+      A masked = widen(grad_out[m * N + n]);
+      if constexpr (kRelu) masked = widen(out[m * N + n]) <= 0 ? A(0) : masked;
       narrow(masked, grad_z + m * N + n);
       column_sums[n] += masked;
     }

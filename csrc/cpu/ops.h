@@ -24,6 +24,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
                                                         const OptionalTensor& weight,
                                                         bool needs_bias);
 
+Tensor linear_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output,
+                                                   const OptionalTensor& input,
+                                                   const OptionalTensor& weight, bool needs_bias);
+
 std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
                                                  const OptionalTensor& weight, int64_t reduction,
                                                  int64_t ignore_index, double label_smoothing);
@@ -59,6 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
 struct Ops {
   decltype(&cpu::linear_relu_forward) linear_relu_forward;
   decltype(&cpu::linear_relu_backward) linear_relu_backward;
+  decltype(&cpu::linear_forward) linear_forward;
+  decltype(&cpu::linear_backward) linear_backward;
   decltype(&cpu::cross_entropy_forward) cross_entropy_forward;
   decltype(&cpu::cross_entropy_backward) cross_entropy_backward;
   decltype(&cpu::cross_entropy_backward_out) cross_entropy_backward_out;

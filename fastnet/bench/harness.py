@@ -45,8 +45,8 @@ class Case:
     Attributes:
         op: what is timed; the benchmark's file has this name.
         case: the shape, for people.
-        mode: "forward", "backward", "forward+backward", "operators" (both, without autograd),
-            "step", "epoch".
+        mode: "forward", "backward", "forward+backward", "operators" (both, without autograd), "C++"
+            (also without Python), "step", "epoch".
         sides: name → function without arguments that does it once and returns tensors to compare;
             of a `Sequel`, only what follows is timed.
         flops: floating-point operations of one call; 0 where they say little.

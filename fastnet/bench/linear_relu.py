@@ -1,4 +1,5 @@
-"""linear+ReLU at the layers of the document networks, and from 1 KB to 1 GB."""
+"""linear+ReLU at the layers of the document networks, and from 1 KB to 1 GB; and their last layers,
+which have no ReLU."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from fastnet.bench.passes import (
     rotation,
     suffix,
 )
-from fastnet.functional import linear_relu
+from fastnet.functional import linear, linear_relu
 
 # (in_features, out_features, whether the input wants a gradient: not in a first layer)
 LAYERS = (
@@ -63,6 +64,8 @@ QUICK = (
 )
 # Floating-point operations of a forward pass, beyond which a call takes seconds on a CPU.
 MOST = 6e10
+# The networks' last layers.
+LAST = ((28, 10, True), (784, 10, False), (100, 10, True), (500, 10, True), (512, 2, True))
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
@@ -71,6 +74,10 @@ def cases(quick: bool = False) -> Iterator[Case]:
         for shape, series, x in _shapes(dtype):
             if not quick or shape in QUICK:
                 yield from cases_of(*shape, dtype, series, x)
+    if not torch.cuda.is_available():  # where it is torch's own
+        for K, N, needs_input in LAST:
+            for M in (64,) if quick else BATCHES:
+                yield from cases_of(M, K, N, needs_input, op="linear")
 
 
 def _shapes(dtype: torch.dtype) -> Iterator[tuple[tuple[int, int, int, bool], str, float]]:
@@ -90,6 +97,10 @@ def eager(input, weight, bias):
     return torch.relu(F.linear(input, weight, bias))
 
 
+# Eager torch's function and fastnet's.
+FUNCTIONS = {"linear_relu": (eager, linear_relu), "linear": (F.linear, linear)}
+
+
 def cases_of(
     M: int,
     K: int,
@@ -98,8 +109,10 @@ def cases_of(
     dtype: torch.dtype = torch.float32,
     series: str = "",
     x: float = 0,
+    op: str = "linear_relu",
 ) -> Iterator[Case]:
     torch.manual_seed(0)
+    native, fused = FUNCTIONS[op]
     draw = partial(eighths, dtype=dtype)
     weight, bias = draw(N, K).requires_grad_(), draw(N).requires_grad_()
     size = weight.element_size()
@@ -110,10 +123,10 @@ def cases_of(
     name = f"{M}x{K}->{N}" + (", input gradient" if needs_input else "")
     name += suffix(dtype)
     case = Case(
-        op="linear_relu",
+        op=op,
         case=name,
         mode="operators",
-        sides=_operators(batches),
+        sides=_operators(batches, op),
         flops=2.0 * M * K * N,
         bytes=(M * K + N * K + M * N) * size,  # as each of the two or three products has, at least
         dtype=dtype,
@@ -122,33 +135,36 @@ def cases_of(
         series=series,
         x=x,
     )
-    sides = {"eager": eager, "compile": compiled(eager), FASTNET: linear_relu}
+    sides = {"eager": native, "compile": compiled(native), FASTNET: fused}
     backward = 1 + needs_input
     yield from passes(case, {side: (f, batches) for side, f in sides.items()}, backward)
     times = 1 + backward
     yield replace(case, flops=times * case.flops, bytes=times * case.bytes)
 
 
-def _operators(batches):
+def _operators(batches, op: str):
     """Forward and backward as calls of operators, without autograd's own cost on either side."""
     plain = [tuple(t.detach() for t in (*arguments, grad)) for arguments, grad in batches]
     needs_input = batches[0][0][0].requires_grad
     turns = [itertools.cycle(plain) for _ in range(2)]
-    forward = torch.ops.fastnet.linear_relu_forward.default
-    backward = torch.ops.fastnet.linear_relu_backward.default
+    has_relu = op == "linear_relu"
+    native_forward, _ = FUNCTIONS[op]
+    forward = getattr(torch.ops.fastnet, f"{op}_forward").default
+    backward = getattr(torch.ops.fastnet, f"{op}_backward").default
 
     def native():
         input, weight, bias, grad = next(turns[0])
-        output = torch.relu(F.linear(input, weight, bias))
-        grad_z = torch.ops.aten.threshold_backward(grad, output, 0)
+        output = native_forward(input, weight, bias)
+        grad_z = torch.ops.aten.threshold_backward(grad, output, 0) if has_relu else grad
         results = [output, grad_z.t() @ input, grad_z.sum(0)]
         return [*results, grad_z @ weight] if needs_input else results
 
     def fused():
         input, weight, bias, grad = next(turns[1])
         output = forward(input, weight, bias)
+        saved = (output,) if has_relu else ()
         grad_input, grad_weight, grad_bias = backward(
-            grad, output, input, weight if needs_input else None, True
+            grad, *saved, input, weight if needs_input else None, True
         )
         results = [output, grad_weight, grad_bias]
         return [*results, grad_input] if needs_input else results

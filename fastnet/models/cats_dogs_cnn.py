@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastnet.models.layers import conv_relu_pool, linear_relu
+from fastnet.models.layers import conv_relu_pool, linear, linear_relu
 
 
 class CatsDogsCNN(nn.Module):
@@ -32,7 +32,7 @@ class CatsDogsCNN(nn.Module):
         self.conv4 = conv_relu_pool(128, 128, backend)
         self.dropout = nn.Dropout(0.5)
         self.fc1 = linear_relu(128 * (size // 16) ** 2, 512, backend)
-        self.fc2 = nn.Linear(512, classes)
+        self.fc2 = linear(512, classes, backend)
 
     def forward(self, pictures: Tensor) -> Tensor:
         features = self.conv4(self.conv3(self.conv2(self.conv1(pictures))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnet.models.layers import linear_relu
+from fastnet.models.layers import linear, linear_relu
 from fastnet.models.mlp import mlp
 
 
@@ -49,11 +49,11 @@ class GAN(_Adversaries):
             generator.extend([nn.Tanh(), nn.Unflatten(1, (1, 28, 28))]),
             nn.Sequential(
                 nn.Flatten(),
-                nn.Linear(28 * 28, 256),
+                linear(28 * 28, 256, backend),
                 nn.LeakyReLU(0.2),
-                nn.Linear(256, 256),
+                linear(256, 256, backend),
                 nn.LeakyReLU(0.2),
-                nn.Linear(256, 1),
+                linear(256, 1, backend),
                 nn.Flatten(0),
             ),
         )
@@ -95,9 +95,9 @@ class DCGAN(_Adversaries):
                 nn.LeakyReLU(0.01),
                 nn.MaxPool2d(2),
                 nn.Flatten(),
-                nn.Linear(64 * 4 * 4, 64 * 4 * 4),
+                linear(64 * 4 * 4, 64 * 4 * 4, backend),
                 nn.LeakyReLU(0.01),
-                nn.Linear(64 * 4 * 4, 1),
+                linear(64 * 4 * 4, 1, backend),
                 nn.Flatten(0),
             ),
         )

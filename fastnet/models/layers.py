@@ -10,6 +10,15 @@ import fastnet
 BACKENDS = ("fastnet", "torch")
 
 
+def linear(in_features: int, out_features: int, backend: str) -> nn.Module:
+    """A linear layer."""
+    if backend == "fastnet":
+        return fastnet.Linear(in_features, out_features)
+    if backend == "torch":
+        return nn.Linear(in_features, out_features)
+    raise _unknown(backend)
+
+
 def linear_relu(in_features: int, out_features: int, backend: str) -> nn.Module:
     """A linear layer and its ReLU."""
     if backend == "fastnet":

@@ -6,7 +6,7 @@ import itertools
 
 from torch import nn
 
-from fastnet.models.layers import linear_relu
+from fastnet.models.layers import linear, linear_relu
 
 
 def mlp(
@@ -17,8 +17,8 @@ def mlp(
     Args:
         widths: of the input, of the hidden layers, and the number of classes.
         relu: False leaves the activations out.
-        batch_norm: whether to normalise what each but the last gives, before its ReLU. Nothing is
-            fused then, on either backend.
+        batch_norm: whether to normalise what each but the last gives, before its ReLU, which is
+            fused with nothing then, on either backend.
         backend: "fastnet" for the fused kernels, "torch" for torch's own.
 
     Shape: pictures `(batch, ...)` of `widths[0]` values each → logits `(batch, widths[-1])`.
@@ -26,9 +26,9 @@ def mlp(
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in itertools.pairwise(widths[:-1]):
         if batch_norm:
-            layers += [nn.Linear(before, after), nn.BatchNorm1d(after)]
+            layers += [linear(before, after, backend), nn.BatchNorm1d(after)]
             if relu:
                 layers.append(nn.ReLU())
         else:
-            layers.append(linear_relu(before, after, backend) if relu else nn.Linear(before, after))
-    return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
+            layers.append((linear_relu if relu else linear)(before, after, backend))
+    return nn.Sequential(*layers, linear(*widths[-2:], backend))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnet.models.layers import linear_relu
+from fastnet.models.layers import linear, linear_relu
 
 
 class MnistNet(nn.Module):
@@ -21,7 +21,7 @@ class MnistNet(nn.Module):
     def __init__(self, backend: str = "fastnet") -> None:
         super().__init__()
         self.fc1 = linear_relu(28 * 28, 28, backend)
-        self.fc2 = nn.Linear(28, 10)
+        self.fc2 = linear(28, 10, backend)
 
     def forward(self, pictures: Tensor) -> Tensor:
         return F.log_softmax(self.fc2(self.fc1(pictures.flatten(1))), dim=1)

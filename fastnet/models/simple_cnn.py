@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastnet.models.layers import conv_relu_pool, linear_relu
+from fastnet.models.layers import conv_relu_pool, linear, linear_relu
 
 
 class SimpleCNN(nn.Module):
@@ -31,7 +31,7 @@ class SimpleCNN(nn.Module):
         self.conv3 = conv_relu_pool(64, 128, backend)
         self.fc1 = linear_relu(128 * (size // 8) ** 2, 512, backend)
         self.fc2 = linear_relu(512, 64, backend)
-        self.fc3 = nn.Linear(64, classes)
+        self.fc3 = linear(64, classes, backend)
 
     def forward(self, pictures: Tensor) -> Tensor:
         features = self.conv3(self.conv2(self.conv1(pictures)))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnet.errors import FastnetError
-from fastnet.models.layers import accelerated, linear_relu
+from fastnet.models.layers import accelerated, linear, linear_relu
 
 
 def resnet18(classes: int, backend: str = "fastnet", weights: str | Path = "imagenet") -> nn.Module:
@@ -92,7 +92,7 @@ def classifier(in_features: int, classes: int, backend: str = "fastnet") -> nn.S
     Shape: features `(batch, in_features)` → logits `(batch, classes)`.
     """
     return nn.Sequential(
-        linear_relu(in_features, 256, backend), nn.Dropout(0.5), nn.Linear(256, classes)
+        linear_relu(in_features, 256, backend), nn.Dropout(0.5), linear(256, classes, backend)
     )
 
 
