@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,17 @@ MULTIPLIES_BFLOAT16 = (
     fastnet.build_info()["cpu_isa"] == "avx512"
     and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 )
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """With so many of torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def assert_near(

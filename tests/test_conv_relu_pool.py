@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import MULTIPLIES_BFLOAT16, assert_near, peak_memory, run_on_isa
+from support import MULTIPLIES_BFLOAT16, assert_near, peak_memory, run_on_isa, threads
 
 import fastnet
 from fastnet.functional import conv_relu_pool2d
@@ -616,16 +616,12 @@ def test_same_bits_every_time(shape, device):
         assert all(map(torch.equal, first, again))
 
 
-@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize("count", [1, 3, 7])
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[1], (1, 12, 30, 30, 20, 3, 1)], ids=str)
-def test_any_number_of_threads(shape, threads):
-    before = torch.get_num_threads()
+def test_any_number_of_threads(shape, count):
     *leaves, padding = sample(shape, torch.float32)
-    try:
-        torch.set_num_threads(threads)
+    with threads(count):
         check(leaves, torch.float32, "cpu", padding=padding)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_peak_memory_of_a_training_step():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import TOLERANCES, assert_near, peak_memory, run_on_isa
+from support import TOLERANCES, assert_near, peak_memory, run_on_isa, threads
 
 import fastnet
 from fastnet.functional import cross_entropy
@@ -583,7 +583,6 @@ def test_same_bits_every_time_and_on_any_number_of_threads(shape, device):
     if device.name == "emulated":
         shape = (shape[0] // 4, *shape[1:])
     logits, target, weight = sample(shape, torch.float32, device, weight=True)
-    threads = torch.get_num_threads()
 
     def run():
         loss = cross_entropy(logits, target, weight, label_smoothing=0.1)
@@ -592,11 +591,8 @@ def test_same_bits_every_time_and_on_any_number_of_threads(shape, device):
     first = run()
     for again in (run() for _ in range(5 if device.name == "cpu" else 1)):
         assert all(map(torch.equal, first, again))
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         assert all(map(torch.equal, first, run()))
-    finally:
-        torch.set_num_threads(threads)
 
 
 # -------------------------------------------------------------------------------------------------

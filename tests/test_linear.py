@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_near, run_on_isa
+from support import assert_near, run_on_isa, threads
 from test_linear_relu import SHAPES, sample
 
 import fastnet
@@ -136,23 +136,19 @@ def test_only_what_a_gradient_needs_is_kept():
         output.backward(grad)
 
 
+@needs_nodes  # torch's product may depend on their number
 @pytest.mark.parametrize("shape", [((64,), 784, 10), ((3000,), 30, 9)], ids=str)
 def test_same_bits_on_any_number_of_threads(shape):
     *leaves, grad = sample(shape, torch.float32)
     leaves = [(t.detach() + torch.randn_like(t)).requires_grad_() for t in leaves]
-    threads = torch.get_num_threads()
 
     def run():
         output = linear(*leaves)
         return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
     first = run()
-    try:
-        torch.set_num_threads(1)
-        if NODES is not None:  # torch's product may depend on their number
-            assert all(map(torch.equal, first, run()))
-    finally:
-        torch.set_num_threads(threads)
+    with threads(1):
+        assert all(map(torch.equal, first, run()))
 
 
 # -------------------------------------------------------------------------------------------------

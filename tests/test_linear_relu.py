@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import assert_near, run_on_isa
+from support import assert_near, run_on_isa, threads
 
 import fastnet
 from fastnet.functional import linear_relu
@@ -207,7 +207,6 @@ def test_inputs_are_not_written_to(device):
 def test_same_bits_every_time_and_on_any_number_of_threads(shape, device):
     *leaves, grad = sample(shape, torch.float32, device)
     leaves = [(t.detach() + torch.randn_like(t)).requires_grad_() for t in leaves]
-    threads = torch.get_num_threads()
 
     def run():
         output = linear_relu(*leaves)
@@ -218,11 +217,8 @@ def test_same_bits_every_time_and_on_any_number_of_threads(shape, device):
         assert all(map(torch.equal, first, again))
     if device == "cuda" or shape[0][0] * shape[1] * shape[2] > 1 << 24:
         return  # no threads of ours; the library's product may depend on their number
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         assert all(map(torch.equal, first, run()))
-    finally:
-        torch.set_num_threads(threads)
 
 
 # -------------------------------------------------------------------------------------------------
