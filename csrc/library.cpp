@@ -1,10 +1,13 @@
 // The extension module: registers the schemas, and tells what this build is.
 
-#include <pybind11/pybind11.h>
-
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 #include "schemas.h"
+
+// Some versions of torch have a pybind11 that refuses to be compiled for the stable ABI, though it
+// knows nothing of torch. What is above has been compiled for it.
+#undef TORCH_TARGET_VERSION
+#include <pybind11/pybind11.h>
 
 STABLE_TORCH_LIBRARY(fastnet, library) {
   fastnet::define_schemas(library);
