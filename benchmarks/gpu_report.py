@@ -1,16 +1,19 @@
-"""One command for whoever has a GPU: python benchmarks/gpu_report.py [--out DIR]
+"""One command for whoever has a GPU: python benchmarks/gpu_report.py [--only PART ...] [--out DIR]
 
 Builds for the card that is there in the Python that is there (nothing is fetched: NEEDED must be
 installed, and nvcc), runs the CUDA tests, compute-sanitizer over a few of them, and
 every benchmark against eager torch and torch.compile (max-autotune), with CUDA graphs and without.
 Writes benchmarks/results/<device>.csv, a plot and report.md. What fails is reported and stops
-nothing else. Ends within ten minutes; the summary is the last thing it prints.
+nothing else. Ends within a quarter of an hour; the summary is the last thing it prints. Where a
+card is there for minutes at a time, `--only` divides the parts (LIMITS names them) into turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -23,10 +26,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Seconds after which a part is stopped; together less than ten minutes.
-LIMITS = {"build": 100, "tests": 100, "memcheck": 40, "racecheck": 40}
-TIMED = ("linear_relu", "cross_entropy", "conv_relu_pool", "mlp_trainer", "recipes")
-LIMITS |= dict.fromkeys(TIMED, 60)  # what is timed until then is kept
+# Seconds after which a part is stopped, in the order in which they run. What is timed until then is
+# kept.
+LIMITS = {"build": 100, "tests": 150, "compile": 150}
+LIMITS |= {"linear_relu": 60, "cross_entropy": 60, "conv_relu_pool": 180}
+LIMITS |= {"mlp_trainer": 60, "recipes": 60, "memcheck": 40, "racecheck": 40}
+COMPILERS = 6  # processes; each takes some of the card's memory
 # A short list for compute-sanitizer.
 SHORT_TESTS = ("tests/test_linear_relu.py", "tests/test_trainer.py")
 SHORT = "cuda and (float64 and not no and (784 or 130 or 600) or hostile and not steps)"
@@ -38,6 +43,7 @@ OP_TESTS += [
     "tests/test_accelerate.py::test_cuda_graph",
     "tests/test_recipes.py::test_cuda_graphs_train_as_steps_do",
 ]
+TIMED = (*OPS, "mlp_trainer", "recipes")
 NEEDED = ("torch", "setuptools", "ninja", "pytest", "hypothesis", "typer", "matplotlib", "tqdm")
 
 
@@ -87,6 +93,39 @@ def build(out: Path, capability: str) -> Part:
     )
 
 
+def tests(out: Path) -> Part:
+    command = [sys.executable, "-m", "pytest", "-q", *OP_TESTS, "-k", "cuda"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]
+    return run("tests", command, out)
+
+
+def compile_all(out: Path) -> Part:
+    """Fills torch.compile's cache on several processors, so that the parts that time find it full:
+    they take turns on the card, and would compile one case after the other."""
+    command = f"from benchmarks.gpu_report import compile_some; compile_some({{}}, {COMPILERS})"
+    each = " & ".join(f"'{sys.executable}' -c '{command.format(i)}'" for i in range(COMPILERS))
+    return run("compile", ["bash", "-c", f"{each} & wait"], out)
+
+
+def compile_some(first: int, step: int) -> None:
+    """Every `step`-th case of the ops, compiled and verified."""
+    from fastnet.bench import harness
+    from fastnet.bench.run import use_one_precision
+
+    use_one_precision()
+    cases = itertools.chain.from_iterable(
+        importlib.import_module(f"fastnet.bench.{op}").cases(quick=True) for op in OPS
+    )
+    for i, (name, modes) in enumerate(itertools.groupby(cases, lambda case: (case.op, case.case))):
+        for case in modes:
+            if i % step == first and not case.mode.endswith("graph"):
+                try:
+                    harness.verify(case)
+                except (AssertionError, RuntimeError) as error:
+                    print(*name, case.mode, error, flush=True)
+
+
 def sanitize(tool: str, out: Path) -> Part:
     program = shutil.which("compute-sanitizer")
     if program is None:
@@ -130,8 +169,10 @@ def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-report")
-    out = parser.parse_args().out.resolve()
+    arguments = parser.parse_args()
+    out, wanted = arguments.out.resolve(), arguments.only
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -156,14 +197,18 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d"),
     }
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    parts = [build(out, capability)]
+    parts: list[Part] = []
     rows: list[dict] = []
-    if parts[0].ok:
-        tests = [sys.executable, "-m", "pytest", "-q", *OP_TESTS, "-k", "cuda"]
-        parts.append(run("tests", tests, out))
+    if "build" in wanted:
+        parts.append(build(out, capability))
+    if all(part.ok for part in parts):
+        if "tests" in wanted:
+            parts.append(tests(out))
+        if "compile" in wanted:
+            parts.append(compile_all(out))
         bench = [sys.executable, "-m", "fastnet", "bench", "--quick", "--out", str(out)]
-        parts += [run(name, [*bench, name], out) for name in TIMED]
-        parts += [sanitize(tool, out) for tool in ("memcheck", "racecheck")]
+        parts += [run(name, [*bench, name], out) for name in TIMED if name in wanted]
+        parts += [sanitize(tool, out) for tool in ("memcheck", "racecheck") if tool in wanted]
         try:
             from benchmarks.plot import speed_ups
             from fastnet.bench import machine, results

@@ -195,6 +195,13 @@ std::tuple<Tensor, Tensor, Tensor> library_convolution_backward(
     Backward* backward, const Tensor& grad_z, const Tensor& input, const Tensor& weight,
     const ConvReluPoolShape& shape, bool needs_input, bool needs_weight, bool needs_bias) {
   NoGrad no_grad;
+  if (shape.N == 0) {  // of which some torch versions make no gradients
+    const auto zeros = [](bool needed, Tensor gradient) {
+      return needed ? torch::stable::zero_(gradient) : Tensor();
+    };
+    return {zeros(needs_input, allocate_like(input)), zeros(needs_weight, allocate_like(weight)),
+            zeros(needs_bias, allocate(weight, {shape.K}))};
+  }
   const std::array<int64_t, 2> none{0, 0};
   const int64_t bias_size = shape.K;
   const int64_t* bias_sizes = &bias_size;

@@ -85,6 +85,11 @@ def device(request, monkeypatch) -> Device:
         monkeypatch.setattr(fastnet.functional, "_CPU_DTYPES", half)
     if name != "cpu":
         device.dtypes += (torch.float16,)
+    if name == "cuda":  # where the libraries, too, are to sum in float32
+        matmul = torch.backends.cuda.matmul
+        monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", False)
+        monkeypatch.setattr(matmul, "allow_fp16_reduced_precision_reduction", False)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return device
 
 

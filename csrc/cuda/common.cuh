@@ -137,6 +137,15 @@ __device__ __forceinline__ void narrow(float value, __half* to) {
   *to = __float2half(value);
 }
 
+// What a thread moves to and from memory at once, at best.
+inline constexpr int kVectorBytes = 16;
+
+// Elements that are loaded and stored together.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T elements[kCount];
+};
+
 // Stops the kernel, as torch's own operators do: the next call on the card reports a device-side
 // assertion. (assert() itself is compiled out of release builds.)
 __device__ __forceinline__ void device_assert(bool holds, const char* what) {

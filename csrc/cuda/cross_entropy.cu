@@ -219,13 +219,6 @@ __global__ void __launch_bounds__(kWarp* kRowWarpsAlone<T, kPerLane>)
 }
 
 inline constexpr int kRowThreads = 256;
-inline constexpr int kVectorBytes = 16;
-
-// Elements that are loaded and stored together.
-template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
-  T elements[kCount];
-};
 
 // gridDim.x blocks per row, each for a share of `share` classes, kCount of them at a time. A block
 // that has a row for itself finishes it; else what it summed goes to parts (rows, gridDim.x).

@@ -34,4 +34,37 @@ inline constexpr auto* device_convolution = aoti_torch_cuda_convolution;
 inline constexpr auto* device_convolution_backward = aoti_torch_cuda_convolution_backward;
 #endif
 
+// While it lives, cuDNN is asked for algorithms that give the same bits every time. The switch is
+// process-wide, and no part of torch's stable ABI: where these names are gone, it stays as it is.
+#if defined(FASTNET_EMULATION)
+struct DeterministicLibrary {
+  ~DeterministicLibrary() {}
+};
+#else
+#define FASTNET_WEAK(name) __asm__(name) __attribute__((weak))
+void* torch_context() FASTNET_WEAK("_ZN2at13globalContextEv");
+bool torch_is_deterministic(const void* context)
+    FASTNET_WEAK("_ZNK2at7Context18deterministicCuDNNEv");
+void torch_set_deterministic(void* context, bool on)
+    FASTNET_WEAK("_ZN2at7Context21setDeterministicCuDNNEb");
+#undef FASTNET_WEAK
+
+class DeterministicLibrary {
+ public:
+  DeterministicLibrary() {
+    if (!torch_context || !torch_is_deterministic || !torch_set_deterministic) return;
+    was_ = torch_is_deterministic(torch_context());
+    if (!was_) torch_set_deterministic(torch_context(), true);
+  }
+  ~DeterministicLibrary() {
+    if (!was_) torch_set_deterministic(torch_context(), false);
+  }
+  DeterministicLibrary(const DeterministicLibrary&) = delete;
+  DeterministicLibrary& operator=(const DeterministicLibrary&) = delete;
+
+ private:
+  bool was_ = true;
+};
+#endif
+
 }  // namespace fastnet

@@ -69,6 +69,7 @@ WIDTHS = (8, 16, 32, 64, 128, 256)  # channels in and out, for 64 pictures of 8 
 # Pictures of 16 channels that take 1 KB to 1 GB: how many, and their size.
 LADDER = ((1, 4), (1, 8), (1, 16), (1, 32), (8, 32), (64, 32), (512, 32), (4096, 32), (16384, 32))
 QUICK = tuple((64, LAYERS[i]) for i in (0, 3, 1, 5))
+QUICK_CUDA = QUICK + tuple((1024, block) for _, block in QUICK)
 # Floating-point operations of a forward pass, beyond which a call takes seconds on a CPU. Blocks of
 # which there is no other pass are timed once all the same.
 MOST = 2e10
@@ -76,9 +77,10 @@ MOST = 2e10
 
 def cases(quick: bool = False) -> Iterator[Case]:
     """On the GPU where there is one, in float32 and bfloat16, each case also as a CUDA graph."""
+    important = QUICK_CUDA if torch.cuda.is_available() else QUICK
     for dtype in dtypes():
         for shape, series, x in _shapes(dtype):
-            if not quick or shape in QUICK:
+            if not quick or shape in important:
                 yield from cases_of(*shape, dtype, series, x)
 
 

@@ -54,14 +54,18 @@ def bench(
 
 def announce() -> None:
     """Says what is measured on, and what it can do."""
-    # One precision on all sides: by default only torch's convolutions would round to 10 bits.
-    torch.backends.cudnn.allow_tf32 = False
+    use_one_precision()
     limits, versions = machine.limits(), machine.versions()
     print(
         f"{versions['device']}, torch {versions['torch']}, {torch.get_num_threads()} threads: "
         f"at most {limits.gflops:,.0f} GFLOP/s (a large product), {limits.gbs:,.0f} GB/s (a copy)",
         flush=True,
     )
+
+
+def use_one_precision() -> None:
+    """On all sides: by default only torch's convolutions would round to 10 bits."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def time_cases(cases: Iterable[Case], out: Path | None, check: bool = False) -> bool:
