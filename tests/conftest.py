@@ -11,6 +11,10 @@ from hypothesis import settings
 
 settings.register_profile("fastnet", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("fastnet")
+# On a GPU the libraries, too, are to sum in float32, of products that are not rounded.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_report_header() -> str:
@@ -85,11 +89,6 @@ def device(request, monkeypatch) -> Device:
         monkeypatch.setattr(fastnet.functional, "_CPU_DTYPES", half)
     if name != "cpu":
         device.dtypes += (torch.float16,)
-    if name == "cuda":  # where the libraries, too, are to sum in float32
-        matmul = torch.backends.cuda.matmul
-        monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", False)
-        monkeypatch.setattr(matmul, "allow_fp16_reduced_precision_reduction", False)
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return device
 
 
