@@ -21,7 +21,8 @@ __all__ = ["Report", "accelerate", "accelerate_report"]
 
 def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     r"""Puts an existing network on the fused kernels: Linear→ReLU, Conv2d→ReLU→MaxPool2d (or
-    Conv2d→MaxPool2d→ReLU) and CrossEntropyLoss, wherever it calls them.
+    Conv2d→MaxPool2d→ReLU) and CrossEntropyLoss, wherever it calls them. A module in which any is
+    found runs its other Linear layers on `functional.linear`.
 
     Found are modules in `nn.Sequential`, nested or not, and in a `forward` of its own (traced with
     torch.fx, once for training and once for evaluation) modules as well as `F.relu`, `torch.relu`,

@@ -30,7 +30,8 @@ FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d)}
 class Fused(NamedTuple):
     """What `fuse` found: how many steps are one call, and which windows are pooled in it.
 
-    No steps (`count` 0) where the layer is not fused, for `reason`.
+    One step is a Linear with which nothing is fused, no step a layer that runs as it is written,
+    both for `reason`.
     """
 
     count: int
@@ -48,7 +49,8 @@ def run(steps: Iterable[Step], input: Tensor) -> Tensor:
             fused = fuse(steps, at)
             if fused.count:
                 if fused.pool is None:
-                    input = functional.linear_relu(input, step.weight, step.bias)
+                    call = functional.linear if fused.count == 1 else functional.linear_relu
+                    input = call(input, step.weight, step.bias)
                 else:
                     kernel_size, stride, padding, _, ceil_mode = fused.pool
                     input = modules.conv_relu_pool(
@@ -129,7 +131,7 @@ def fuse(steps: Sequence[Step], at: int, end: str = "nothing follows it") -> Fus
 
     relu = _is_relu(steps, at + 1)
     if kind is nn.Linear:
-        return Fused(2) if relu else Fused(0, reason=follows(at + 1))
+        return Fused(2) if relu else Fused(1, reason=follows(at + 1))
     pool = _pool(steps, at + 2 if relu else at + 1)
     if pool is None:
         if relu:

@@ -97,7 +97,7 @@ def class_for(module: nn.Module) -> type[nn.Module] | None:
     kind = type(module)
     if chains.is_sequential(module):
         flat = chains.flatten(module._modules.values())
-        gains = any(chains.fuse(flat, at).count for at in chains.layers(flat))
+        gains = any(chains.fuse(flat, at).count > 1 for at in chains.layers(flat))
         return accelerated(kind, None) if gains else None
     tracing.check_is_ours(module)
     traces = [tracing.trace(module, kind, training) for training in (True, False)]

@@ -117,7 +117,7 @@ def _judge(
         if outcomes.get(layer, ("",))[0]:
             continue
         fused = chains.fuse(steps, at, end)
-        if fused.count == 0:
+        if fused.count < 2:
             outcomes[layer] = ("", fused.reason)
         elif is_accelerated:
             names = [chains.name_of(step) for step in steps[at + 1 : at + fused.count]]

@@ -237,9 +237,10 @@ def _is_computed(value: object) -> bool:
 
 
 def rewrite(trace: Trace) -> bool:
-    """Puts chains in the place of what they fuse, and fastnet's cross-entropy in that of torch's.
+    """Puts chains in the place of what they fuse, and of each Linear alone, and fastnet's
+    cross-entropy in that of torch's.
 
-    Returns whether there was anything.
+    Returns whether anything was fused.
     """
     graph = trace.graph
     changed = False
@@ -256,7 +257,7 @@ def rewrite(trace: Trace) -> bool:
             nodes[-1].replace_all_uses_with(run)
             for node in reversed(nodes):
                 graph.erase_node(node)
-            changed = True
+            changed = changed or last > first
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.cross_entropy:
             options = dict(node.kwargs)
@@ -267,8 +268,8 @@ def rewrite(trace: Trace) -> bool:
 
 
 def _fused_spans(chain: Chain) -> list[tuple[int, int]]:
-    """First and last step of what is fused across steps. What is fused within one step, a
-    Sequential, is that one's own affair."""
+    """First and last step of what is fused across steps, and of each Linear alone. What is fused
+    within one step, a Sequential, is that one's own affair."""
     flat, origins = [], []
     for at, step in enumerate(chain.steps):
         inner = chains.flatten([step])
@@ -278,7 +279,8 @@ def _fused_spans(chain: Chain) -> list[tuple[int, int]]:
     for at in chains.layers(flat):
         count = chains.fuse(flat, at).count
         first, last = origins[at], origins[at + max(count, 1) - 1]
-        if first == last:
+        is_alone = count == 1 and chain.steps[first] is flat[at]
+        if first == last and not is_alone:
             continue
         if spans and spans[-1][1] == first:
             first = spans.pop()[0]
