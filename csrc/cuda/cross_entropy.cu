@@ -220,40 +220,59 @@ __global__ void __launch_bounds__(kWarp* kRowWarpsAlone<T, kPerLane>)
 
 inline constexpr int kRowThreads = 256;
 
+// Packs of kCount elements of a row that a thread has on their way at once: with one, memory would
+// wait for the arithmetic.
+template <int kCount>
+inline constexpr int kPacks = kCount > 1 ? 2 : 4;
+// Blocks that share a multiprocessor, and its registers.
+inline constexpr int kRowBlocks = 4;
+
 // gridDim.x blocks per row, each for a share of `share` classes, kCount of them at a time. A block
 // that has a row for itself finishes it; else what it summed goes to parts (rows, gridDim.x).
 template <class T, int kCount>
-__global__ void block_row_kernel(CrossEntropyCall<T> call, Sums<acc_t<T>>* parts, int64_t share,
-                                 int64_t first_row) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    block_row_kernel(CrossEntropyCall<T> call, Sums<acc_t<T>>* parts, int64_t share,
+                     int64_t first_row) {
   using A = acc_t<T>;
+  constexpr int64_t kStep = int64_t{kRowThreads} * kCount;
   __shared__ Sums<A> warps[kRowThreads / kWarp];
   const int64_t row = first_row + blockIdx.y;
   const int64_t begin = blockIdx.x * share;
   const int64_t end = begin + share < call.C ? begin + share : call.C;
   const T* const x = call.logits + call.first(call.logits_at, row);
+  const int64_t x_step = kCount > 1 ? 1 : call.logits_at.cls;
   Sums<A> sums{minus_infinity<A>(), 0, 0, 0};
   for (int64_t c = begin + static_cast<int64_t>(threadIdx.x) * kCount; c < end;
-       c += static_cast<int64_t>(kRowThreads) * kCount) {
-    A values[kCount];
-    if constexpr (kCount > 1) {  // dense, aligned, and a multiple of kCount long
-      const auto pack = *reinterpret_cast<const Pack<T, kCount>*>(x + c);
+       c += kPacks<kCount> * kStep) {
+    Pack<T, kCount> packs[kPacks<kCount>];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] = widen(pack.elements[i]);
-    } else {
-      values[0] = widen(x[c * call.logits_at.cls]);
+    for (int p = 0; p < kPacks<kCount>; ++p) {
+      const int64_t at = c + p * kStep;
+      if (at < end) packs[p] = *reinterpret_cast<const Pack<T, kCount>*>(x + at * x_step);
     }
-    A most = values[0];
+    A values[kPacks<kCount>][kCount];
+    A most = minus_infinity<A>();
 #pragma unroll
-    for (int i = 1; i < kCount; ++i) most = most < values[i] ? values[i] : most;
+    for (int p = 0; p < kPacks<kCount>; ++p) {
+      const bool is_there = c + p * kStep < end;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        values[p][i] = is_there ? widen(packs[p].elements[i]) : minus_infinity<A>();
+        most = most < values[p][i] ? values[p][i] : most;
+      }
+    }
     sums.raise(most);
     const A shift = shift_of(sums.maximum);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      sums.exps += exp(values[i] - shift);
-      if (call.needs_dot) {
-        const A q = call.q(row, c + i);
+    for (int p = 0; p < kPacks<kCount>; ++p) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums.exps += exp(values[p][i] - shift);
+      if (!call.needs_dot || c + p * kStep >= end) continue;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const A q = call.q(row, c + p * kStep + i);
         sums.q += q;
-        sums.dot += q * (values[i] - shift);
+        sums.dot += q * (values[p][i] - shift);
       }
     }
   }
@@ -381,7 +400,8 @@ __device__ __forceinline__ Slopes<acc_t<T>> slopes_of(const CrossEntropyCall<T>&
 
 // Threads along the classes, kCount to each at a time: blockDim.y rows, a share of the classes.
 template <class T, int kCount>
-__global__ void row_gradient_kernel(CrossEntropyCall<T> call, int64_t share) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    row_gradient_kernel(CrossEntropyCall<T> call, int64_t share) {
   using A = acc_t<T>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= call.rows) return;
@@ -389,22 +409,29 @@ __global__ void row_gradient_kernel(CrossEntropyCall<T> call, int64_t share) {
   const int64_t end = begin + share < call.C ? begin + share : call.C;
   const T* const x = call.logits + call.first(call.logits_at, row);
   T* const g = call.gradient + call.first(call.gradient_at, row);
+  const int64_t x_step = kCount > 1 ? 1 : call.logits_at.cls;
+  const int64_t g_step = kCount > 1 ? 1 : call.gradient_at.cls;
+  const int64_t step = static_cast<int64_t>(blockDim.x) * kCount;
   const Slopes<A> slopes = slopes_of(call, row);
   for (int64_t c = begin + static_cast<int64_t>(threadIdx.x) * kCount; c < end;
-       c += static_cast<int64_t>(blockDim.x) * kCount) {
-    if constexpr (kCount > 1) {
-      auto pack = *reinterpret_cast<const Pack<T, kCount>*>(x + c);
+       c += kPacks<kCount> * step) {
+    Pack<T, kCount> packs[kPacks<kCount>];
+#pragma unroll
+    for (int p = 0; p < kPacks<kCount>; ++p) {
+      const int64_t at = c + p * step;
+      if (at < end) packs[p] = *reinterpret_cast<const Pack<T, kCount>*>(x + at * x_step);
+    }
+#pragma unroll
+    for (int p = 0; p < kPacks<kCount>; ++p) {
+      const int64_t at = c + p * step;
+      if (at >= end) break;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        A value = slopes.at(widen(pack.elements[i]), c + i);
-        if (call.needs_dot) value -= slopes.offset * call.q(row, c + i);
-        narrow(value, &pack.elements[i]);
+        A value = slopes.at(widen(packs[p].elements[i]), at + i);
+        if (call.needs_dot) value -= slopes.offset * call.q(row, at + i);
+        narrow(value, &packs[p].elements[i]);
       }
-      *reinterpret_cast<Pack<T, kCount>*>(g + c) = pack;
-    } else {
-      A value = slopes.at(widen(x[c * call.logits_at.cls]), c);
-      if (call.needs_dot) value -= slopes.offset * call.q(row, c);
-      narrow(value, g + c * call.gradient_at.cls);
+      *reinterpret_cast<Pack<T, kCount>*>(g + at * g_step) = packs[p];
     }
   }
 }
