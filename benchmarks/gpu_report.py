@@ -4,8 +4,8 @@ Builds for the card that is there in the Python that is there (nothing is fetche
 installed, and nvcc), runs the CUDA tests, compute-sanitizer over a few of them, and
 every benchmark against eager torch and torch.compile (max-autotune), with CUDA graphs and without.
 Writes benchmarks/results/<device>.csv, a plot and report.md. What fails is reported and stops
-nothing else. Ends within 16 minutes; the summary is the last thing it prints. Where a
-card is there for minutes at a time, `--only` divides the parts (LIMITS names them) into turns.
+nothing else. Ends within 16 minutes; the summary is the last thing it prints. Where a card is there
+for minutes at a time, `--only` divides the parts (LIMITS names them) into turns.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def compile_all(out: Path) -> Part:
     """Fills torch.compile's cache on several processors, so that the parts that time find it full:
     they take turns on the card, and would compile one case after the other."""
     command = f"from benchmarks.gpu_report import compile_some; compile_some({{}}, {COMPILERS})"
-    each = " & ".join(f"'{sys.executable}' -c '{command.format(i)}'" for i in range(COMPILERS))
-    return run("compile", ["bash", "-c", f"{each} & wait"], out)
+    each = "".join(f"'{sys.executable}' -c '{command.format(i)}' & " for i in range(COMPILERS))
+    wait = "failed=0; for job in $(jobs -p); do wait $job || failed=1; done; exit $failed"
+    return run("compile", ["bash", "-c", each + wait], out)
 
 
 def compile_some(first: int, step: int) -> None:

@@ -30,6 +30,18 @@ struct ConvReluPoolCall {
   Strides4 output_at;  // of the codes, too
 };
 
+// An element of the padded input.
+template <class Call>
+__device__ __forceinline__ auto padded_input(const Call& call, int64_t n, int64_t c, int64_t y,
+                                             int64_t x) {
+  y -= call.pad_y;
+  x -= call.pad_x;
+  using A = decltype(widen(*call.input));
+  if (y < 0 || y >= call.H || x < 0 || x >= call.W) return A(0);
+  return widen(call.input[n * call.input_at.n + c * call.input_at.c + y * call.input_at.y +
+                          x * call.input_at.x]);
+}
+
 // The four outputs of a window, in the order 2·dy + dx, to the pooled one and its code.
 template <class T, class A>
 __device__ __forceinline__ void write_window(const A* y, T* output, uint8_t* code) {
@@ -83,12 +95,7 @@ __global__ void __launch_bounds__(kWindowsX* kWindowsY)
         static_cast<int>(call.C - c_first < kChannels ? call.C - c_first : kChannels);
     for (int i = thread; i < channels * kRows * kColumns; i += kThreads) {
       const int x = i % kColumns, y = i / kColumns % kRows, c = i / (kColumns * kRows);
-      const int64_t from_y = 2 * p_first + y - call.pad_y, from_x = 2 * q_first + x - call.pad_x;
-      const bool is_inside = from_y >= 0 && from_y < call.H && from_x >= 0 && from_x < call.W;
-      input[c][y][x] =
-          is_inside ? widen(call.input[n * call.input_at.n + (c_first + c) * call.input_at.c +
-                                       from_y * call.input_at.y + from_x * call.input_at.x])
-                    : A(0);
+      input[c][y][x] = padded_input(call, n, c_first + c, 2 * p_first + y, 2 * q_first + x);
     }
     for (int i = thread; i < channels * kFilters * kTaps; i += kThreads) {
       const int tap = i % kTaps, k = i / kTaps % kFilters, c = i / (kTaps * kFilters);
@@ -201,19 +208,13 @@ __global__ void __launch_bounds__(kWarp* kGradientWarps)
     const int64_t n = tile / (call.tiles_x * call.tiles_y);
     const int64_t p_first = static_cast<int64_t>(tile / call.tiles_x % call.tiles_y) * kWindowsY;
     const int64_t q_first = static_cast<int64_t>(tile % call.tiles_x) * kWindowsX;
-    const int64_t top = 2 * p_first - call.pad_y, left = 2 * q_first - call.pad_x;
     __syncthreads();  // until nobody reads the tile before
     if (thread == 0) met_infinity = 0;
     __syncthreads();  // before anybody may set it
     bool is_finite = true;
     for (int i = thread; i < kChannels * kRows * kColumns; i += kThreads) {
       const int x = i % kColumns, y = i / kColumns % kRows, c = i / (kColumns * kRows);
-      const int64_t from_y = top + y, from_x = left + x;
-      float value = 0;
-      if (from_y >= 0 && from_y < call.H && from_x >= 0 && from_x < call.W) {
-        value = widen(call.input[n * call.input_at.n + (c_first + c) * call.input_at.c +
-                                 from_y * call.input_at.y + from_x * call.input_at.x]);
-      }
+      const float value = padded_input(call, n, c_first + c, 2 * p_first + y, 2 * q_first + x);
       is_finite = is_finite && value - value == 0;
       loaded.input[c][y][x] = value;
     }

@@ -224,6 +224,18 @@ inline constexpr int kRowThreads = 256;
 // wait for the arithmetic.
 template <int kCount>
 inline constexpr int kPacks = kCount > 1 ? 2 : 4;
+// Those from c on, `step` apart, as far as they begin before `end`. An element of a row is
+// x[class · x_step].
+template <class T, int kCount, int kPacksThere>
+__device__ __forceinline__ void load_packs(const T* x, int64_t c, int64_t end, int64_t step,
+                                           int64_t x_step, Pack<T, kCount> (&packs)[kPacksThere]) {
+#pragma unroll
+  for (int p = 0; p < kPacksThere; ++p) {
+    const int64_t at = c + p * step;
+    if (at < end) packs[p] = *reinterpret_cast<const Pack<T, kCount>*>(x + at * x_step);
+  }
+}
+
 // Blocks that share a multiprocessor, and its registers.
 inline constexpr int kRowBlocks = 4;
 
@@ -245,11 +257,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   for (int64_t c = begin + static_cast<int64_t>(threadIdx.x) * kCount; c < end;
        c += kPacks<kCount> * kStep) {
     Pack<T, kCount> packs[kPacks<kCount>];
-#pragma unroll
-    for (int p = 0; p < kPacks<kCount>; ++p) {
-      const int64_t at = c + p * kStep;
-      if (at < end) packs[p] = *reinterpret_cast<const Pack<T, kCount>*>(x + at * x_step);
-    }
+    load_packs(x, c, end, kStep, x_step, packs);
     A values[kPacks<kCount>][kCount];
     A most = minus_infinity<A>();
 #pragma unroll
@@ -416,11 +424,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   for (int64_t c = begin + static_cast<int64_t>(threadIdx.x) * kCount; c < end;
        c += kPacks<kCount> * step) {
     Pack<T, kCount> packs[kPacks<kCount>];
-#pragma unroll
-    for (int p = 0; p < kPacks<kCount>; ++p) {
-      const int64_t at = c + p * step;
-      if (at < end) packs[p] = *reinterpret_cast<const Pack<T, kCount>*>(x + at * x_step);
-    }
+    load_packs(x, c, end, step, x_step, packs);
 #pragma unroll
     for (int p = 0; p < kPacks<kCount>; ++p) {
       const int64_t at = c + p * step;
