@@ -17,10 +17,11 @@ inline constexpr int kProductFilters = 4, kFusedFilters = 2, kProductVectors = 3
 inline constexpr int kFusedVectors = 2 * kProductVectors;
 inline constexpr int64_t kFusedRow = (kFusedVectors + 1) * kLanes<float>;
 inline constexpr int kDirectFilters = kRegisters == 32 ? 6 : 3;
-inline constexpr int64_t kRowsFilter = 4 * 3;  // a filter's points, transformed from row to row
+// A filter's points, transformed from row to row, and from one of the patches' to the next.
+inline constexpr int64_t kRowsFilter = 4 * 3;
+inline constexpr int64_t kRowsPlane = off_pages<float>((kMaxVectors + 1) * kLanes<float>);
 
-// Filters of the direct form, and of that from row to row, stand in groups of kDirectFilters or one
-// less.
+// Filters of the direct form stand in groups of kDirectFilters or one less.
 struct FilterGroups {
   int64_t K, count;
   explicit FilterGroups(int64_t K) : K(K), count((K + kDirectFilters - 1) / kDirectFilters) {}
@@ -39,16 +40,18 @@ static bool is_by_rows(const ConvForward<T>& call) {
   return call.form == ConvForm::rows_of_4;
 }
 
-// Filters are shared out in parts: of a vector of filters, kProductFilters, or a group.
+// Filters are shared out in parts: of a vector of filters, kProductFilters, a group, or one.
 template <class T>
 int64_t filter_parts(const ConvForward<T>& call) {
   if (call.form == ConvForm::patches_of_6) return round_up(call.K, kLanes<T>) / kLanes<T>;
+  if (is_by_rows(call)) return call.K;
   return is_fused(call) ? round_up(call.K, kProductFilters) / kProductFilters
                         : FilterGroups(call.K).count;
 }
 template <class T>
 static int64_t part_begin(const ConvForward<T>& call, int64_t part) {
   if (call.form == ConvForm::patches_of_6) return least(call.K, part * kLanes<T>);
+  if (is_by_rows(call)) return part;
   return is_fused(call) ? least(call.K, part * kProductFilters) : FilterGroups(call.K).begin(part);
 }
 
@@ -107,7 +110,9 @@ struct ForwardPlan {
     // Patches are written a vector at a time, past the end of a row of tiles, and read so.
     constexpr int64_t kSlack = 4 * kLanes<T>, kLine = 64 / kSize;
     patch_row = is_fused(call) ? kPoints * kFusedRow : tiles + kLanes<T>;
-    plane = is_fused(call) ? kFusedRow : off_pages<A>(C * patch_row);
+    plane = is_fused(call)     ? kFusedRow
+            : is_by_rows(call) ? kRowsPlane
+                               : off_pages<A>(C * patch_row);
     strip_plane = off_pages<A>((2 * strip_rows + call.kernel - 1) * 2 * half);
     strip_at = 0;
     patches_at = round_up(strip_at + C * strip_plane + kSlack, kLine);
@@ -125,28 +130,17 @@ int64_t forward_scratch(const ConvForward<T>& call) {
   return ForwardPlan<T>(call).end;
 }
 
-// V of `count` neighbouring tiles, and some beyond, of a channel. A function of its own, in which
-// sixteen addresses of a known distance need no registers.
-__attribute__((noinline)) static void transform_row(const float* strip, int64_t half, float* to,
-                                                    int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<float>) {
-    transform_patch(strip + i, half, to + i, kFusedRow);
-  }
-}
-
 // Bᵀ d, the same of the transform from row to row only.
-FASTNET_INLINE void transform_by_rows(const float* strip, int64_t half, float* to, int64_t plane,
-                                      int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<float>) {
+__attribute__((noinline)) static void transform_rows(const float* strip, int64_t half, float* to,
+                                                     int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<float>, strip += kLanes<float>, to += kLanes<float>) {
     FASTNET_UNROLL for (int s = 0; s < 4; ++s) {
       Vec<float> d[4];
-      FASTNET_UNROLL for (int r = 0; r < 4; ++r) {
-        d[r] = load_column(strip + i + r * 2 * half, half, s);
-      }
-      store(to + i + s * plane, d[0] - d[2]);
-      store(to + i + (4 + s) * plane, d[1] + d[2]);
-      store(to + i + (8 + s) * plane, d[2] - d[1]);
-      store(to + i + (12 + s) * plane, d[1] - d[3]);
+      FASTNET_UNROLL for (int r = 0; r < 4; ++r) d[r] = load_column(strip + r * 2 * half, half, s);
+      store(to + s * kRowsPlane, d[0] - d[2]);
+      store(to + (4 + s) * kRowsPlane, d[1] + d[2]);
+      store(to + (8 + s) * kRowsPlane, d[2] - d[1]);
+      store(to + (12 + s) * kRowsPlane, d[1] - d[3]);
     }
   }
 }
@@ -187,8 +181,8 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
         const A* from = strip + c * plan.strip_plane + 2 * row * 2 * plan.half + column;
         A* to = scratch + plan.patches_at + c * plan.patch_row + (t - first);
         if constexpr (sizeof(A) == sizeof(float) && kKernel == 3) {
-          if (is_fused(call)) transform_row(from, plan.half, to, count);
-          if (is_by_rows(call)) transform_by_rows(from, plan.half, to, plan.plane, count);
+          if (is_fused(call)) transform_row<kFusedRow>(from, plan.half, to, count);
+          if (is_by_rows(call)) transform_rows(from, plan.half, to, count);
         }
         for (int64_t i = 0; i < count && call.form == ConvForm::direct; i += kLanes<T>) {
           for (int r = 0; r < kPatch; ++r) {
@@ -245,6 +239,21 @@ struct Targets {
   }
 };
 
+// At most a vector of them.
+template <class T>
+FASTNET_INLINE void copy_few(const T* from, T* to, int64_t count) {
+  constexpr int64_t kFour = 4;
+  for (; count > 2 * kFour; count -= kFour, from += kFour, to += kFour) {
+    __builtin_memcpy(to, from, kFour * sizeof(T));
+  }
+  if (count >= kFour) {
+    __builtin_memcpy(to, from, kFour * sizeof(T));
+    __builtin_memcpy(to + count - kFour, from + count - kFour, kFour * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+}
+
 // What of a block's results stands in the scratch memory, into the output: filters [k_begin, k_end)
 // of tiles [first, last).
 template <class T>
@@ -268,12 +277,9 @@ static void write_block(const ConvForward<T>& call, const ForwardPlan<T>& plan, 
         n * call.output_at.n + k_begin * call.output_at.c + window * call.output_at.x;
     if (call.output_at.x == 1) {  // the windows of a channel stand side by side; part of a vector
       for (int64_t k = 0; k < k_end - k_begin; ++k) {
-        for (int64_t i = 0; i < count; ++i) {
-          call.output[to + k * call.output_at.c + i] = pooled[from + k * tiles + i];
-        }
-        for (int64_t i = 0; call.codes && i < count; ++i) {
-          call.codes[to + k * call.output_at.c + i] = codes[from + k * tiles + i];
-        }
+        copy_few(pooled + from + k * tiles, call.output + to + k * call.output_at.c, count);
+        if (!call.codes) continue;
+        copy_few(codes + from + k * tiles, call.codes + to + k * call.output_at.c, count);
       }
     } else {  // channels_last
       transpose(pooled + from, tiles, call.output + to, call.output_at.x, k_end - k_begin, count);

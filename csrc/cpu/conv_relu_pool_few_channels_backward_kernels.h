@@ -318,9 +318,7 @@ static bool few_channels_block(const ConvBackward<T>& call, int64_t n_begin, int
           // What is written beyond the end of the row, the next row writes over.
           const float* const from = strip + c * plan.strip_plane + (y - row) * 4 * plan.half;
           float* const to = patches + c * kPoints * kFewPlane + (y - first) * call.Q;
-          for (int64_t q = 0; q < call.Q; q += kLanes<float>) {
-            transform_patch(from + q, plan.half, to + q, kFewPlane);
-          }
+          transform_row<kFewPlane>(from, plan.half, to, call.Q);
         }
       }
       row = stop;

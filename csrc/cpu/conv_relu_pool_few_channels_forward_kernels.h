@@ -55,24 +55,20 @@ static Magnitude transform_part(const ConvForward<T>& call, int64_t part) {
   return all.magnitude();
 }
 
-// filters[group][row][s][k in group] = (G g)[row][s]
+// filters[k][row][s] = (G g)[row][s]
 template <class T>
-static Magnitude transform_group(const ConvForward<T>& call, int64_t k_begin, int64_t k_end) {
+static Magnitude transform_by_rows(const ConvForward<T>& call, int64_t k) {
   LargestOf<float> all;
-  const int64_t count = k_end - k_begin;
-  float* const to = call.arranged_filters + k_begin * kRowsFilter;
-  for (int64_t k = 0; k < count; ++k) {
-    for (int s = 0; s < 3; ++s) {
-      const T* const from = call.weight + (k_begin + k) * call.weight_at.n + s * call.weight_at.x;
-      float g[3];
-      for (int r = 0; r < 3; ++r) {
-        g[r] = widen(from[r * call.weight_at.y]);
-        all.add(g[r]);
-      }
-      float rows[4];
-      points_of_taps(g[0], g[1], g[2], rows);
-      for (int r = 0; r < 4; ++r) to[(r * 3 + s) * count + k] = rows[r];
+  float* const to = call.arranged_filters + k * kRowsFilter;
+  for (int s = 0; s < 3; ++s) {
+    const T* const from = call.weight + k * call.weight_at.n + s * call.weight_at.x;
+    float g[3], rows[4];
+    for (int r = 0; r < 3; ++r) {
+      g[r] = widen(from[r * call.weight_at.y]);
+      all.add(g[r]);
     }
+    points_of_taps(g[0], g[1], g[2], rows);
+    for (int r = 0; r < 4; ++r) to[r * 3 + s] = rows[r];
   }
   return all.magnitude();
 }
@@ -194,73 +190,60 @@ static void fused_block(const ConvForward<T>& call, const float* patches, const 
 // multiplications of the form in both directions wait for their operands. Where a window's patches
 // are alike, as on a background, its elements stay equal: the first wins, as in torch.
 
-// kFilters filters of all vectors of a block.
-template <class T, int kFilters>
-static void rows_group(const float* patches, int64_t plane, int64_t tiles, const float* filters,
-                       const T* bias, const Target<T>* targets, int64_t k_first) {
+// Row `row` of V with that of U, of one vector of tiles, to the sums of both columns: patches * w.
+template <class Add>
+FASTNET_INLINE void add_row(const float* patches, int row, const Vec<float> (&w)[3],
+                            Vec<float> (&sums)[2], const Add& add) {
   using V = Vec<float>;
-  for (int64_t at = 0; at < tiles; at += kLanes<float>) {
-    V upper[kFilters][2], lower[kFilters][2];
-    // Row `row` of V with that of U, to the sums of both columns.
-    const auto add_row = [&](int row, V(&sums)[kFilters][2],
-                             const auto& add) __attribute__((always_inline)) {
-      FASTNET_UNROLL for (int s = 0; s < 3; ++s) {
-        V w[kFilters];
-        FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
-          w[k] = splat(filters[(row * 3 + s) * kFilters + k]);
-        }
-        FASTNET_UNROLL for (int column = 0; column < 2; ++column) {
-          const V x = in_register(load(patches + at + (4 * row + s + column) * plane));
-          FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
-            V* const sum = &sums[k][column];
-            *sum = in_register(add(s, *sum, w[k] * x));
-          }
-        }
-      }
-    };
+  FASTNET_UNROLL for (int i = 0; i < 4; ++i) {
+    V x = load(patches + (4 * row + i) * kRowsPlane);
+    if (i == 1 || i == 2) x = in_register(x);  // both columns take it
+    if (i < 3) sums[0] = add(i, sums[0], w[i] * x);
+    if (i > 0) sums[1] = add(i - 1, sums[1], w[i - 1] * x);
+  }
+}
+
+// A filter of all vectors of a block. Half of its points go past them all, which stay in registers
+// meanwhile, and then the other half, from sums that are ready: with all at once, a vector's
+// additions wait for each other longer than a processor looks ahead.
+template <class T>
+__attribute__((noinline)) static void rows_filter(const float* patches, int64_t tiles,
+                                                  const float* filter, float bias,
+                                                  const Target<T>* targets, int64_t k) {
+  using V = Vec<float>;
+  constexpr int kStep = kLanes<float>;
+  alignas(64) float sums[kMaxVectors][4][kStep];
+  const auto row_of_filter = [&](int row, V(&w)[3]) __attribute__((always_inline)) {
+    FASTNET_UNROLL for (int s = 0; s < 3; ++s) w[s] = in_register(splat(filter[3 * row + s]));
+  };
+  V upper_w[3], lower_w[3];
+  row_of_filter(1, upper_w);
+  row_of_filter(2, lower_w);
+  for (int64_t at = 0, v = 0; at < tiles; at += kStep, ++v) {
     const auto begin = [](int s, V sum, V product) __attribute__((always_inline)) {
       return s == 0 ? product : sum + product;
     };
-    add_row(1, upper, begin);
-    add_row(2, lower, begin);
-    FASTNET_UNROLL for (int k = 0; k < kFilters; ++k) {
-      FASTNET_UNROLL for (int column = 0; column < 2; ++column) {
-        const V sum = upper[k][column] + lower[k][column];
-        lower[k][column] = in_register(upper[k][column] - lower[k][column]);
-        upper[k][column] = in_register(sum);
-      }
+    V upper[2], lower[2];
+    add_row(patches + at, 1, upper_w, upper, begin);
+    add_row(patches + at, 2, lower_w, lower, begin);
+    FASTNET_UNROLL for (int column = 0; column < 2; ++column) {
+      store(sums[v][column], upper[column] + lower[column]);
+      store(sums[v][2 + column], upper[column] - lower[column]);
     }
-    add_row(0, upper,
+  }
+  row_of_filter(0, upper_w);
+  row_of_filter(3, lower_w);
+  const V its_bias[1] = {in_register(splat(bias))};
+  for (int64_t at = 0, v = 0; at < tiles; at += kStep, ++v) {
+    V upper[2] = {load(sums[v][0]), load(sums[v][1])};
+    V lower[2] = {load(sums[v][2]), load(sums[v][3])};
+    add_row(patches + at, 0, upper_w, upper,
             [](int, V sum, V product) __attribute__((always_inline)) { return sum + product; });
-    add_row(3, lower,
+    add_row(patches + at, 3, lower_w, lower,
             [](int, V sum, V product) __attribute__((always_inline)) { return sum - product; });
-    const Target<T>& to = targets[at / kLanes<float>];
-    FASTNET_UNROLL for (int i = 0; i < kFilters; ++i) {
-      const V y[1][4] = {{upper[i][0], upper[i][1], lower[i][0], lower[i][1]}};
-      const int64_t k = k_first + i;
-      const V its_bias[1] = {splat(bias ? widen(bias[k]) : 0.0f)};
-      finish_windows<false, float, T, 1>(y, its_bias, {to.pooled + k * to.next},
-                                         {codes_at(to.codes, k * to.next)});
-    }
-  }
-}
-
-template <class T, int kFilters = kDirectFilters, class... Arguments>
-static void rows_groups(int64_t filters, Arguments... arguments) {
-  if (filters == kFilters) {
-    rows_group<T, kFilters>(arguments...);
-  } else if constexpr (kFilters > 1) {
-    rows_groups<T, kFilters - 1>(filters, arguments...);
-  }
-}
-
-template <class T>
-static void rows_block(const ConvForward<T>& call, const float* patches, int64_t plane,
-                       const Target<T>* targets, int64_t tiles, int64_t part_first,
-                       int64_t part_last) {
-  for (int64_t part = part_first; part < part_last; ++part) {
-    const int64_t k = part_begin(call, part), count = part_begin(call, part + 1) - k;
-    rows_groups<T>(count, patches, plane, tiles, call.filters + k * kRowsFilter, call.bias, targets,
-                   k);
+    const V y[1][4] = {{upper[0], upper[1], lower[0], lower[1]}};
+    const int64_t to = k * targets[v].next;
+    finish_windows<false, float, T, 1>(y, its_bias, {targets[v].pooled + to},
+                                       {codes_at(targets[v].codes, to)});
   }
 }

@@ -44,8 +44,7 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
         continue;
       }
       if (is_by_rows(call)) {
-        met =
-            larger(met, transform_group(call, part_begin(call, part), part_begin(call, part + 1)));
+        met = larger(met, transform_by_rows(call, part));
         continue;
       }
     }
@@ -204,8 +203,10 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
     } else if (is_by_rows(call)) {
       if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
         if (!is_small) return false;
-        rows_block(call, scratch + plan.patches_at, plan.plane, targets.of, count, part_first,
-                   part_last);
+        for (int64_t k = k_begin; k < k_end; ++k) {
+          rows_filter(scratch + plan.patches_at, count, call.filters + k * kRowsFilter,
+                      call.bias ? widen(call.bias[k]) : 0.0f, targets.of, k);
+        }
       }
     } else {
       const bool may_be_nan = !is_small || !call.filters_are_small;

@@ -12,7 +12,7 @@ FASTNET_INLINE int64_t least(int64_t a, int64_t b) {
 // A distance at which many stores in a row do not all fall into the same few sets of the cache, as
 // they do a page apart: an odd number of lines.
 template <class A>
-FASTNET_INLINE int64_t off_pages(int64_t elements) {
+FASTNET_INLINE constexpr int64_t off_pages(int64_t elements) {
   constexpr int64_t kLine = 64 / sizeof(A);
   return ((elements + kLine - 1) / kLine | 1) * kLine;
 }
@@ -168,19 +168,28 @@ FASTNET_INLINE Vec<A> load_column(const A* row, int64_t half, int j) {
   return load(row + j % 2 * half + j / 2);
 }
 
-// V = Bᵀ d B, stored at `to`, `plane` from one point to the next. A row of V at a time, from the
-// two rows of the patch that it needs: the whole would not fit into registers.
-FASTNET_INLINE void transform_patch(const float* strip, int64_t half, float* to, int64_t plane) {
+// V = Bᵀ d B of `count` neighbouring tiles, and some beyond, of a channel, kPlane from one point to
+// the next. A row of V at a time, from the two rows of the patch that it needs: the whole would not
+// fit into registers. A function of its own, in which sixteen addresses of a known distance need
+// none.
+template <int64_t kPlane>
+__attribute__((noinline)) static void transform_row(const float* strip, int64_t half, float* to,
+                                                    int64_t count) {
   using V = Vec<float>;
-  const auto row = [&](int i, V x0, V x1, V x2, V x3) {
-    store(to + 4 * i * plane, x0 - x2);
-    store(to + (4 * i + 1) * plane, x1 + x2);
-    store(to + (4 * i + 2) * plane, x2 - x1);
-    store(to + (4 * i + 3) * plane, x1 - x3);
-  };
-  const auto d = [&](int i, int j) { return load_column(strip + i * 2 * half, half, j); };
-  row(0, d(0, 0) - d(2, 0), d(0, 1) - d(2, 1), d(0, 2) - d(2, 2), d(0, 3) - d(2, 3));
-  row(1, d(1, 0) + d(2, 0), d(1, 1) + d(2, 1), d(1, 2) + d(2, 2), d(1, 3) + d(2, 3));
-  row(2, d(2, 0) - d(1, 0), d(2, 1) - d(1, 1), d(2, 2) - d(1, 2), d(2, 3) - d(1, 3));
-  row(3, d(1, 0) - d(3, 0), d(1, 1) - d(3, 1), d(1, 2) - d(3, 2), d(1, 3) - d(3, 3));
+  constexpr int kStep = kLanes<float>;
+  for (int64_t at = 0; at < count; at += kStep, strip += kStep, to += kStep) {
+    const auto row = [&](int i, V x0, V x1, V x2, V x3) __attribute__((always_inline)) {
+      store(to + 4 * i * kPlane, x0 - x2);
+      store(to + (4 * i + 1) * kPlane, x1 + x2);
+      store(to + (4 * i + 2) * kPlane, x2 - x1);
+      store(to + (4 * i + 3) * kPlane, x1 - x3);
+    };
+    const auto d = [&](int i, int j) __attribute__((always_inline)) {
+      return load_column(strip + i * 2 * half, half, j);
+    };
+    row(0, d(0, 0) - d(2, 0), d(0, 1) - d(2, 1), d(0, 2) - d(2, 2), d(0, 3) - d(2, 3));
+    row(1, d(1, 0) + d(2, 0), d(1, 1) + d(2, 1), d(1, 2) + d(2, 2), d(1, 3) + d(2, 3));
+    row(2, d(2, 0) - d(1, 0), d(2, 1) - d(1, 1), d(2, 2) - d(1, 2), d(2, 3) - d(1, 3));
+    row(3, d(1, 0) - d(3, 0), d(1, 1) - d(3, 1), d(1, 2) - d(3, 2), d(1, 3) - d(3, 3));
+  }
 }

@@ -58,6 +58,15 @@ FASTNET_INLINE void store_bytes(uint8_t* to, Vec<I> codes, LaneList<kByte...>, L
 }
 template <class A>
 FASTNET_INLINE void store_codes(uint8_t* to, Vec<Index<A>> codes) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 32 && sizeof(A) == sizeof(float)) {
+    Vec4<int32_t> bytes = __builtin_shufflevector(codes, codes, 0, 1, 2, 3);
+    const Vec4<int32_t> upper = __builtin_shufflevector(codes, codes, 4, 5, 6, 7);
+    __asm__("vpackssdw %1, %0, %0\n\tvpackuswb %0, %0, %0" : "+x"(bytes) : "x"(upper));
+    __builtin_memcpy(to, &bytes, 8);
+    return;
+  }
+#endif
   store_bytes<Index<A>>(to, codes, typename MakeLanes<kVectorBytes>::type{},
                         typename MakeLanes<kVectorBytes * sizeof(A) / 16>::type{});
 }
@@ -80,13 +89,12 @@ FASTNET_INLINE void window_maxima(const Vec<A> (&y)[kCount][4], Vec<A> (&most)[k
       }
     }
   } else if constexpr (!kHasMasks) {
-    // Choices by masks in vectors stand in the way of multiplications; maxima and logic do not.
     FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
       const I right = y[n][0] < y[n][1], lower_right = y[n][2] < y[n][3];
       const Vec<A> upper = maximum<A>(y[n][0], y[n][1]), lower = maximum<A>(y[n][2], y[n][3]);
       const I down = upper < lower;
       most[n] = maximum<A>(upper, lower);
-      code[n] = -(down + down + (right ^ (down & (right ^ lower_right))));
+      code[n] = down ? 2 - lower_right : right & 1;
     }
   } else {
     Vec<A> lower[kCount];
@@ -140,9 +148,9 @@ FASTNET_INLINE void finish_windows(const Vec<A> (&y)[kCount][4], const Vec<A>* b
       store_codes<A>(codes[n], dead ? I{} + kDead : code[n]);
     } else {
       const Vec<A> alive = maximum<A>(zero, most[n]);
-      const I dead = ((I)alive == I{}) & (I{} + kDead);
+      const I dead = (I)alive == I{};
       store(pooled[n], alive);
-      store_codes<A>(codes[n], code[n] < dead ? dead : code[n]);
+      store_codes<A>(codes[n], dead ? I{} + kDead : code[n]);
     }
   }
 }
