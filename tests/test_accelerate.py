@@ -1196,7 +1196,8 @@ def test_functional_call():
     others = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     x = torch.randn(2, 3, 8, 8)
     expected = torch.func.functional_call(model, others, (x,))
-    torch.testing.assert_close(torch.func.functional_call(accelerated, others, (x,)), expected)
+    actual = torch.func.functional_call(accelerated, others, (x,))
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
     def loss(parameters, x):
         return torch.func.functional_call(accelerated, parameters, (x,)).sum()

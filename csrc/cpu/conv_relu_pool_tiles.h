@@ -18,6 +18,16 @@
 // times 64⁄81, -128⁄243 (twice), 32⁄243 (twice) and 1. Among points of few digits these are close
 // to the best: with 0, ±1, ±2 the error is 2 to 6 times as large.
 //
+// Where windows are odd in number, the last row of tiles, or the last column, has only one of them,
+// and only the first 4 rows, or columns, of its patch: half a tile takes the points 0, ¾, -¾ and
+// infinity alone, with the same filters. What these were divided by for the points left out is made
+// up for in the patch:
+//
+//        | 81⁄64    0   -9⁄4   0 |
+//   Bᵀ = |   0   -81⁄64 -27⁄16 0 |         Aᵀ = | 1  1  1  0 |
+//        |   0    81⁄64 -27⁄16 0 |              | 0  ¾ -¾  1 |
+//        |   0    -9⁄16    0   1 |
+//
 // Vectors have one channel, or one filter, to a lane:
 //   strip     [C / lanes][rows][columns][lanes]   some rows of a padded image
 //   patches   [points][tiles][C]                  V of a block of tiles
@@ -28,6 +38,16 @@
 // Convolution for Deep Neural Networks, 2020.
 
 inline constexpr int kSide = 6, kSidePoints = kSide * kSide;
+inline constexpr int kHalfSide = 4;
+// Which point the i-th of a tile's, or half a tile's, row or column is; and whether only whole
+// tiles have it.
+template <int kPoints>
+FASTNET_INLINE int point_of(int i) {
+  return kPoints == kSide || i < kHalfSide - 1 ? i : kSide - 1;
+}
+FASTNET_INLINE bool is_of_whole(int i) {
+  return i == 3 || i == 4;
+}
 // Tiles in a block, at least, where there are as many: the filters are fetched for each block.
 inline constexpr int64_t kFewestTiles = 24;
 
@@ -36,25 +56,90 @@ template <class T>
 struct TileGrid {
   int64_t windows, step;  // of a tile, in height and width, and from one to the next, in pixels
   int64_t rows, columns;  // of tiles in an image
-  int64_t width;          // of the strip
-  int64_t channels;       // C, rounded up
+  bool half_row, half_column;  // whether the last of them is one of half tiles
+  int64_t width;               // of the strip
+  int64_t channels;            // C, rounded up
 
   explicit TileGrid(const ConvCall<T>& call)
       : windows(call.kernel == 3 ? 2 : 1),
         step(2 * windows),
         rows((call.P + windows - 1) / windows),
         columns((call.Q + windows - 1) / windows),
+        half_row(call.P < rows * windows),
+        half_column(call.Q < columns * windows),
         width(step * (columns - 1) + kSide),
         channels(round_up(call.C, kLanes<float>)) {}
   // What a block of channels takes in the strip of some rows of tiles.
   int64_t strip_block(int64_t count) const {
     return off_pages<float>((step * (count - 1) + kSide) * width * kLanes<float>);
   }
-  // Where a row of tiles begins among all windows. Rows are counted through images.
+  // Of an image.
+  int64_t points() const {
+    constexpr int64_t kLess = kSide - kHalfSide;
+    return (rows * kSide - half_row * kLess) * (columns * kSide - half_column * kLess);
+  }
+  // Rows of tiles are counted through images.
+  bool is_half_row(int64_t row) const { return half_row && row % rows == rows - 1; }
+  bool is_half_column(int64_t column) const { return half_column && column == columns - 1; }
+  // Where one begins among all windows.
   int64_t first_window(const ConvCall<T>& call, int64_t row) const {
     return (row / rows * call.P + row % rows * windows) * call.Q;
   }
 };
+
+// Some neighbouring tiles of a block.
+struct TileRange {
+  int64_t begin, end;
+};
+
+// Where the tiles of rows [first, last) stand in a block: those of half the height, whole ones,
+// those of half the width, and of half of both, so that those which have a point are neighbours.
+template <class T>
+class TilePlaces {
+ public:
+  TilePlaces(const TileGrid<T>& grid, int64_t first, int64_t last) : grid_(grid) {
+    const int64_t low = grid.half_row ? last / grid.rows - first / grid.rows : 0;
+    const int64_t high = last - first - low;
+    const int64_t narrow = grid.half_column, wide = grid.columns - narrow;
+    const int64_t counts[kKinds] = {low * wide, high * wide, high * narrow, low * narrow};
+    begin_[0] = 0;
+    for (int kind = 0; kind < kKinds; ++kind) {
+      next_[kind] = begin_[kind];
+      begin_[kind + 1] = begin_[kind] + counts[kind];
+    }
+  }
+  // The next tile's, of those that go row by row.
+  int64_t next(int64_t row, int64_t column) {
+    const bool is_low = grid_.is_half_row(row);
+    return next_[grid_.is_half_column(column) ? kNarrow + is_low : is_low ? kLow : kWhole]++;
+  }
+  // Those that have a point.
+  TileRange with_point(int row, int column) const {
+    const bool is_high = is_of_whole(row), is_wide = is_of_whole(column);
+    return {begin_[is_high ? kWhole : kLow], begin_[is_wide   ? kNarrow
+                                                    : is_high ? kNarrow + 1
+                                                              : kKinds]};
+  }
+
+ private:
+  enum { kLow, kWhole, kNarrow, kKinds = 4 };
+  const TileGrid<T>& grid_;
+  int64_t begin_[kKinds + 1], next_[kKinds];
+};
+
+// Calls transform(rows, columns), the points of a tile in either direction as constants.
+template <class T, class Transform>
+FASTNET_INLINE void for_points(const TileGrid<T>& grid, int64_t row, int64_t column,
+                               const Transform& transform) {
+  using Whole = std::integral_constant<int, kSide>;
+  using Half = std::integral_constant<int, kHalfSide>;
+  const bool is_narrow = grid.is_half_column(column);
+  if (grid.is_half_row(row)) {
+    is_narrow ? transform(Half{}, Half{}) : transform(Half{}, Whole{});
+  } else {
+    is_narrow ? transform(Whole{}, Half{}) : transform(Whole{}, Whole{});
+  }
+}
 
 // ---------------------------------------------------------------------------------------------
 // Transforms
@@ -73,6 +158,15 @@ FASTNET_INLINE void points_of_patch(const Vec<float> (&d)[kSide], Vec<float> (&v
   v[3] = even_far + odd_far;
   v[4] = even_far - odd_far;
   v[5] = d[1] * (kNear2 * kFar2) + (d[5] - d[3] * (kNear2 + kFar2));
+}
+
+FASTNET_INLINE void points_of_patch(const Vec<float> (&d)[kHalfSide], Vec<float> (&v)[kHalfSide]) {
+  using V = Vec<float>;
+  const V even = d[2] * (kNear2 - kFar2), odd = d[1] * (kNear * (kNear2 - kFar2));
+  v[0] = d[0] * (kNear2 * kFar2) - d[2] * kFar2;
+  v[1] = even + odd;
+  v[2] = even - odd;
+  v[3] = d[3] - d[1] * kNear2;
 }
 
 // What the values of a filter, G g, are multiplied by.
@@ -114,33 +208,54 @@ FASTNET_INLINE void outputs_of_points(const Vec<float> (&m)[kSide], Vec<float> (
   y[1] = m[5] + ((m[1] - m[2]) * kNear + (m[3] - m[4]) * kFar);
 }
 
-// The first half of a transform of 6 x 6 vectors: half = transform(column), column by column.
-template <int kOutputs, class Transform>
-FASTNET_INLINE void transform_columns(const float* from, int64_t next_row, int64_t next_column,
-                                      const Transform& transform,
-                                      Vec<float> (&half)[kOutputs][kSide]) {
-  Vec<float> column[kSide], result[kOutputs];
+FASTNET_INLINE void outputs_of_points(const Vec<float> (&m)[kHalfSide], Vec<float> (&y)[2]) {
+  y[0] = m[0] + (m[1] + m[2]);
+  y[1] = m[3] + (m[1] - m[2]) * kNear;
+}
+
+// The first half of a transform: half = transform(column), column by column, of kIn elements each
+// that load_at(row, column) gives.
+template <int kIn, int kOutputs, int kColumns, class Load, class Transform>
+FASTNET_INLINE void transform_columns(const Load& load_at, const Transform& transform,
+                                      Vec<float> (&half)[kOutputs][kColumns]) {
+  Vec<float> column[kIn], result[kOutputs];
 #pragma GCC unroll 1
-  for (int j = 0; j < kSide; ++j) {
-    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) {
-      column[i] = load(from + i * next_row + j * next_column);
-    }
+  for (int j = 0; j < kColumns; ++j) {
+    FASTNET_UNROLL for (int i = 0; i < kIn; ++i) column[i] = load_at(i, j);
     transform(column, result);
     FASTNET_UNROLL for (int i = 0; i < kOutputs; ++i) half[i][j] = result[i];
   }
 }
+// The same of a tile's points, in planes.
+template <int kRows, int kOutputs, int kColumns, class Transform>
+FASTNET_INLINE void transform_points(const float* from, int64_t plane, const Transform& transform,
+                                     Vec<float> (&half)[kOutputs][kColumns]) {
+  const auto load_at = [&](int i, int j) __attribute__((always_inline)) {
+    return load(from + (point_of<kRows>(i) * kSide + point_of<kColumns>(j)) * plane);
+  };
+  transform_columns<kRows>(load_at, transform, half);
+}
 
 // V of one vector of channels of a tile, columns first, then rows.
+template <int kRows, int kColumns>
 __attribute__((noinline)) static void transform_tile(const float* strip, int64_t row, float* to,
                                                      int64_t plane) {
   using V = Vec<float>;
   constexpr int kStep = kLanes<float>;
-  V half[kSide][kSide], v[kSide];
-  transform_columns(strip, row, kStep, points_of_patch, half);
+  V half[kRows][kColumns], v[kColumns];
+  const auto load_at = [&](int i, int j) __attribute__((always_inline)) {
+    return load(strip + i * row + j * kStep);
+  };
+  const auto points = [](const V(&d)[kRows], V(&v)[kRows])
+                          __attribute__((always_inline)) { points_of_patch(d, v); };
+  transform_columns<kRows>(load_at, points, half);
 #pragma GCC unroll 1
-  for (int i = 0; i < kSide; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     points_of_patch(half[i], v);
-    FASTNET_UNROLL for (int j = 0; j < kSide; ++j) store(to + (i * kSide + j) * plane, v[j]);
+    float* const to_row = to + point_of<kRows>(i) * kSide * plane;
+    FASTNET_UNROLL for (int j = 0; j < kColumns; ++j) {
+      store(to_row + point_of<kColumns>(j) * plane, v[j]);
+    }
   }
 }
 
@@ -237,8 +352,8 @@ class MultiplyRows {
  public:
   MultiplyRows(int64_t rows, int64_t vectors)
       : sets_((rows + kRowsAtOnce - 1) / kRowsAtOnce),
-        few_(rows / sets_),
-        larger_sets_(rows % sets_),
+        few_(sets_ > 0 ? rows / sets_ : 0),
+        larger_sets_(sets_ > 0 ? rows % sets_ : 0),
         multiply_{multiply_for(few_, vectors), multiply_for(few_ + 1, vectors)} {}
   void operator()(const Product& at, const float* a, const float* b, float* to, bool adds) const {
     for (int64_t set = 0; set < sets_; ++set) {
@@ -261,6 +376,26 @@ class MultiplyRows {
   int64_t sets_, few_, larger_sets_;
   Multiply multiply_[2];
 };
+
+// Calls body(point, tile, multiply_rows) for all points, with the first tile that has it and the
+// product of as many rows as there are such tiles.
+template <class T, class Body>
+FASTNET_INLINE void for_ranges(const TilePlaces<T>& places, int64_t vectors, const Body& body) {
+  constexpr int kOfAll = 0, kOfWhole = 3;  // a point of either kind
+  const auto rows = [&](int row, int column) {
+    const TileRange tiles = places.with_point(row, column);
+    return MultiplyRows(tiles.end - tiles.begin, vectors);
+  };
+  const MultiplyRows multiply_rows[2][2] = {
+      {rows(kOfAll, kOfAll), rows(kOfAll, kOfWhole)},
+      {rows(kOfWhole, kOfAll), rows(kOfWhole, kOfWhole)},
+  };
+  for (int point = 0; point < kSidePoints; ++point) {
+    const int row = point / kSide, column = point % kSide;
+    body(point, places.with_point(row, column).begin,
+         multiply_rows[is_of_whole(row)][is_of_whole(column)]);
+  }
+}
 
 // ---------------------------------------------------------------------------------------------
 // Patches
@@ -300,14 +435,15 @@ static bool are_alike(const StripPart& part) {
 }
 
 // V of rows of tiles [first, last), counted through images, by way of a strip with `next_block`
-// from one block of channels to the next. `visit` is given each tile's place in the strip. Returns
-// false where elements are too large for this form.
+// from one block of channels to the next. `visit` is given each tile's number in the block, and its
+// place in the strip. Returns false where elements are too large for this form.
 template <class T, class Visit>
 static bool gather_tiles(const ConvCall<T>& call, const TileGrid<T>& grid, int64_t first,
                          int64_t last, float* strip, int64_t next_block, float* patches,
                          int64_t plane, const Visit& visit) {
   constexpr int kStep = kLanes<float>;
   const int64_t line = grid.width * kStep;
+  TilePlaces<T> places(grid, first, last);
   for (int64_t row = first; row < last;) {
     const int64_t n = row / grid.rows, y = row % grid.rows;
     const int64_t count = least(last - row, grid.rows - y);
@@ -323,12 +459,16 @@ static bool gather_tiles(const ConvCall<T>& call, const TileGrid<T>& grid, int64
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      for (int64_t x = 0; x < grid.columns; ++x, patches += grid.channels) {
+      for (int64_t x = 0; x < grid.columns; ++x) {
         const float* from = strip + grid.step * (i * line + x * kStep);
-        visit(from);
-        for (int64_t c = 0; c < grid.channels; c += kStep, from += next_block) {
-          transform_tile(from, line, patches + c, plane);
-        }
+        const int64_t tile = places.next(row + i, x);
+        visit(tile, from);
+        float* const to = patches + tile * grid.channels;
+        for_points(grid, row + i, x, [&](auto rows, auto columns) {
+          for (int64_t c = 0; c < grid.channels; c += kStep, from += next_block) {
+            transform_tile<rows(), columns()>(from, line, to + c, plane);
+          }
+        });
       }
     }
     row += count;

@@ -19,17 +19,17 @@
 inline constexpr float kLargestGradientOfTiles = 1e20f;
 
 // Whether this form is quicker than lists: it has vectors to fill, windows to share the transforms
-// of the weight's gradient, and tiles of which little lies beyond the image; and its sums are not
-// too large to keep at hand. Without multiply-adds, or for grad_weight alone, lists are as quick.
+// of the weight's gradient, and not too many half tiles; and its sums are not too large to keep at
+// hand. Without multiply-adds, or for grad_weight alone, lists are as quick.
 template <class T>
 bool takes_tiles(const ConvBackward<T>& call) {
   constexpr int64_t kFewest = 8, kFewestWindows = 512, kMostSums = 40'000;
   const TileGrid<T> grid(call);
-  const int64_t windows = call.P * call.Q, in_tiles = 4 * grid.rows * grid.columns;
+  const int64_t windows = call.P * call.Q;
   return kVectorBytes > 16 && sizeof(acc_t<T>) == sizeof(float) && call.kernel == 3 &&
          call.grad_input && call.C >= kFewest && call.K >= kFewest && call.Q <= kMostTileWindows &&
          call.C * call.K <= kMostSums && call.N * windows >= kFewestWindows &&
-         6 * in_tiles <= 7 * windows;
+         5 * grid.points() <= 48 * windows;
 }
 
 // Where everything stands in a thread's scratch memory, in elements.
@@ -63,8 +63,8 @@ struct TilesBackwardPlan {
     const int64_t blocks = grid.channels / kStep;
     strip_at = 0;
     windows_at = strip_at + (call.needs_weight ? blocks * strip_block : 0);
-    codes_at = next_line(windows_at + (windows + 1) * filters);
-    bias_at = next_line(codes_at + ((windows + 1) * filters + kStep) / kSize + 1);
+    codes_at = next_line(windows_at + windows * filters);
+    bias_at = next_line(codes_at + (windows * filters + kStep) / kSize + 1);
     patches_at = next_line(bias_at + filters);
     gradients_at = patches_at + kSidePoints * patches_plane;
     sums_at = next_line(gradients_at + kSidePoints * gradients_plane);
@@ -90,6 +90,13 @@ FASTNET_INLINE void points_of_gradient(const Vec<float> (&g)[4], Vec<float> (&z)
   z[5] = g[3];
 }
 
+FASTNET_INLINE void points_of_gradient(const Vec<float> (&g)[2], Vec<float> (&z)[kHalfSide]) {
+  z[0] = g[0];
+  z[1] = g[0] + g[1] * kNear;
+  z[2] = g[0] - g[1] * kNear;
+  z[3] = g[1];
+}
+
 // A row or a column of grad_weight, Gᵀ u.
 FASTNET_INLINE void filter_of_points(const Vec<float> (&u)[kSide], Vec<float> (&g)[3]) {
   using V = Vec<float>;
@@ -112,17 +119,27 @@ FASTNET_INLINE void patch_of_points(const Vec<float> (&v)[kSide], Vec<float> (&d
   d[5] = v[5];
 }
 
-// Z of one vector of filters of a tile, out of its windows' gradients and codes. Adds the living
-// ones to the bias's gradient, and returns their sizes.
+FASTNET_INLINE void patch_of_points(const Vec<float> (&v)[kHalfSide], Vec<float> (&d)[kHalfSide]) {
+  d[0] = v[0] * (kNear2 * kFar2);
+  d[1] = (v[1] - v[2]) * (kNear * (kNear2 - kFar2)) - v[3] * kNear2;
+  d[2] = (v[1] + v[2]) * (kNear2 - kFar2) - v[0] * kFar2;
+  d[3] = v[3];
+}
+
+// Z of one vector of filters of a tile of kRows x kColumns points, out of its windows' gradients
+// and codes. Adds the living ones to the bias's gradient, and returns their sizes.
+template <int kRows, int kColumns>
 __attribute__((noinline)) static Vec<int32_t> transform_gradient(const float* const* gradients,
                                                                  const uint8_t* const* codes,
                                                                  float* bias, float* to,
                                                                  int64_t plane) {
   using V = Vec<float>;
-  V half[kSide][4], column[4][4], z[kSide];
+  constexpr int kHigh = kRows == kSide ? 2 : 1, kWide = kColumns == kSide ? 2 : 1;
+  V half[kRows][2 * kWide], column[2 * kWide][2 * kHigh], z[kColumns];
   V sum = load(bias);
   Vec<int32_t> largest = {};
   FASTNET_UNROLL for (int w = 0; w < 4; ++w) {
+    if (w / 2 >= kHigh || w % 2 >= kWide) continue;
     const V g = load(gradients[w]);
     const Vec<int32_t> code = load_bytes(codes[w]);
     V alive[4];
@@ -135,14 +152,18 @@ __attribute__((noinline)) static Vec<int32_t> transform_gradient(const float* co
     sum += one;
   }
   store(bias, sum);
-  FASTNET_UNROLL for (int j = 0; j < 4; ++j) {
-    points_of_gradient(column[j], z);
-    FASTNET_UNROLL for (int i = 0; i < kSide; ++i) half[i][j] = z[i];
+  FASTNET_UNROLL for (int j = 0; j < 2 * kWide; ++j) {
+    V points[kRows];
+    points_of_gradient(column[j], points);
+    FASTNET_UNROLL for (int i = 0; i < kRows; ++i) half[i][j] = points[i];
   }
 #pragma GCC unroll 1
-  for (int i = 0; i < kSide; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     points_of_gradient(half[i], z);
-    FASTNET_UNROLL for (int j = 0; j < kSide; ++j) store(to + (i * kSide + j) * plane, z[j]);
+    float* const to_row = to + point_of<kRows>(i) * kSide * plane;
+    FASTNET_UNROLL for (int j = 0; j < kColumns; ++j) {
+      store(to_row + point_of<kColumns>(j) * plane, z[j]);
+    }
   }
   return largest;
 }
@@ -152,7 +173,7 @@ __attribute__((noinline)) static void untransform_filters(const float* sums, int
                                                           float* to, int64_t next_tap) {
   using V = Vec<float>;
   V half[3][kSide], g[3];
-  transform_columns(sums, kSide * plane, plane, filter_of_points, half);
+  transform_points<kSide>(sums, plane, filter_of_points, half);
 #pragma GCC unroll 1
   for (int r = 0; r < 3; ++r) {
     filter_of_points(half[r], g);
@@ -161,16 +182,19 @@ __attribute__((noinline)) static void untransform_filters(const float* sums, int
 }
 
 // The gradient of one vector of channels of a patch, added to the image's.
+template <int kRows, int kColumns>
 __attribute__((noinline)) static void untransform_patch(const float* products, int64_t plane,
                                                         float* image, int64_t row) {
   using V = Vec<float>;
   constexpr int kStep = kLanes<float>;
-  V half[kSide][kSide], d[kSide];
-  transform_columns(products, kSide * plane, plane, patch_of_points, half);
+  V half[kRows][kColumns], d[kColumns];
+  const auto patch = [](const V(&v)[kRows], V(&d)[kRows])
+                         __attribute__((always_inline)) { patch_of_points(v, d); };
+  transform_points<kRows>(products, plane, patch, half);
 #pragma GCC unroll 1
-  for (int i = 0; i < kSide; ++i, image += row) {
+  for (int i = 0; i < kRows; ++i, image += row) {
     patch_of_points(half[i], d);
-    FASTNET_UNROLL for (int j = 0; j < kSide; ++j) {
+    FASTNET_UNROLL for (int j = 0; j < kColumns; ++j) {
       store(image + j * kStep, load(image + j * kStep) + d[j]);
     }
   }
@@ -194,55 +218,59 @@ static bool gather_gradients(const ConvBackward<T>& call, const TilesBackwardPla
                  call.grad_output_at, gradients, filters);
   gather_windows(call, origin, origin + windows, k_begin, k_end, call.codes, call.codes_at, codes,
                  filters);
-  // After the last window one that is dead, for tiles that reach beyond the image; and so are the
-  // filters that there are not.
+  // Filters that there are not are dead.
   const int64_t rest = round_up(k_end - k_begin, kStep) - (k_end - k_begin);
   for (int64_t i = 0; i < windows && rest > 0; ++i) {
     __builtin_memset(codes + i * filters + (k_end - k_begin), kDead, static_cast<size_t>(rest));
   }
-  __builtin_memset(codes + windows * filters, kDead, static_cast<size_t>(filters));
   Vec<int32_t> largest = {};
-  float* to = scratch + plan.gradients_at;
+  TilePlaces<T> places(grid, first, last);
   for (int64_t row = first; row < last; ++row) {
-    const int64_t y = row % grid.rows * 2, row_window = grid.first_window(call, row) - origin;
-    for (int64_t x = 0; x < grid.columns; ++x, to += filters) {
+    const int64_t row_window = grid.first_window(call, row) - origin;
+    for (int64_t x = 0; x < grid.columns; ++x) {
+      float* const to = scratch + plan.gradients_at + places.next(row, x) * filters;
       const float* from[4];
       const uint8_t* codes_from[4];
-      for (int i = 0; i < 4; ++i) {
-        const int64_t p = i / 2, q = 2 * x + i % 2;
-        const bool is_window = y + p < call.P && q < call.Q;
-        const int64_t window = is_window ? row_window + p * call.Q + q : windows;
+      for (int i = 0; i < 4; ++i) {  // those of half a tile are not all taken
+        const int64_t window = row_window + i / 2 * call.Q + 2 * x + i % 2;
         from[i] = gradients + window * filters;
         codes_from[i] = codes + window * filters;
       }
-      for (int64_t k = 0; k < k_end - k_begin; k += kStep) {
-        const Vec<int32_t> size = transform_gradient(from, codes_from, scratch + plan.bias_at + k,
-                                                     to + k, plan.gradients_plane);
-        largest = size > largest ? size : largest;
-        for (int i = 0; i < 4; ++i) {
-          from[i] += kStep;
-          codes_from[i] += kStep;
+      for_points(grid, row, x, [&](auto rows, auto columns) {
+        for (int64_t k = 0; k < k_end - k_begin; k += kStep) {
+          const Vec<int32_t> size = transform_gradient<rows(), columns()>(
+              from, codes_from, scratch + plan.bias_at + k, to + k, plan.gradients_plane);
+          largest = size > largest ? size : largest;
+          for (int i = 0; i < 4; ++i) {
+            from[i] += kStep;
+            codes_from[i] += kStep;
+          }
         }
-      }
+      });
     }
   }
   return is_below(largest, kLargestGradientOfTiles);
 }
 
-// Σ Z ⊙ V of `count` tiles, of `filters` filters from k_first on.
+// Σ Z ⊙ V of all tiles, of `filters` filters from k_first on.
 template <class T>
 static void sum_products(const ConvBackward<T>& call, const TilesBackwardPlan<T>& plan,
-                         int64_t count, int64_t k_first, int64_t filters, bool adds,
+                         const TilePlaces<T>& places, int64_t k_first, int64_t filters, bool adds,
                          float* scratch) {
   constexpr int64_t kStep = kLanes<float>;
-  const Product at{1, plan.grid.channels, plan.filters, kStep, plan.filters, count};
+  Product at{1, plan.grid.channels, plan.filters, kStep, plan.filters, 0};
   for (int64_t k = 0; k < filters; k += kVectorsAtOnce * kStep) {
     const int64_t vectors = least(kVectorsAtOnce, (filters - k + kStep - 1) / kStep);
     const MultiplyRows multiply_rows(call.C, vectors);
     for (int point = 0; point < kSidePoints; ++point) {
-      multiply_rows(at, scratch + plan.patches_at + point * plan.patches_plane,
-                    scratch + plan.gradients_at + point * plan.gradients_plane + k_first + k,
-                    scratch + plan.sums_at + point * plan.sums_plane + k, adds);
+      const TileRange tiles = places.with_point(point / kSide, point % kSide);
+      at.count = tiles.end - tiles.begin;
+      multiply_rows(
+          at,
+          scratch + plan.patches_at + point * plan.patches_plane + tiles.begin * plan.grid.channels,
+          scratch + plan.gradients_at + point * plan.gradients_plane + tiles.begin * plan.filters +
+              k_first + k,
+          scratch + plan.sums_at + point * plan.sums_plane + k, adds);
     }
   }
 }
@@ -280,31 +308,36 @@ static void add_to_images(const ConvBackward<T>& call, const TilesBackwardPlan<T
                           float* scratch, const Write& write) {
   constexpr int64_t kStep = kLanes<float>;
   const TileGrid<T>& grid = plan.grid;
-  const int64_t tiles = (last - first) * grid.columns, next_vector = kSidePoints * call.K * kStep;
+  TilePlaces<T> places(grid, first, last);
+  const int64_t next_vector = kSidePoints * call.K * kStep;
   float* const products = scratch + plan.patches_at;
   const Product at{plan.filters, 1, kStep, next_vector, grid.channels, call.K};
   for (int64_t block = block_begin; block < block_end; block += kVectorsAtOnce) {
-    const MultiplyRows multiply_rows(tiles, least(kVectorsAtOnce, block_end - block));
-    for (int point = 0; point < kSidePoints; ++point) {
-      multiply_rows.in_sets(at, scratch + plan.gradients_at + point * plan.gradients_plane,
-                            call.filters + block * next_vector + point * call.K * kStep,
-                            products + point * plan.patches_plane + block * kStep);
-    }
+    const int64_t vectors = least(kVectorsAtOnce, block_end - block);
+    for_ranges(places, vectors, [&](int point, int64_t tile, const MultiplyRows& multiply_rows) {
+      multiply_rows.in_sets(
+          at, scratch + plan.gradients_at + point * plan.gradients_plane + tile * plan.filters,
+          call.filters + block * next_vector + point * call.K * kStep,
+          products + point * plan.patches_plane + tile * grid.channels + block * kStep);
+    });
   }
-  const float* from = products;
   for (int64_t row = first; row < last; ++row) {
     const int64_t y = row % grid.rows;
-    for (int64_t block = block_begin; block < block_end; ++block) {
-      float* const image = scratch + plan.image_at + block * plan.image_block;
-      if (y == 0) {
-        __builtin_memset(image, 0, static_cast<size_t>(plan.image_block) * sizeof(float));
-      }
-      for (int64_t x = 0; x < grid.columns; ++x) {
-        untransform_patch(from + x * grid.channels + block * kStep, plan.patches_plane,
-                          image + grid.step * (y * plan.image_row + x * kStep), plan.image_row);
-      }
+    float* const images = scratch + plan.image_at;
+    for (int64_t block = block_begin; y == 0 && block < block_end; ++block) {
+      __builtin_memset(images + block * plan.image_block, 0,
+                       static_cast<size_t>(plan.image_block) * sizeof(float));
     }
-    from += grid.columns * grid.channels;
+    for (int64_t x = 0; x < grid.columns; ++x) {
+      const float* const from = products + places.next(row, x) * grid.channels;
+      float* const image = images + grid.step * (y * plan.image_row + x * kStep);
+      for_points(grid, row, x, [&](auto rows, auto columns) {
+        for (int64_t block = block_begin; block < block_end; ++block) {
+          untransform_patch<rows(), columns()>(from + block * kStep, plan.patches_plane,
+                                               image + block * plan.image_block, plan.image_row);
+        }
+      });
+    }
     if (y == grid.rows - 1) write(row / grid.rows);
   }
 }
@@ -332,10 +365,11 @@ static bool tiles_backward(const ConvBackward<T>& call, int64_t n_begin, int64_t
     if (!gather_gradients(call, plan, first, last, k_first, k_last, scratch)) return false;
     if (needs_weight) {
       if (!gather_tiles(call, plan.grid, first, last, scratch + plan.strip_at, plan.strip_block,
-                        scratch + plan.patches_at, plan.patches_plane, [](const float*) {})) {
+                        scratch + plan.patches_at, plan.patches_plane,
+                        [](int64_t, const float*) {})) {
         return false;
       }
-      sum_products(call, plan, (last - first) * plan.grid.columns, k_begin - k_first,
+      sum_products(call, plan, TilePlaces<T>(plan.grid, first, last), k_begin - k_first,
                    k_end - k_begin, first > begin, scratch);
     }
     if (needs_input) {

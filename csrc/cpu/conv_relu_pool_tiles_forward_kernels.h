@@ -36,7 +36,7 @@ struct TilesForwardPlan {
     strip_block = grid.strip_block(least(rows, grid.rows));
     patches_plane = off_pages<float>(tiles * grid.channels);
     products_plane = off_pages<float>(tiles * filters);
-    const int64_t pooled = (tiles * grid.windows * grid.windows + 1) * filters;
+    const int64_t pooled = tiles * grid.windows * grid.windows * filters;
     strip_at = 0;
     equal_at = strip_at + grid.channels / kLanes<float> * strip_block;
     patches_at = round_up(equal_at + tiles, kLine);
@@ -92,92 +92,97 @@ static int equal_elements(const ConvForward<T>& call, const TilesForwardPlan<T>&
   return bits;
 }
 
-// Aᵀ M A, bias, ReLU and maximum of one vector of filters of a tile, some of whose elements are
-// known to be equal.
-template <int kWindows, class T>
+// Aᵀ M A, bias, ReLU and maximum of one vector of filters of a tile of kRows x kColumns points,
+// some of whose elements are known to be equal. kWindows is what a whole tile has in a row.
+template <int kWindows, int kRows, int kColumns, class T>
 __attribute__((noinline)) static void pool_tile(const float* products, int64_t plane,
                                                 const float* bias, int equal, T* const* pooled,
                                                 uint8_t* const* codes) {
   using V = Vec<float>;
-  constexpr int kOutputs = 2 * kWindows;
-  V half[kOutputs][kSide], y[kOutputs];
-  const auto outputs = [](const V(&m)[kSide], V(&y)[kOutputs])
+  constexpr int kHigh = kRows == kSide ? kWindows : 1, kWide = kColumns == kSide ? kWindows : 1;
+  V half[2 * kHigh][kColumns], y[2 * kWide];
+  const auto outputs = [](const V(&m)[kRows], V(&y)[2 * kHigh])
                            __attribute__((always_inline)) { outputs_of_points(m, y); };
-  transform_columns(products, kSide * plane, plane, outputs, half);
+  transform_points<kRows>(products, plane, outputs, half);
 #pragma GCC unroll 1
-  for (int row = 0; row < kWindows; ++row) {
-    V z[kWindows][4], its_bias[kWindows];
+  for (int row = 0; row < kHigh; ++row) {
+    V z[kWide][4], its_bias[kWide];
     FASTNET_UNROLL for (int dy = 0; dy < 2; ++dy) {
       outputs_of_points(half[2 * row + dy], y);
-      FASTNET_UNROLL for (int x = 0; x < kOutputs; ++x) z[x / 2][2 * dy + x % 2] = y[x];
+      FASTNET_UNROLL for (int x = 0; x < 2 * kWide; ++x) z[x / 2][2 * dy + x % 2] = y[x];
     }
     if (equal) {
-      FASTNET_UNROLL for (int i = 0; i < kWindows; ++i, equal >>= kEqualBits) {
-        if (equal & kEqual01) z[i][1] = z[i][0];
-        if (equal & kEqual02) z[i][2] = z[i][0];
-        if (equal & kEqual13) z[i][3] = z[i][1];
-        if (equal & kEqual23) z[i][3] = z[i][2];
+      FASTNET_UNROLL for (int i = 0; i < kWide; ++i) {
+        const int bits = equal >> (row * kWindows + i) * kEqualBits;
+        if (bits & kEqual01) z[i][1] = z[i][0];
+        if (bits & kEqual02) z[i][2] = z[i][0];
+        if (bits & kEqual13) z[i][3] = z[i][1];
+        if (bits & kEqual23) z[i][3] = z[i][2];
       }
     }
-    T* to[kWindows];
-    uint8_t* code_to[kWindows];
-    FASTNET_UNROLL for (int i = 0; i < kWindows; ++i) {
+    T* to[kWide];
+    uint8_t* code_to[kWide];
+    FASTNET_UNROLL for (int i = 0; i < kWide; ++i) {
       its_bias[i] = load(bias);
       to[i] = pooled[row * kWindows + i];
       code_to[i] = codes[row * kWindows + i];
     }
-    finish_windows<false, float, T, kWindows>(z, its_bias, to, code_to);
+    finish_windows<false, float, T, kWide>(z, its_bias, to, code_to);
   }
 }
 
 // ---------------------------------------------------------------------------------------------
 // A block: rows of tiles [first, last), counted through images
 
-// All points of `count` tiles and some vectors of filters.
+// All points of its tiles and some vectors of filters.
 template <class T>
 static void products_of_tiles(const ConvForward<T>& call, const TilesForwardPlan<T>& plan,
-                              int64_t count, const float* filters, int64_t vectors,
+                              const TilePlaces<T>& places, const float* filters, int64_t vectors,
                               float* scratch) {
   constexpr int64_t kStep = kLanes<float>;
   const int64_t next_point = call.C * kStep;
   const Product at{plan.grid.channels, 1, kStep, kSidePoints * next_point, plan.filters, call.C};
-  const MultiplyRows multiply_rows(count, vectors);
-  for (int point = 0; point < kSidePoints; ++point, filters += next_point) {
-    multiply_rows.in_sets(at, scratch + plan.patches_at + point * plan.patches_plane, filters,
-                          scratch + plan.products_at + point * plan.products_plane);
-  }
+  for_ranges(places, vectors, [&](int point, int64_t tile, const MultiplyRows& multiply_rows) {
+    multiply_rows.in_sets(
+        at, scratch + plan.patches_at + point * plan.patches_plane + tile * plan.grid.channels,
+        filters + point * next_point,
+        scratch + plan.products_at + point * plan.products_plane + tile * plan.filters);
+  });
 }
 
 // The pooled outputs of `vectors` vectors of filters, by window and filter, `next` from one window
-// to the next. What belongs to no window goes to `nowhere`.
+// to the next.
 template <int kWindows, class T>
 static void pool_tiles(const ConvForward<T>& call, const TilesForwardPlan<T>& plan, int64_t first,
                        int64_t last, int64_t vectors, const float* bias, T* pooled, uint8_t* codes,
-                       int64_t next, T* nowhere, uint8_t* no_code, const float* scratch) {
-  const float* products = scratch + plan.products_at;
-  const int32_t* equal = reinterpret_cast<const int32_t*>(scratch + plan.equal_at);
-  const int64_t origin = plan.grid.first_window(call, first);
+                       int64_t next, const float* scratch) {
+  const int32_t* const equal = reinterpret_cast<const int32_t*>(scratch + plan.equal_at);
+  const TileGrid<T>& grid = plan.grid;
+  TilePlaces<T> places(grid, first, last);
+  const int64_t origin = grid.first_window(call, first);
   for (int64_t row = first; row < last; ++row) {
-    const int64_t y = row % plan.grid.rows * kWindows;
-    const int64_t row_window = plan.grid.first_window(call, row) - origin;
-    for (int64_t x = 0; x < plan.grid.columns; ++x, products += plan.filters, ++equal) {
+    const int64_t row_window = grid.first_window(call, row) - origin;
+    for (int64_t x = 0; x < grid.columns; ++x) {
+      const int64_t tile = places.next(row, x);
+      const float* const products = scratch + plan.products_at + tile * plan.filters;
       T* to[kWindows * kWindows];
       uint8_t* codes_to[kWindows * kWindows];
-      for (int i = 0; i < kWindows * kWindows; ++i) {
-        const int64_t p = i / kWindows, q = x * kWindows + i % kWindows;
-        const bool is_window = y + p < call.P && q < call.Q;
-        const int64_t offset = (row_window + p * call.Q + q) * next;
-        to[i] = is_window ? pooled + offset : nowhere;
-        codes_to[i] = is_window ? codes_at(codes, offset) : no_code;
+      for (int i = 0; i < kWindows * kWindows; ++i) {  // those of half a tile are not all taken
+        const int64_t window = row_window + i / kWindows * call.Q + x * kWindows + i % kWindows;
+        to[i] = pooled + window * next;
+        codes_to[i] = codes_at(codes, window * next);
       }
-      for (int64_t v = 0; v < vectors; ++v) {
-        pool_tile<kWindows>(products + v * kLanes<float>, plan.products_plane,
-                            bias + v * kLanes<float>, *equal, to, codes_to);
-        for (int i = 0; i < kWindows * kWindows; ++i) {
-          to[i] += kLanes<float>;
-          codes_to[i] = codes_at(codes_to[i], kLanes<float>);
+      for_points(grid, row, x, [&](auto rows, auto columns) {
+        for (int64_t v = 0; v < vectors; ++v) {
+          pool_tile<kWindows, rows(), columns()>(products + v * kLanes<float>, plan.products_plane,
+                                                 bias + v * kLanes<float>, equal[tile], to,
+                                                 codes_to);
+          for (int i = 0; i < kWindows * kWindows; ++i) {
+            to[i] += kLanes<float>;
+            codes_to[i] = codes_at(codes_to[i], kLanes<float>);
+          }
         }
-      }
+      });
     }
   }
 }
@@ -219,18 +224,19 @@ static bool tiles_forward(const ConvForward<T>& call, int64_t begin, int64_t end
   uint8_t* const codes = call.codes ? reinterpret_cast<uint8_t*>(scratch + plan.codes_at) : nullptr;
   for (int64_t first = begin; first < end; first += plan.rows) {
     const int64_t last = least(end, first + plan.rows);
-    int32_t* equal = reinterpret_cast<int32_t*>(scratch + plan.equal_at);
+    int32_t* const equal = reinterpret_cast<int32_t*>(scratch + plan.equal_at);
     if (!gather_tiles(call, plan.grid, first, last, scratch + plan.strip_at, plan.strip_block,
                       scratch + plan.patches_at, plan.patches_plane,
-                      [&](const float* tile) { *equal++ = equal_elements(call, plan, tile); })) {
+                      [&](int64_t tile, const float* strip) {
+                        equal[tile] = equal_elements(call, plan, strip);
+                      })) {
       return false;
     }
-    const int64_t windows =
-        plan.grid.first_window(call, last) - plan.grid.first_window(call, first);
+    const TilePlaces<T> places(plan.grid, first, last);
     for (int64_t part = part_first; part < part_last; part += kVectorsAtOnce) {
       const int64_t vectors = least(kVectorsAtOnce, part_last - part);
       const int64_t k_first = part * kStep, count = least(vectors * kStep, call.K - k_first);
-      products_of_tiles(call, plan, (last - first) * plan.grid.columns,
+      products_of_tiles(call, plan, places,
                         call.filters + (part - call.first_part) * kSidePoints * call.C * kStep,
                         vectors, scratch);
       alignas(64) float bias[kVectorsAtOnce * kStep] = {};
@@ -241,8 +247,7 @@ static bool tiles_forward(const ConvForward<T>& call, int64_t begin, int64_t end
       const int64_t to = plan.grid.first_window(call, first) * call.output_at.x + k_first;
       const auto pool = call.kernel == 3 ? pool_tiles<2, T> : pool_tiles<1, T>;
       pool(call, plan, first, last, vectors, bias, is_output ? call.output + to : pooled,
-           is_output ? codes_at(call.codes, to) : codes, next, pooled + windows * plan.filters,
-           codes_at(codes, windows * plan.filters), scratch);
+           is_output ? codes_at(call.codes, to) : codes, next, scratch);
       if (!is_output) write_windows(call, plan, first, last, k_first, count, pooled, codes);
     }
   }
