@@ -40,6 +40,8 @@ SHAPES = [
     (9, 20, 18, 21, 24, 3, 1),
     (140, 9, 4, 4, 9, 3, 1),
     (16, 40, 14, 10, 33, 3, 2),
+    (9, 12, 18, 14, 10, 3, 1),  # half tiles at both ends, and at one
+    (12, 9, 16, 14, 12, 3, 1),
 ]
 
 
@@ -531,17 +533,18 @@ def test_integers_of_other_kinds(device):
 @pytest.mark.parametrize(
     "shape", [(1, 32, 3), (3, 8, 3), (8, 8, 3), (20, 9, 3), (36, 20, 3), (24, 8, 5)], ids=str
 )
-@pytest.mark.parametrize("filled", [(12, 12), (12, 1), (1, 12)], ids=["all", "rows", "columns"])
-def test_a_background_of_one_value_has_its_gradient_at_the_first(filled, shape, device):
+@pytest.mark.parametrize("filled", ["all", "rows", "columns"])
+@pytest.mark.parametrize("size", [12, 14])  # of whole tiles, and with half ones
+def test_a_background_of_one_value_has_its_gradient_at_the_first(size, filled, shape, device):
     """As images of digits do: whole windows of equal sums, whatever form they were made in, next to
     others, and to the padding. The same of stripes."""
     C, K, kernel = shape
     if device.name == "emulated":
         C, K = min(C, 6), 3
     torch.manual_seed(0)
-    input = torch.randn(3, C, *filled, device=device).expand(3, C, 12, 12).clone()
-    if filled == (12, 12):
-        input[:] = torch.randn(1, C, 1, 1)
+    drawn = {"all": (1, 1), "rows": (size, 1), "columns": (1, size)}[filled]
+    input = torch.randn(1 if filled == "all" else 3, C, *drawn, device=device)
+    input = input.expand(3, C, size, size).clone()
     input[0, :, 5, 6] += torch.randn(C, device=device)
     weight, bias = torch.randn(K, C, kernel, kernel, device=device), torch.randn(K, device=device)
     _, codes = device.ops.conv_relu_pool_forward(input, weight, bias, [1, 1], [1, 1], [1, 1], 1)

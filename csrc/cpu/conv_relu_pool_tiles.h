@@ -114,8 +114,8 @@ class TilePlaces {
     return next_[grid_.is_half_column(column) ? kNarrow + is_low : is_low ? kLow : kWhole]++;
   }
   // Those that have a point.
-  TileRange with_point(int row, int column) const {
-    const bool is_high = is_of_whole(row), is_wide = is_of_whole(column);
+  TileRange with_point(int point) const {
+    const bool is_high = is_of_whole(point / kSide), is_wide = is_of_whole(point % kSide);
     return {begin_[is_high ? kWhole : kLow], begin_[is_wide   ? kNarrow
                                                     : is_high ? kNarrow + 1
                                                               : kKinds]};
@@ -376,26 +376,6 @@ class MultiplyRows {
   int64_t sets_, few_, larger_sets_;
   Multiply multiply_[2];
 };
-
-// Calls body(point, tile, multiply_rows) for all points, with the first tile that has it and the
-// product of as many rows as there are such tiles.
-template <class T, class Body>
-FASTNET_INLINE void for_ranges(const TilePlaces<T>& places, int64_t vectors, const Body& body) {
-  constexpr int kOfAll = 0, kOfWhole = 3;  // a point of either kind
-  const auto rows = [&](int row, int column) {
-    const TileRange tiles = places.with_point(row, column);
-    return MultiplyRows(tiles.end - tiles.begin, vectors);
-  };
-  const MultiplyRows multiply_rows[2][2] = {
-      {rows(kOfAll, kOfAll), rows(kOfAll, kOfWhole)},
-      {rows(kOfWhole, kOfAll), rows(kOfWhole, kOfWhole)},
-  };
-  for (int point = 0; point < kSidePoints; ++point) {
-    const int row = point / kSide, column = point % kSide;
-    body(point, places.with_point(row, column).begin,
-         multiply_rows[is_of_whole(row)][is_of_whole(column)]);
-  }
-}
 
 // ---------------------------------------------------------------------------------------------
 // Patches

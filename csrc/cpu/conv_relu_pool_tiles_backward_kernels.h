@@ -23,13 +23,13 @@ inline constexpr float kLargestGradientOfTiles = 1e20f;
 // hand. Without multiply-adds, or for grad_weight alone, lists are as quick.
 template <class T>
 bool takes_tiles(const ConvBackward<T>& call) {
-  constexpr int64_t kFewest = 8, kFewestWindows = 512, kMostSums = 40'000;
+  constexpr int64_t kFewest = 8, kFewestWindows = 512, kMostPoints = 10, kMostSums = 40'000;
   const TileGrid<T> grid(call);
   const int64_t windows = call.P * call.Q;
   return kVectorBytes > 16 && sizeof(acc_t<T>) == sizeof(float) && call.kernel == 3 &&
          call.grad_input && call.C >= kFewest && call.K >= kFewest && call.Q <= kMostTileWindows &&
          call.C * call.K <= kMostSums && call.N * windows >= kFewestWindows &&
-         5 * grid.points() <= 48 * windows;
+         grid.points() <= kMostPoints * windows;
 }
 
 // Where everything stands in a thread's scratch memory, in elements.
@@ -252,25 +252,41 @@ static bool gather_gradients(const ConvBackward<T>& call, const TilesBackwardPla
   return is_below(largest, kLargestGradientOfTiles);
 }
 
-// Σ Z ⊙ V of all tiles, of `filters` filters from k_first on.
+// What is wanted of a block's products: Σ Z ⊙ V of `filters` filters from k_first on, added to what
+// is there or not, and Σ_k Z ⊙ U of channels in blocks [block_begin, block_end).
+struct Wanted {
+  int64_t k_first, filters;
+  bool adds;
+  int64_t block_begin, block_end;
+};
+
+// Point by point, so that what both products read comes into the first-level cache once.
 template <class T>
-static void sum_products(const ConvBackward<T>& call, const TilesBackwardPlan<T>& plan,
-                         const TilePlaces<T>& places, int64_t k_first, int64_t filters, bool adds,
-                         float* scratch) {
+static void multiply_points(const ConvBackward<T>& call, const TilesBackwardPlan<T>& plan,
+                            const TilePlaces<T>& places, const Wanted& wanted, float* scratch) {
   constexpr int64_t kStep = kLanes<float>;
-  Product at{1, plan.grid.channels, plan.filters, kStep, plan.filters, 0};
-  for (int64_t k = 0; k < filters; k += kVectorsAtOnce * kStep) {
-    const int64_t vectors = least(kVectorsAtOnce, (filters - k + kStep - 1) / kStep);
-    const MultiplyRows multiply_rows(call.C, vectors);
-    for (int point = 0; point < kSidePoints; ++point) {
-      const TileRange tiles = places.with_point(point / kSide, point % kSide);
-      at.count = tiles.end - tiles.begin;
-      multiply_rows(
-          at,
-          scratch + plan.patches_at + point * plan.patches_plane + tiles.begin * plan.grid.channels,
-          scratch + plan.gradients_at + point * plan.gradients_plane + tiles.begin * plan.filters +
-              k_first + k,
-          scratch + plan.sums_at + point * plan.sums_plane + k, adds);
+  const int64_t channels = plan.grid.channels, filters = plan.filters;
+  const int64_t next_vector = kSidePoints * call.K * kStep;
+  Product of_weight{1, channels, filters, kStep, filters, 0};
+  const Product of_input{filters, 1, kStep, next_vector, channels, call.K};
+  for (int point = 0; point < kSidePoints; ++point) {
+    const TileRange tiles = places.with_point(point);
+    const float* const gradients =
+        scratch + plan.gradients_at + point * plan.gradients_plane + tiles.begin * filters;
+    float* const patches =
+        scratch + plan.patches_at + point * plan.patches_plane + tiles.begin * channels;
+    of_weight.count = tiles.end - tiles.begin;
+    for (int64_t k = 0; k < wanted.filters; k += kVectorsAtOnce * kStep) {
+      const int64_t vectors = least(kVectorsAtOnce, (wanted.filters - k + kStep - 1) / kStep);
+      MultiplyRows(call.C, vectors)(of_weight, patches, gradients + wanted.k_first + k,
+                                    scratch + plan.sums_at + point * plan.sums_plane + k,
+                                    wanted.adds);
+    }
+    for (int64_t block = wanted.block_begin; block < wanted.block_end; block += kVectorsAtOnce) {
+      const int64_t vectors = least(kVectorsAtOnce, wanted.block_end - block);
+      MultiplyRows(tiles.end - tiles.begin, vectors)
+          .in_sets(of_input, gradients, call.filters + block * next_vector + point * call.K * kStep,
+                   patches + block * kStep);
     }
   }
 }
@@ -309,18 +325,7 @@ static void add_to_images(const ConvBackward<T>& call, const TilesBackwardPlan<T
   constexpr int64_t kStep = kLanes<float>;
   const TileGrid<T>& grid = plan.grid;
   TilePlaces<T> places(grid, first, last);
-  const int64_t next_vector = kSidePoints * call.K * kStep;
-  float* const products = scratch + plan.patches_at;
-  const Product at{plan.filters, 1, kStep, next_vector, grid.channels, call.K};
-  for (int64_t block = block_begin; block < block_end; block += kVectorsAtOnce) {
-    const int64_t vectors = least(kVectorsAtOnce, block_end - block);
-    for_ranges(places, vectors, [&](int point, int64_t tile, const MultiplyRows& multiply_rows) {
-      multiply_rows.in_sets(
-          at, scratch + plan.gradients_at + point * plan.gradients_plane + tile * plan.filters,
-          call.filters + block * next_vector + point * call.K * kStep,
-          products + point * plan.patches_plane + tile * grid.channels + block * kStep);
-    });
-  }
+  const float* const products = scratch + plan.patches_at;
   for (int64_t row = first; row < last; ++row) {
     const int64_t y = row % grid.rows;
     float* const images = scratch + plan.image_at;
@@ -369,9 +374,11 @@ static bool tiles_backward(const ConvBackward<T>& call, int64_t n_begin, int64_t
                         [](int64_t, const float*) {})) {
         return false;
       }
-      sum_products(call, plan, TilePlaces<T>(plan.grid, first, last), k_begin - k_first,
-                   k_end - k_begin, first > begin, scratch);
     }
+    multiply_points(call, plan, TilePlaces<T>(plan.grid, first, last),
+                    {k_begin - k_first, needs_weight ? k_end - k_begin : 0, first > begin,
+                     block_begin, needs_input ? block_end : block_begin},
+                    scratch);
     if (needs_input) {
       add_to_images(call, plan, first, last, block_begin, block_end, scratch, write);
     }

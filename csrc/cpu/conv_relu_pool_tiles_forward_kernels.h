@@ -142,12 +142,16 @@ static void products_of_tiles(const ConvForward<T>& call, const TilesForwardPlan
   constexpr int64_t kStep = kLanes<float>;
   const int64_t next_point = call.C * kStep;
   const Product at{plan.grid.channels, 1, kStep, kSidePoints * next_point, plan.filters, call.C};
-  for_ranges(places, vectors, [&](int point, int64_t tile, const MultiplyRows& multiply_rows) {
-    multiply_rows.in_sets(
-        at, scratch + plan.patches_at + point * plan.patches_plane + tile * plan.grid.channels,
-        filters + point * next_point,
-        scratch + plan.products_at + point * plan.products_plane + tile * plan.filters);
-  });
+  for (int point = 0; point < kSidePoints; ++point) {
+    const TileRange tiles = places.with_point(point);
+    MultiplyRows(tiles.end - tiles.begin, vectors)
+        .in_sets(
+            at,
+            scratch + plan.patches_at + point * plan.patches_plane +
+                tiles.begin * plan.grid.channels,
+            filters + point * next_point,
+            scratch + plan.products_at + point * plan.products_plane + tiles.begin * plan.filters);
+  }
 }
 
 // The pooled outputs of `vectors` vectors of filters, by window and filter, `next` from one window
