@@ -186,9 +186,9 @@ static void fused_block(const ConvForward<T>& call, const float* patches, const 
 //
 //   Y = Aᵀ (U * V)    U = G g of the filter g, V = Bᵀ d of the patch d, * from column to column
 //
-// 24 multiplications instead of 36, and no sums that go through memory: with one channel, the 16
-// multiplications of the form in both directions wait for their operands. Where a window's patches
-// are alike, as on a background, its elements stay equal: the first wins, as in torch.
+// 24 multiplications instead of 36, where with one channel the 16 of the form in both directions
+// wait for their operands. Where a window's patches are alike, as on a background, its elements
+// stay equal: the first wins, as in torch.
 
 // Row `row` of V with that of U, of one vector of tiles, to the sums of both columns: patches * w.
 template <class Add>
