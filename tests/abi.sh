@@ -10,7 +10,7 @@ built_with=$(.venv/bin/python -c 'import torch; print(torch.__version__)')
 if [ ! -e "$environment/.installed" ]; then
     "${PYTHON:-python3}" -m venv "$environment"
     # Of the pins, those that the op tests need.
-    grep -E '^(numpy|pytest|hypothesis|expecttest)==' requirements-dev.txt > "$environment/requirements.txt"
+    grep -E '^(numpy|pytest|pytest-xdist|hypothesis|expecttest)==' requirements-dev.txt > "$environment/requirements.txt"
     "$environment/bin/pip" install --quiet "torch==$other" -r "$environment/requirements.txt"
     touch "$environment/.installed"
 fi

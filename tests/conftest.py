@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Of processes that run tests side by side each has threads for all cores: one that waits must not
+# keep a core from another's. Read when torch is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from hypothesis import settings
 
