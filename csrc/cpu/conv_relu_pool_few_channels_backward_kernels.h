@@ -71,10 +71,18 @@ int64_t few_channels_scratch(const ConvBackward<T>& call) {
   return has_few_channels(call) ? FewChannelsPlan<T>(call).end : 0;
 }
 
+// Where the gradients to be taken next lie: an element of so many bytes a window, `next` bytes from
+// one filter to the next. They are asked for while sums are taken; by itself the processor sees too
+// late where a filter's few windows go on, and waited for them a tenth of the time.
+struct Ahead {
+  const char* first;
+  int64_t element, next;
+};
+
 // sums[filter][c][point] += Σ over windows of U ⊙ V, in kRows rows of points from the first one on.
 template <int kFirst, int kRows, int kChannels, int kFilters>
 static void add_windows(const float* gradients, const int32_t* codes, const float* patches,
-                        int64_t windows, float* sums) {
+                        int64_t windows, float* sums, const Ahead& ahead) {
   using V = Vec<float>;
   using I = Vec<int32_t>;
   constexpr int kStep = kLanes<float>;
@@ -92,6 +100,9 @@ static void add_windows(const float* gradients, const int32_t* codes, const floa
   for (int64_t i = 0; i < windows; i += kStep) {
     I g[kFilters], code[kFilters];
     FASTNET_UNROLL for (int f = 0; f < kFilters; ++f) {
+      if constexpr (kFirst == 0) {
+        __builtin_prefetch(ahead.first + f * ahead.next + i * ahead.element);
+      }
       g[f] = (I)load(gradients + f * kFewPlane + i);
       code[f] = load(codes + f * kFewPlane + i);
     }
@@ -154,21 +165,22 @@ static void add_windows(const float* gradients, const int32_t* codes, const floa
 // the first-level cache; as many sums are taken at a time as there are registers for.
 template <int kChannels, int kFirst = 0>
 static void add_all_windows(const float* gradients, const int32_t* codes, const float* patches,
-                            int64_t windows, int64_t filters, float* sums) {
+                            int64_t windows, int64_t filters, float* sums, const Ahead& ahead) {
   constexpr int kRows = kRegisters == 32 || kChannels == 1 ? 2 : 1;
   constexpr int kFilters = kRegisters == 32 && kChannels == 1 ? 2 : 1;
   constexpr int64_t kSums = kChannels * kPoints * kLanes<float>;
+  const auto add = [&](auto add_some, int64_t k) {
+    add_some(gradients + k * kFewPlane, codes + k * kFewPlane, patches, windows, sums + k * kSums,
+             Ahead{ahead.first + k * ahead.next, ahead.element, ahead.next});
+  };
   int64_t k = 0;
   for (; k + kFilters <= filters; k += kFilters) {
-    add_windows<kFirst, kRows, kChannels, kFilters>(
-        gradients + k * kFewPlane, codes + k * kFewPlane, patches, windows, sums + k * kSums);
+    add(add_windows<kFirst, kRows, kChannels, kFilters>, k);
   }
-  for (; k < filters; ++k) {
-    add_windows<kFirst, kRows, kChannels, 1>(gradients + k * kFewPlane, codes + k * kFewPlane,
-                                             patches, windows, sums + k * kSums);
-  }
+  for (; k < filters; ++k) add(add_windows<kFirst, kRows, kChannels, 1>, k);
   if constexpr (kFirst + kRows < 4) {
-    add_all_windows<kChannels, kFirst + kRows>(gradients, codes, patches, windows, filters, sums);
+    add_all_windows<kChannels, kFirst + kRows>(gradients, codes, patches, windows, filters, sums,
+                                               ahead);
   }
 }
 
@@ -338,7 +350,12 @@ static bool few_channels_block(const ConvBackward<T>& call, int64_t n_begin, int
           codes[i * kFewPlane + window] = kDead;
         }
       }
-      add(gradients, codes, patches, all, count, point_sums + k * call.C * kSums);
+      const Strides4& at = call.grad_output_at;
+      const T* const next = call.grad_output + first / call.P * at.n + first % call.P * at.y +
+                            (k_begin + k + plan.filters) * at.c;
+      constexpr int64_t kSize = sizeof(T);
+      add(gradients, codes, patches, all, count, point_sums + k * call.C * kSums,
+          {reinterpret_cast<const char*>(next), kSize, at.c * kSize});
     }
   }
   if (!is_below(largest, kLargestGradient)) return false;

@@ -126,36 +126,60 @@ static bool fill_strip(const ConvCall<T>& call, int64_t half, int64_t plane, int
 // Copies rows [row, row + rows) of image n, counted in the padded image, `width` columns wide, into
 // blocks of channels:
 //   blocks  [C / channels][rows][width][channels]
-// `next_block` from one to the next. Channels that there are not are 0.
+// `next_block` from one to the next. Channels that there are not are 0. Raises `largest`, where it
+// is given, to the elements, which are in the first-level cache here, but not all of them later.
 template <class T>
 static void fill_blocks(const ConvCall<T>& call, int64_t n, int64_t row, int64_t rows,
-                        int64_t width, int64_t channels, int64_t next_block, acc_t<T>* to) {
-  const int64_t columns = least(call.W, width - call.pad_x), row_size = width * channels;
+                        int64_t width, int64_t channels, int64_t next_block, acc_t<T>* to,
+                        Vec<int32_t>* largest = nullptr) {
+  using A = acc_t<T>;
+  const int64_t left = least(call.pad_x, width), columns = least(call.W, width - left);
+  const auto clear = [&](A* line, int64_t count) {
+    __builtin_memset(line, 0, static_cast<size_t>(count * channels) * sizeof(A));
+  };
   for (int64_t c = 0; c < call.C; c += channels, to += next_block) {
     const int64_t count = least(channels, call.C - c);
-    __builtin_memset(to, 0, static_cast<size_t>(rows * row_size) * sizeof(acc_t<T>));
     for (int64_t y = 0; y < rows; ++y) {
       const int64_t from_y = row + y - call.pad_y;
-      if (from_y < 0 || from_y >= call.H) continue;
+      A* const whole_line = to + y * width * channels;
+      if (from_y < 0 || from_y >= call.H) {
+        clear(whole_line, width);
+        continue;
+      }
       const T* from =
           call.input + n * call.input_at.n + c * call.input_at.c + from_y * call.input_at.y;
-      acc_t<T>* const line = to + y * row_size + call.pad_x * channels;
+      A* const line = whole_line + left * channels;
+      if (count < channels) {
+        clear(whole_line, width);
+      } else {
+        clear(whole_line, left);
+        clear(line + columns * channels, width - left - columns);
+      }
       if (call.input_at.c == 1 && count == kLanes<T>) {
         for (int64_t x = 0; x < columns; ++x) {
           store(line + x * channels, load(from + x * call.input_at.x));
         }
-      } else if (call.input_at.c == 1 && std::is_same_v<T, acc_t<T>>) {
+      } else if (call.input_at.c == 1 && std::is_same_v<T, A>) {
         for (int64_t x = 0; x < columns; ++x) {
           __builtin_memcpy(line + x * channels, from + x * call.input_at.x,
                            static_cast<size_t>(count) * sizeof(T));
         }
       } else if (call.input_at.x == 1) {
+        // The next channels': so many rows of so few elements are more than the processor foresees.
+        for (int64_t i = 0; i < channels; ++i) {
+          __builtin_prefetch(from + (channels + i) * call.input_at.c);
+        }
         transpose(from, call.input_at.c, line, channels, count, columns);
       } else {
         for (int64_t x = 0; x < columns; ++x) {
           for (int64_t i = 0; i < count; ++i) {
             line[x * channels + i] = widen(from[i * call.input_at.c + x * call.input_at.x]);
           }
+        }
+      }
+      if constexpr (std::is_same_v<A, float>) {
+        for (int64_t i = 0; largest && i < columns * channels; i += kLanes<float>) {
+          raise_magnitude(largest, load(line + i));
         }
       }
     }

@@ -392,17 +392,13 @@ FASTNET_INLINE void each_vector(const StripPart& part, const Visit& visit) {
     for (int64_t i = 0; i < part.count; i += kLanes<float>) visit(load(from + i));
   }
 }
-static Vec<int32_t> largest_in(const StripPart& part) {
-  Vec<int32_t> largest = {};
-  each_vector(part, [&](Vec<float> value) { raise_magnitude(&largest, value); });
-  return largest;
-}
 
 // Whether the elements are small, or else, of those that are not 0, the most part at least a 256th
 // of the largest: relative to them it is then no larger than a small one may be.
 static bool are_alike(const StripPart& part) {
   using V = Vec<float>;
-  const Vec<int32_t> sizes = largest_in(part);
+  Vec<int32_t> sizes = {};
+  each_vector(part, [&](V value) { raise_magnitude(&sizes, value); });
   if (is_below(sizes, kLargestOfMany)) return true;
   if (!is_below(sizes, kLargestOfLarge)) return false;
   const V limit = splat(reduce_max<float>((V)sizes) / kLargestOfMany);
@@ -428,12 +424,13 @@ static bool gather_tiles(const ConvCall<T>& call, const TileGrid<T>& grid, int64
     const int64_t n = row / grid.rows, y = row % grid.rows;
     const int64_t count = least(last - row, grid.rows - y);
     const int64_t height = grid.step * (count - 1) + kSide;
-    fill_blocks(call, n, grid.step * y, height, grid.width, kStep, next_block, strip);
+    Vec<int32_t> largest = {};
+    fill_blocks(call, n, grid.step * y, height, grid.width, kStep, next_block, strip, &largest);
     const auto part = [&](int64_t y, int64_t rows) {
       return StripPart{strip + y * line, rows * line, grid.channels / kStep, next_block};
     };
-    if (!is_below(largest_in(part(0, height)), kLargestOfMany)) {
-      // Each row of tiles by itself, however many a block has.
+    // Or else each row of tiles by itself, however many a block has.
+    if (!is_below(largest, kLargestOfMany)) {
       for (int64_t i = 0; i < count; ++i) {
         if (!are_alike(part(grid.step * i, kSide))) return false;
       }
