@@ -12,7 +12,7 @@ endif
 BIN := $(VENV)/bin
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # Tests in as many processes as there are cores; ARGS=-n0 runs them in one, as a debugger needs it.
-test test-abi sanitize: export PYTEST_ADDOPTS := -n auto --maxprocesses 8 --dist worksteal
+test test-abi sanitize: export PYTEST_ADDOPTS := -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ADDOPTS)
 # While working on the kernels, the oldest and one recent card do; `pip install .` compiles for all.
 export TORCH_CUDA_ARCH_LIST ?= 7.5;9.0+PTX
 

@@ -426,14 +426,10 @@ static bool gather_tiles(const ConvCall<T>& call, const TileGrid<T>& grid, int64
     const int64_t height = grid.step * (count - 1) + kSide;
     Vec<int32_t> largest = {};
     fill_blocks(call, n, grid.step * y, height, grid.width, kStep, next_block, strip, &largest);
-    const auto part = [&](int64_t y, int64_t rows) {
-      return StripPart{strip + y * line, rows * line, grid.channels / kStep, next_block};
-    };
-    // Or else each row of tiles by itself, however many a block has.
-    if (!is_below(largest, kLargestOfMany)) {
-      for (int64_t i = 0; i < count; ++i) {
-        if (!are_alike(part(grid.step * i, kSide))) return false;
-      }
+    // With a larger one among them, each row of tiles by itself, however many a block has.
+    for (int64_t i = 0; i < count && !is_below(largest, kLargestOfMany); ++i) {
+      const float* const first_of_row = strip + grid.step * i * line;
+      if (!are_alike({first_of_row, kSide * line, grid.channels / kStep, next_block})) return false;
     }
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t x = 0; x < grid.columns; ++x) {
