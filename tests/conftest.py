@@ -34,6 +34,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _flags_can_be_set(monkeypatch) -> None:
+    """torch.testing._internal forbids it to the whole process, in which other tests come later."""
+    its_own = torch.backends.flags_frozen.__globals__  # torch.backends itself is a proxy
+    monkeypatch.setitem(its_own, "__allow_nonbracketed_mutation_flag", True)
+
+
 EMULATED = Path(__file__).parent.parent / "build" / "emulation"
 FUSED_OPS = ("linear_relu", "cross_entropy", "conv_relu_pool")
 
