@@ -29,7 +29,7 @@ ConvForm form_of(const ConvReluPoolShape& shape) {
     return ConvForm::patches_of_6;
   }
   if (shape.R != 3 || shape.C > 4) return ConvForm::direct;
-  return shape.C > 1 ? ConvForm::patches_of_4 : ConvForm::rows_of_4;
+  return ConvForm::patches_of_4;
 }
 
 // Returns what stood in its way: filters or an input that the form asked for cannot take, or as

@@ -43,7 +43,6 @@ enum class Magnitude : int {
 enum class ConvForm : int {
   direct,
   patches_of_4,  // Winograd's form on patches of 4 x 4, a pooling window's of 3 x 3 filters
-  rows_of_4,     // the same from row to row only: of one channel
   patches_of_6,  // the same on patches of 6 x 6: of many channels
 };
 

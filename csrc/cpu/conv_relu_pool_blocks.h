@@ -17,9 +17,8 @@ inline constexpr int kProductFilters = 4, kFusedFilters = 2, kProductVectors = 3
 inline constexpr int kFusedVectors = 2 * kProductVectors;
 inline constexpr int64_t kFusedRow = (kFusedVectors + 1) * kLanes<float>;
 inline constexpr int kDirectFilters = kRegisters == 32 ? 6 : 3;
-// A filter's points, transformed from row to row, and from one of the patches' to the next.
-inline constexpr int64_t kRowsFilter = 4 * 3;
-inline constexpr int64_t kRowsPlane = off_pages<float>((kMaxVectors + 1) * kLanes<float>);
+// Of one channel, from one point of the patches to the next.
+inline constexpr int64_t kOneChannelPlane = off_pages<float>((kMaxVectors + 1) * kLanes<float>);
 
 // Filters of the direct form stand in groups of kDirectFilters or one less.
 struct FilterGroups {
@@ -33,25 +32,25 @@ struct FilterGroups {
 
 template <class T>
 static bool is_fused(const ConvForward<T>& call) {
-  return call.form == ConvForm::patches_of_4;
+  return call.form == ConvForm::patches_of_4 && call.C > 1;
 }
 template <class T>
-static bool is_by_rows(const ConvForward<T>& call) {
-  return call.form == ConvForm::rows_of_4;
+static bool is_one_channel(const ConvForward<T>& call) {
+  return call.form == ConvForm::patches_of_4 && call.C == 1;
 }
 
 // Filters are shared out in parts: of a vector of filters, kProductFilters, a group, or one.
 template <class T>
 int64_t filter_parts(const ConvForward<T>& call) {
   if (call.form == ConvForm::patches_of_6) return round_up(call.K, kLanes<T>) / kLanes<T>;
-  if (is_by_rows(call)) return call.K;
+  if (is_one_channel(call)) return call.K;
   return is_fused(call) ? round_up(call.K, kProductFilters) / kProductFilters
                         : FilterGroups(call.K).count;
 }
 template <class T>
 static int64_t part_begin(const ConvForward<T>& call, int64_t part) {
   if (call.form == ConvForm::patches_of_6) return least(call.K, part * kLanes<T>);
-  if (is_by_rows(call)) return part;
+  if (is_one_channel(call)) return part;
   return is_fused(call) ? least(call.K, part * kProductFilters) : FilterGroups(call.K).begin(part);
 }
 
@@ -70,7 +69,7 @@ int64_t filter_count(const ConvForward<T>& call) {
   if (call.form == ConvForm::patches_of_6) {
     return kSidePoints * kLanes<T> * call.C * filter_parts_at_once(call);
   }
-  if (is_by_rows(call)) return kRowsFilter * call.K;
+  if (is_one_channel(call)) return kPoints * call.K;
   return is_fused(call) ? kPoints * round_up(call.K, kProductFilters) * call.C
                         : call.K * call.C * call.kernel * call.kernel;
 }
@@ -110,9 +109,9 @@ struct ForwardPlan {
     // Patches are written a vector at a time, past the end of a row of tiles, and read so.
     constexpr int64_t kSlack = 4 * kLanes<T>, kLine = 64 / kSize;
     patch_row = is_fused(call) ? kPoints * kFusedRow : tiles + kLanes<T>;
-    plane = is_fused(call)     ? kFusedRow
-            : is_by_rows(call) ? kRowsPlane
-                               : off_pages<A>(C * patch_row);
+    plane = is_fused(call)         ? kFusedRow
+            : is_one_channel(call) ? kOneChannelPlane
+                                   : off_pages<A>(C * patch_row);
     strip_plane = off_pages<A>((2 * strip_rows + call.kernel - 1) * 2 * half);
     strip_at = 0;
     patches_at = round_up(strip_at + C * strip_plane + kSlack, kLine);
@@ -128,21 +127,6 @@ int64_t forward_scratch(const ConvForward<T>& call) {
     if (call.form == ConvForm::patches_of_6) return TilesForwardPlan<T>(call).end;
   }
   return ForwardPlan<T>(call).end;
-}
-
-// Bᵀ d, the same of the transform from row to row only.
-__attribute__((noinline)) static void transform_rows(const float* strip, int64_t half, float* to,
-                                                     int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<float>, strip += kLanes<float>, to += kLanes<float>) {
-    FASTNET_UNROLL for (int s = 0; s < 4; ++s) {
-      Vec<float> d[4];
-      FASTNET_UNROLL for (int r = 0; r < 4; ++r) d[r] = load_column(strip + r * 2 * half, half, s);
-      store(to + s * kRowsPlane, d[0] - d[2]);
-      store(to + (4 + s) * kRowsPlane, d[1] + d[2]);
-      store(to + (8 + s) * kRowsPlane, d[2] - d[1]);
-      store(to + (12 + s) * kRowsPlane, d[1] - d[3]);
-    }
-  }
 }
 
 // What the strip in the scratch memory is.
@@ -182,7 +166,7 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
         A* to = scratch + plan.patches_at + c * plan.patch_row + (t - first);
         if constexpr (sizeof(A) == sizeof(float) && kKernel == 3) {
           if (is_fused(call)) transform_row<kFusedRow>(from, plan.half, to, count);
-          if (is_by_rows(call)) transform_rows(from, plan.half, to, count);
+          if (is_one_channel(call)) transform_row<kOneChannelPlane>(from, plan.half, to, count);
         }
         for (int64_t i = 0; i < count && call.form == ConvForm::direct; i += kLanes<T>) {
           for (int r = 0; r < kPatch; ++r) {

@@ -55,20 +55,25 @@ static Magnitude transform_part(const ConvForward<T>& call, int64_t part) {
   return all.magnitude();
 }
 
-// filters[k][row][s] = (G g)[row][s]
+// filters[k][point] = (G g Gᵀ)[point], of one channel.
 template <class T>
-static Magnitude transform_by_rows(const ConvForward<T>& call, int64_t k) {
+static Magnitude transform_one_channel(const ConvForward<T>& call, int64_t k) {
   LargestOf<float> all;
-  float* const to = call.arranged_filters + k * kRowsFilter;
+  float half[3][4];
   for (int s = 0; s < 3; ++s) {
     const T* const from = call.weight + k * call.weight_at.n + s * call.weight_at.x;
-    float g[3], rows[4];
+    float g[3];
     for (int r = 0; r < 3; ++r) {
       g[r] = widen(from[r * call.weight_at.y]);
       all.add(g[r]);
     }
-    points_of_taps(g[0], g[1], g[2], rows);
-    for (int r = 0; r < 4; ++r) to[r * 3 + s] = rows[r];
+    points_of_taps(g[0], g[1], g[2], half[s]);
+  }
+  float* const to = call.arranged_filters + k * kPoints;
+  for (int r = 0; r < 4; ++r) {
+    float row[4];
+    points_of_taps(half[0][r], half[1][r], half[2][r], row);
+    for (int s = 0; s < 4; ++s) to[r * 4 + s] = row[s];
   }
   return all.magnitude();
 }
@@ -182,68 +187,74 @@ static void fused_block(const ConvForward<T>& call, const float* patches, const 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Winograd's form from row to row only, of one channel
-//
-//   Y = Aᵀ (U * V)    U = G g of the filter g, V = Bᵀ d of the patch d, * from column to column
-//
-// 24 multiplications instead of 36, where with one channel the 16 of the form in both directions
-// wait for their operands. Where a window's patches are alike, as on a background, its elements
-// stay equal: the first wins, as in torch.
+// The same of one channel
 
-// Row `row` of V with that of U, of one vector of tiles, to the sums of both columns: patches * w.
-template <class Add>
-FASTNET_INLINE void add_row(const float* patches, int row, const Vec<float> (&w)[3],
-                            Vec<float> (&sums)[2], const Add& add) {
-  using V = Vec<float>;
-  FASTNET_UNROLL for (int i = 0; i < 4; ++i) {
-    V x = load(patches + (4 * row + i) * kRowsPlane);
-    if (i == 1 || i == 2) x = in_register(x);  // both columns take it
-    if (i < 3) sums[0] = add(i, sums[0], w[i] * x);
-    if (i > 0) sums[1] = add(i - 1, sums[1], w[i - 1] * x);
-  }
-}
-
-// A filter of all vectors of a block. Half of its points go past them all, which stay in registers
-// meanwhile, and then the other half, from sums that are ready: with all at once, a vector's
-// additions wait for each other longer than a processor looks ahead.
+// A filter of all vectors of a block. Nine of its points go past them all, which stay in registers
+// meanwhile, and then the other seven, from sums that are ready: all sixteen would not fit, and
+// what waits for the last of many additions keeps a processor from looking ahead.
+//
+// Where a window's patches are alike, as on a background, its elements stay equal: the first wins,
+// as in torch.
 template <class T>
-__attribute__((noinline)) static void rows_filter(const float* patches, int64_t tiles,
-                                                  const float* filter, float bias,
-                                                  const Target<T>* targets, int64_t k) {
+__attribute__((noinline)) static void one_channel_filter(const float* patches, int64_t tiles,
+                                                         const float* filter, float bias,
+                                                         const Target<T>* targets, int64_t k) {
   using V = Vec<float>;
   constexpr int kStep = kLanes<float>;
-  alignas(64) float sums[kMaxVectors][4][kStep];
-  const auto row_of_filter = [&](int row, V(&w)[3]) __attribute__((always_inline)) {
-    FASTNET_UNROLL for (int s = 0; s < 3; ++s) w[s] = in_register(splat(filter[3 * row + s]));
+  alignas(64) float sums[kMaxVectors][4][kStep];  // the elements of the windows so far
+  V left[4], right[4];                            // columns of points
+  const auto point = [&](int row, int column) __attribute__((always_inline)) {
+    return in_register(splat(filter[4 * row + column]));
   };
-  V upper_w[3], lower_w[3];
-  row_of_filter(1, upper_w);
-  row_of_filter(2, lower_w);
-  for (int64_t at = 0, v = 0; at < tiles; at += kStep, ++v) {
-    const auto begin = [](int s, V sum, V product) __attribute__((always_inline)) {
-      return s == 0 ? product : sum + product;
-    };
-    V upper[2], lower[2];
-    add_row(patches + at, 1, upper_w, upper, begin);
-    add_row(patches + at, 2, lower_w, lower, begin);
-    FASTNET_UNROLL for (int column = 0; column < 2; ++column) {
-      store(sums[v][column], upper[column] + lower[column]);
-      store(sums[v][2 + column], upper[column] - lower[column]);
+  const auto columns = [&](int one, int other) __attribute__((always_inline)) {
+    FASTNET_UNROLL for (int row = 0; row < 4; ++row) {
+      left[row] = point(row, one);
+      right[row] = point(row, other);
     }
-  }
-  row_of_filter(0, upper_w);
-  row_of_filter(3, lower_w);
-  const V its_bias[1] = {in_register(splat(bias))};
+  };
+  const auto x = [&](int64_t at, int row, int column) __attribute__((always_inline)) {
+    return load(patches + (4 * row + column) * kOneChannelPlane + at);
+  };
+
+  columns(1, 2);
+  const V ninth = point(1, 0);
+  const V its_bias = in_register(splat(bias));
   for (int64_t at = 0, v = 0; at < tiles; at += kStep, ++v) {
-    V upper[2] = {load(sums[v][0]), load(sums[v][1])};
-    V lower[2] = {load(sums[v][2]), load(sums[v][3])};
-    add_row(patches + at, 0, upper_w, upper,
-            [](int, V sum, V product) __attribute__((always_inline)) { return sum + product; });
-    add_row(patches + at, 3, lower_w, lower,
-            [](int, V sum, V product) __attribute__((always_inline)) { return sum - product; });
-    const V y[1][4] = {{upper[0], upper[1], lower[0], lower[1]}};
+    V upper[2], lower[2];
+    FASTNET_UNROLL for (int i = 0; i < 2; ++i) {
+      const V(&w)[4] = i == 0 ? left : right;
+      // In registers, or the compiler multiplies once for the sum and once for the difference. This
+      // point, and no other, is in all four elements as a summand, as the bias is.
+      const V m1 = in_register(i == 0 ? w[1] * x(at, 1, 1) + its_bias : w[1] * x(at, 1, 2));
+      const V m2 = in_register(w[2] * x(at, 2, 1 + i));
+      upper[i] = (m1 + m2) + w[0] * x(at, 0, 1 + i);
+      lower[i] = (m1 - m2) - w[3] * x(at, 3, 1 + i);
+    }
+    const V x0 = in_register(x(at, 1, 0));
+    store(sums[v][0], (upper[0] + upper[1]) + ninth * x0);
+    store(sums[v][1], upper[0] - upper[1]);
+    store(sums[v][2], (lower[0] + lower[1]) + ninth * x0);
+    store(sums[v][3], lower[0] - lower[1]);
+  }
+
+  columns(0, 3);
+  for (int64_t at = 0, v = 0; at < tiles; at += kStep, ++v) {
+    V y[1][4];
+    FASTNET_UNROLL for (int i = 0; i < 4; ++i) y[0][i] = load(sums[v][i]);
+    const V x1 = in_register(x(at, 1, 3)), x2 = in_register(x(at, 2, 3));
+    const V x0 = in_register(x(at, 2, 0));
+    y[0][0] += left[0] * x(at, 0, 0);
+    y[0][1] -= right[0] * x(at, 0, 3);
+    y[0][2] -= left[2] * x0;
+    y[0][3] -= right[1] * x1;
+    y[0][0] += left[2] * x0;
+    y[0][1] -= right[1] * x1;
+    y[0][2] -= left[3] * x(at, 3, 0);
+    y[0][3] += right[2] * x2;
+    y[0][1] -= right[2] * x2;
+    y[0][3] += right[3] * x(at, 3, 3);
     const int64_t to = k * targets[v].next;
-    finish_windows<false, float, T, 1>(y, its_bias, {targets[v].pooled + to},
+    finish_windows<false, float, T, 1>(y, nullptr, {targets[v].pooled + to},
                                        {codes_at(targets[v].codes, to)});
   }
 }

@@ -43,8 +43,8 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
         met = larger(met, transform_part(call, part));
         continue;
       }
-      if (is_by_rows(call)) {
-        met = larger(met, transform_by_rows(call, part));
+      if (is_one_channel(call)) {
+        met = larger(met, transform_one_channel(call, part));
         continue;
       }
     }
@@ -200,12 +200,12 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
                                          : fused_block<4, T>;
         block(call, scratch + plan.patches_at, targets.of, count, k_begin, k_end);
       }
-    } else if (is_by_rows(call)) {
+    } else if (is_one_channel(call)) {
       if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
         if (!is_small) return false;
         for (int64_t k = k_begin; k < k_end; ++k) {
-          rows_filter(scratch + plan.patches_at, count, call.filters + k * kRowsFilter,
-                      call.bias ? widen(call.bias[k]) : 0.0f, targets.of, k);
+          one_channel_filter(scratch + plan.patches_at, count, call.filters + k * kPoints,
+                             call.bias ? widen(call.bias[k]) : 0.0f, targets.of, k);
         }
       }
     } else {
