@@ -34,7 +34,6 @@ constexpr int64_t kMean = 1, kIgnored = -100;
 template <class Batch, class Body>
 Tensors repeated(const std::vector<Batch>& batches, int64_t repeats, const Body& body) {
   const pybind11::gil_scoped_release no_python;
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   Tensors results;
   for (int64_t i = 0; i < repeats; ++i) results = body(batches[i % batches.size()]);
   return results;
@@ -43,6 +42,7 @@ Tensors repeated(const std::vector<Batch>& batches, int64_t repeats, const Body&
 using Loss = std::tuple<Tensor, Tensor>;  // logits (N, C), target (N)
 
 Tensors cross_entropy_torch(const std::vector<Loss>& batches, int64_t repeats) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Tensor one = at::ones({});
   return repeated(batches, repeats, [&](const Loss& batch) {
     const auto& [logits, target] = batch;
@@ -66,6 +66,7 @@ Tensors cross_entropy_fastnet(const std::vector<Loss>& batches, int64_t repeats)
 using Layer = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // input, weight, bias, grad_output
 
 Tensors linear_relu_torch(const std::vector<Layer>& batches, bool needs_input, int64_t repeats) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return repeated(batches, repeats, [&](const Layer& batch) {
     const auto& [input, weight, bias, grad_output] = batch;
     const Tensor output = at::relu(at::addmm(bias, input, weight.t()));

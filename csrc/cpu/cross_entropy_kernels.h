@@ -684,7 +684,7 @@ static double tile_with_gradient(const CrossEntropyCall<T>& call, Tile<T>& tile,
                                  int64_t count, RowWalk& x_walk, RowWalk& g_walk) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>, kRows = Tile<T>::kRows;
-  RowWalk x_first = x_walk, g_first = g_walk;
+  RowWalk x_first = x_walk;
   tile.gather(call.logits, x_walk, call.C, count, kVectors);
 
   Vec<A> most[kVectors], sums[kVectors], values[kVectors];
@@ -698,7 +698,8 @@ static double tile_with_gradient(const CrossEntropyCall<T>& call, Tile<T>& tile,
       most[v] = maximum<A>(most[v], load(x + v * kStep));
     }
   }
-  A maxima[kVectors * kStep], log_sums[kVectors * kStep], hits[kVectors * kStep] = {};
+  A maxima[kVectors * kStep], log_sums[kVectors * kStep], exp_sums[kVectors * kStep];
+  A hits[kVectors * kStep];
   FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
     store(maxima + v * kStep, most[v]);
     most[v] = shift_of<A>(most[v]);
@@ -712,7 +713,11 @@ static double tile_with_gradient(const CrossEntropyCall<T>& call, Tile<T>& tile,
       sums[v] += values[v];
     }
   }
-  for (int v = 0; v < kVectors; ++v) store(log_sums + v * kStep, log(sums[v]));
+  for (int v = 0; v < kVectors; ++v) {
+    store(log_sums + v * kStep, log(sums[v]));
+    store(exp_sums + v * kStep, sums[v]);
+    store(hits + v * kStep, Vec<A>{});
+  }
 
   const A scale = call.grad_loss[0] * call.grad_scale;
   double loss = 0;
@@ -723,6 +728,7 @@ static double tile_with_gradient(const CrossEntropyCall<T>& call, Tile<T>& tile,
     const A w = call.weight ? call.weight[y] : A(1);
     loss += w * ((maxima[i] - x[y * call.logits_at.cls]) + log_sums[i]);
     hits[i] = scale * w;
+    tile.elements[y * kRows + i] -= exp_sums[i];  // softmax less 1, times the sum
   }
   FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sums[v] = load(hits + v * kStep) / sums[v];
   for (int64_t c = 0; c < call.C; ++c) {
@@ -732,11 +738,6 @@ static double tile_with_gradient(const CrossEntropyCall<T>& call, Tile<T>& tile,
     }
   }
   tile.scatter(call.gradient, g_walk, call.C, count);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t y = call.classes[row + i];
-    T* const g = call.gradient + g_first.next();
-    if (y != call.ignore_index) g[y * call.gradient_at.cls] -= hits[i];
-  }
   return loss;
 }
 
