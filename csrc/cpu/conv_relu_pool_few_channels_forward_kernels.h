@@ -230,6 +230,9 @@ __attribute__((noinline)) static void one_channel_filter(const float* patches, i
       upper[i] = (m1 + m2) + w[0] * x(at, 0, 1 + i);
       lower[i] = (m1 - m2) - w[3] * x(at, 3, 1 + i);
     }
+    const int64_t to = k * targets[v].next;
+    __builtin_prefetch(targets[v].pooled + to, 1);
+    __builtin_prefetch(codes_at(targets[v].codes, to), 1);
     const V x0 = in_register(x(at, 1, 0));
     store(sums[v][0], (upper[0] + upper[1]) + ninth * x0);
     store(sums[v][1], upper[0] - upper[1]);
