@@ -223,14 +223,14 @@ __attribute__((noinline)) static void one_channel_filter(const float* patches, i
     V upper[2], lower[2];
     FASTNET_UNROLL for (int i = 0; i < 2; ++i) {
       const V(&w)[4] = i == 0 ? left : right;
-      // In registers, or the compiler multiplies once for the sum and once for the difference. This
-      // point, and no other, is in all four elements as a summand, as the bias is.
+      // In registers, or the compiler multiplies once for the sum and once for the difference. Of
+      // all points only (1, 1) is added to all four elements, and takes the bias along.
       const V m1 = in_register(i == 0 ? w[1] * x(at, 1, 1) + its_bias : w[1] * x(at, 1, 2));
       const V m2 = in_register(w[2] * x(at, 2, 1 + i));
       upper[i] = (m1 + m2) + w[0] * x(at, 0, 1 + i);
       lower[i] = (m1 - m2) - w[3] * x(at, 3, 1 + i);
     }
-    const int64_t to = k * targets[v].next;
+    const int64_t to = k * targets[v].next;  // as in fused_block, asked for before it is written
     __builtin_prefetch(targets[v].pooled + to, 1);
     __builtin_prefetch(codes_at(targets[v].codes, to), 1);
     const V x0 = in_register(x(at, 1, 0));

@@ -104,7 +104,7 @@ static bool fill_strip(const ConvCall<T>& call, int64_t half, int64_t plane, int
       transpose(from + stride, 2 * stride, odd + to, plane, columns / 2, call.C);
     } else {
       // The next image's: what it lacks in the caches takes longer than copying what it has.
-      for (int64_t x = 0; x < columns * stride; x += 64 / static_cast<int64_t>(sizeof(T))) {
+      for (int64_t x = 0; stride == 1 && x < columns; x += 64 / static_cast<int64_t>(sizeof(T))) {
         __builtin_prefetch(from + call.input_at.n + x);
       }
       split_columns(from, stride, even + to, odd + to, columns);
