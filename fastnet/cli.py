@@ -53,12 +53,17 @@ def train_command(
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events, too.")] = False,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Of those that the training has.", rich_help_panel=OF_DATA),
+        typer.Option(
+            help="One of those that the training has: mnist, fashion-mnist, cifar-10.",
+            show_default="the first of them",
+            rich_help_panel=OF_DATA,
+        ),
     ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(
             help="Where the data set's files lie, or shall be downloaded to.",
+            show_default="data",
             rich_help_panel=OF_DATA,
         ),
     ] = None,
@@ -140,7 +145,9 @@ def train_command(
     if name not in RECIPES and name not in COMPARISONS:
         known = ["numpy-forward", *RECIPES, *COMPARISONS]
         raise FastnetError(f"There is no training {name!r}; there are: {', '.join(known)}.")
-    if compare and (backend or native or name in COMPARISONS):
+    if compare and name in COMPARISONS:
+        raise FastnetError(f"{name} is a comparison already: leave out --compare.")
+    if compare and (backend or native):
         raise FastnetError("--compare trains on every backend: leave out --backend and --native.")
     recipes = COMPARISONS.get(name) or (RECIPES[name],)
     if dataset:
@@ -324,6 +331,11 @@ def info_command(
         print(fastnet.accelerate_report(fastnet.accelerate(named_network(model))))
         return
     information = {**fastnet.build_info(), "threads": torch.get_num_threads()}
+    if information["torch"] != information["torch_built_with"]:
+        information["autograd"] += (
+            ", slower on small layers; C++ where it is built for this torch: "
+            "pip install --no-build-isolation ."
+        )
     if torch.cuda.is_available():
         information["gpu"] = torch.cuda.get_device_name()
     width = max(map(len, information))

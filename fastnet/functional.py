@@ -26,8 +26,9 @@ _CUDA_DTYPES = _CPU_DTYPES | {torch.float16} if CUDA_STATUS == "loaded" else fro
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 # Logits below which cross_entropy on the CPU goes to the native operators, with and without a
-# gradient: there a call's own cost decides, and a node of autograd in Python, with torch.ops twice,
-# costs 25 µs more than torch's own in C++, however quick the kernel (see benchmarks/results).
+# gradient, where there is no node in C++ for it: a call's own cost decides there, and a node of
+# autograd in Python, with torch.ops twice, costs 25 µs more than torch's own in C++, however quick
+# the kernel (see benchmarks/results).
 SMALL_LOGITS, SMALL_LOGITS_FORWARD = 16_384, 4_096
 
 
@@ -146,12 +147,14 @@ def conv_relu_pool2d(
     r"""Computes `F.max_pool2d(F.relu(F.conv2d(input, weight, bias)))` without the activations at
     full resolution, and its gradients without the three quarters of them that are zero.
 
-    Takes what the three functions take, with the same result, in the same memory format. Fused are
+    Takes what the three functions take (but a dilation of the windows, and their indices), with the
+    same result, in the same memory format. Fused are
     all convolutions under windows of 2 x 2 side by side, on the CPU with kernels of our own for
     filters of 3 x 3 and 5 x 5 that are neither strided nor dilated nor grouped; other windows and
-    dtypes go to the three functions. Filters of 3 x 3 in float32 and bfloat16 are multiplied in
-    Winograd's form, unless an element exceeds 10,000; it rounds otherwise than the direct one, by
-    some 1e-7 of the largest element in reach of the filter.
+    dtypes go to the three functions. In float32 and bfloat16 these are mostly multiplied in
+    Winograd's form, which rounds otherwise than the direct one: 3 x 3 of up to four channels to
+    some 2e-7 of the largest output, unless an element exceeds 10,000; 3 x 3 and 5 x 5 of more
+    channels to within 1.5e-6 of it, unless an element exceeds 256 and 256 times most others.
 
     Args:
         input: `(N, in_channels, H, W)` or `(in_channels, H, W)`; any strides. float32, float64 or

@@ -8,6 +8,7 @@ import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,11 @@ from fastnet.ops import mlp
 CALL_SECONDS = 0.05
 # Images whose hidden units are in memory at once, where they are predicted by torch's operators.
 PREDICTED_AT_ONCE = 8192
+# What they are made by, of the parameters and of some of these numbers.
+OPTIMIZERS = {
+    "adam": (partial(torch.optim.Adam, fused=True), "lr, weight_decay, betas, eps"),
+    "sgd": (torch.optim.SGD, "lr, momentum, weight_decay"),
+}
 
 
 class Epoch(NamedTuple):
@@ -62,12 +68,12 @@ class MLPTrainer:
             or in a `forward` of its own, also after `fastnet.accelerate`. The input may be
             flattened first, and log-softmax may come last. float32, on the CPU or a GPU.
         optimizer: "adam" or "sgd"; or a `torch.optim.Adam` or `SGD` on just these parameters, which
-            then says all that follows.
-        lr: learning rate.
-        momentum: of SGD.
-        weight_decay: times the weight, added to its gradient.
-        betas: of Adam's averages.
-        eps: of Adam's denominator.
+            has what follows already.
+        lr: learning rate (0.001).
+        momentum: of SGD (0).
+        weight_decay: times the weight, added to its gradient (0).
+        betas: of Adam's averages (0.9, 0.999).
+        eps: of Adam's denominator (1e-8).
 
     Raises:
         ValueError: for models and optimizers that it does not train exactly as torch does.
@@ -83,23 +89,34 @@ class MLPTrainer:
         model: nn.Module,
         optimizer: str | torch.optim.Optimizer = "adam",
         *,
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        lr: float | None = None,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
     ) -> None:
         self.model = model
         self.layers = read_layers(model)
         self._modules_read = _signature(model)
         parameters = list(model.parameters())
-        if optimizer == "adam":
-            if momentum:
-                raise ValueError('momentum is of optimizer="sgd"; Adam has betas')
-            optimizer = torch.optim.Adam(parameters, lr, betas, eps, weight_decay, fused=True)
-        elif optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay)
-        elif not isinstance(optimizer, torch.optim.Optimizer):
+        numbers = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+        }
+        given = {name: value for name, value in numbers.items() if value is not None}
+        if isinstance(optimizer, torch.optim.Optimizer):
+            if given:
+                raise ValueError(f"{', '.join(given)}: the optimizer has its own; set it there")
+        elif optimizer in OPTIMIZERS:
+            make, takes = OPTIMIZERS[optimizer]
+            for name in given:
+                if name not in takes.split(", "):
+                    raise ValueError(f'{name} is none of "{optimizer}", which takes {takes}')
+            optimizer = make(parameters, **{"lr": 1e-3, **given})
+        else:
             raise ValueError(f'optimizer must be "adam" or "sgd", not {optimizer!r}')
         self.optimizer = optimizer
         self._read_optimizer()

@@ -686,8 +686,13 @@ def test_optimizers_that_it_refuses(optimizer, reason):
     model = mlp(4, 3, 2)
     with pytest.raises(ValueError, match=reason):
         fastnet.MLPTrainer(model, optimizer(list(model.parameters())))
-    with pytest.raises(ValueError, match="momentum"):
+    with pytest.raises(ValueError, match='momentum is none of "adam"'):
         fastnet.MLPTrainer(model, "adam", momentum=0.9)
+    with pytest.raises(ValueError, match='betas is none of "sgd"'):
+        fastnet.MLPTrainer(model, "sgd", betas=(0.5, 0.9))
+    own = torch.optim.Adam(model.parameters(), fused=True)
+    with pytest.raises(ValueError, match="lr: the optimizer has its own"):
+        fastnet.MLPTrainer(model, own, lr=0.1)
 
 
 def test_bad_input():

@@ -118,7 +118,8 @@ def _judge(
             continue
         fused = chains.fuse(steps, at, end)
         if fused.count < 2:
-            outcomes[layer] = ("", fused.reason)
+            still = "; it runs on functional.linear" if is_accelerated and fused.count else ""
+            outcomes[layer] = ("", fused.reason + still)
         elif is_accelerated:
             names = [chains.name_of(step) for step in steps[at + 1 : at + fused.count]]
             outcomes[layer] = (", ".join(names), "")

@@ -23,7 +23,7 @@ SIMPLE_CNN = Recipe(
     task=Classification,
     model=lambda shape, classes, backend: SimpleCNN(shape[0], shape[1], classes, backend),
     optimizer=partial(torch.optim.Adam, lr=0.001, fused=True),
-    loss=F.cross_entropy,  # of 64 x 10 logits, where the fused one would go to this one, too
+    loss=F.cross_entropy,
     datasets=(MNIST, FASHION_MNIST, CIFAR10),
     epochs=5,
     batch_size=64,

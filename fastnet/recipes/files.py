@@ -68,7 +68,10 @@ def load_checkpoint(path: Path, recipe: str | None = None) -> dict[str, Any]:
     """Reads a checkpoint that `save_checkpoint` wrote, for this recipe or for any. Runs no code
     from it."""
     if not path.is_file():
-        raise FastnetError(f"There is no checkpoint {path}: train without --resume first.")
+        raise FastnetError(
+            f"There is no checkpoint {path}: train it first (fastnet train NAME), or name its "
+            "folder."
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:  # torch does not look

@@ -77,7 +77,8 @@ class Recipe:
             ("fastnet" or "torch"); with `pretrained` also from `weights=`.
         optimizer: of the parameters.
         loss: of the network's output and the targets; the mean over the batch. Of two adversaries
-            it has two halves (see `tasks.Adversaries`).
+            it has two halves (see `tasks.Adversaries`). `F.cross_entropy` is fastnet's own on the
+            backend "fastnet".
         accuracy: of the same, where the targets are classes.
         datasets: the first one is used unless another is chosen.
         epochs, batch_size, test_batch_size: unless others are chosen.
@@ -180,4 +181,6 @@ class Settings:
                 f"--native is fastnet's own loop, and has no --backend {self.backend}."
             )
         if self.native and (self.compile or self.augment):
-            raise FastnetError("--native has nothing that --compile or --augment could change.")
+            raise FastnetError(
+                "--native cannot be combined with --compile or --augment: leave them out."
+            )

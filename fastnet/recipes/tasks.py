@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from fastnet import functional
 from fastnet.data import Batches, Samples
 from fastnet.graphs import GraphedStep
 from fastnet.recipes import plots
@@ -41,6 +43,8 @@ class Task:
         classes: int,
     ) -> None:
         self.recipe, self.runtime = recipe, runtime
+        is_fused = settings.backend == "fastnet" and recipe.loss is F.cross_entropy
+        self.loss = functional.cross_entropy if is_fused else recipe.loss
         torch.manual_seed(settings.seed)
         backend = "torch" if settings.backend == "compile" else settings.backend
         options = {"weights": settings.weights} if recipe.pretrained else {}
@@ -131,7 +135,7 @@ class Regression(Task):
     def step(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> Measures:
         with self.runtime.autocast():
             output = self.parallel[0](inputs)
-            loss = self.recipe.loss(output, targets)
+            loss = self.loss(output, targets)
         self.update(self.optimizers[0], loss if weight == 1.0 else loss * weight)
         self.scaler.update()
         return self.judge(output.detach(), targets, loss.detach())
@@ -139,7 +143,7 @@ class Regression(Task):
     def measure(self, inputs: Tensor, targets: Tensor) -> Measures:
         with self.runtime.autocast():
             output = self.network(inputs)
-            loss = self.recipe.loss(output, targets)
+            loss = self.loss(output, targets)
         return self.judge(output, targets, loss)
 
     def judge(self, output: Tensor, targets: Tensor, loss: Tensor) -> Measures:  # noqa: ARG002
@@ -224,13 +228,13 @@ class Adversaries(Task):
         with self.runtime.autocast():
             made = generator(self.noise(len(inputs)))
             real_logits, made_logits = discriminator(inputs), discriminator(made.detach())
-            discriminator_loss = self.recipe.loss.discriminator(real_logits, made_logits)
+            discriminator_loss = self.loss.discriminator(real_logits, made_logits)
         self.update(of_discriminator, discriminator_loss * weight)
 
         # Its gradients are wanted for the pictures alone, and go to no other process.
         judge = self.network.discriminator.requires_grad_(False)
         with self.runtime.autocast():
-            generator_loss = self.recipe.loss.generator(judge(made))
+            generator_loss = self.loss.generator(judge(made))
         self.update(of_generator, generator_loss * weight)
         judge.requires_grad_(True)
         self.scaler.update()
@@ -241,7 +245,7 @@ class Adversaries(Task):
 
     def measure(self, inputs: Tensor, targets: Tensor) -> Measures:  # noqa: ARG002
         """How many of the real and of the made pictures the discriminator takes for real."""
-        loss = self.recipe.loss
+        loss = self.loss
         with self.runtime.autocast():
             real = self.network.discriminator(inputs)
             made = self.network.discriminator(self.network(self.noise(len(inputs))))
