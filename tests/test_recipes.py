@@ -8,8 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support import same
 
+from fastnet import functional
+from fastnet.bench.recipes import task_on
 from fastnet.data import Samples
 from fastnet.errors import FastnetError
 from fastnet.graphs import GraphedStep
@@ -244,6 +247,13 @@ def test_backends_train_alike(backend, compiled, digits, tmp_path):
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-5)
     is_compiled = result.task.network._compiled_call_impl is not None
     assert is_compiled == (compiled or backend == "compile")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cross_entropy_is_the_backends_own(backend, digits):
+    task = task_on(RECIPES["simple-cnn"], backend, digits[1])
+    own = functional.cross_entropy if backend == "fastnet" else F.cross_entropy
+    assert task.loss is own
 
 
 def test_steps_of_every_backend_are_timed(digits):
