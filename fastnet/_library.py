@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     from fastnet import _C
@@ -64,6 +65,22 @@ def _load_nodes() -> ModuleType | None:
 
 CUDA_STATUS = _load_cuda()
 NODES = _load_nodes()
+
+
+def is_differentiated() -> bool:
+    """In a backward pass: whether somebody wants to differentiate the gradient, which may have a
+    tangent, or to map over it."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether it stands for several, as with `is_grads_batched=True`: it has no value then."""
+    is_compiling = torch.compiler.is_compiling()
+    return not is_compiling and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def build_info() -> dict[str, str | None]:

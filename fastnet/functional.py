@@ -58,7 +58,15 @@ def _has_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and input.dtype in (_CPU_DTYPES if input.is_cpu else _CUDA_DTYPES if input.is_cuda else ())
         and input.layout is torch.strided
         and weight.layout is torch.strided
-        and (bias is None or (type(bias) in _PLAIN_TYPES and bias.dtype is weight.dtype))
+        and weight.device == input.device
+        and (
+            bias is None
+            or (
+                type(bias) in _PLAIN_TYPES
+                and bias.dtype is weight.dtype
+                and bias.device == input.device
+            )
+        )
         and (input.is_cpu or _built_for(input.device.index))
         and not input.is_nested
         and not torch._C._are_functorch_transforms_active()

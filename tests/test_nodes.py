@@ -5,6 +5,8 @@ nothing stands between a call and the kernels. All other tests run on both: "cpu
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,13 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import fastnet
-from fastnet.functional import conv_relu_pool2d, cross_entropy, linear, linear_relu
+from fastnet.functional import (
+    conv_relu_pool2d,
+    cross_entropy,
+    linear,
+    linear_cross_entropy,
+    linear_relu,
+)
 
 NODES = fastnet._library.NODES
 pytestmark = pytest.mark.skipif(
@@ -333,3 +341,78 @@ def test_other_threads_go_on():
     done.set()
     thread.join()
     assert ticks > 2 * calls
+
+
+def test_the_first_call_may_come_in_any_mode():
+    """Whatever it is, later ones are quick."""
+    code = """if True:
+        import torch, fastnet
+        x, w, b = torch.randn(4, 6), torch.randn(3, 6), torch.randn(3)
+        with torch.inference_mode():
+            fastnet.functional.linear_relu(x, w, b)
+        assert fastnet._library.NODES.quick_linear_relu(x, w, b) is not None
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+NATIVE = {
+    "linear_relu": lambda x, w, b: F.relu(F.linear(x, w, b)),
+    "linear": F.linear,
+    "conv_relu_pool": lambda x, w, b: F.max_pool2d(F.relu(F.conv2d(x, w, b, padding=1)), 2),
+}
+FUSED = {
+    "linear_relu": linear_relu,
+    "linear": linear,
+    "conv_relu_pool": lambda x, w, b: conv_relu_pool2d(x, w, b, padding=1),
+}
+
+
+@pytest.mark.parametrize("recorded", ["in the level", "before it"])
+@pytest.mark.parametrize("op", NATIVE)
+def test_tangents_of_gradients(op, recorded):
+    """Forward over reverse: only what comes after the op has a tangent."""
+    torch.manual_seed(0)
+    shapes = ((2, 3, 8, 8), (4, 3, 3, 3), (4,)) if "conv" in op else ((6, 20), (5, 20), (5,))
+    given = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    tangent = torch.randn_like(NATIVE[op](*given))
+
+    def derivative(function):
+        x, w, b = (t.clone().requires_grad_() for t in given)
+        if recorded == "before it":
+            output = function(x, w, b)
+        with forward_ad.dual_level():
+            if recorded == "in the level":
+                output = function(x, w, b)
+            by = forward_ad.make_dual(torch.ones_like(tangent), tangent)
+            gradients = torch.autograd.grad(output, (x, w, b), by)
+            return [forward_ad.unpack_dual(gradient).tangent for gradient in gradients]
+
+    torch.testing.assert_close(derivative(FUSED[op]), derivative(NATIVE[op]))
+
+
+@pytest.mark.parametrize("op", [cross_entropy, "linear_cross_entropy"])
+def test_batched_gradients_of_a_loss(op):
+    x, t = torch.randn(6, 5, requires_grad=True), torch.arange(6) % 5
+    w = torch.randn(5, 5)
+    if op is cross_entropy:
+        fused, native = cross_entropy(x, t), F.cross_entropy(x, t)
+    else:
+        fused, native = linear_cross_entropy(x, w, t), F.cross_entropy(F.linear(x, w), t)
+    by = torch.tensor([1.0, 2.0])
+    gradients = [torch.autograd.grad(y, x, by, is_grads_batched=True) for y in (fused, native)]
+    torch.testing.assert_close(*gradients)
+
+
+ON_META = {
+    "bias": lambda x, w, _: linear_relu(x, w, torch.empty(300, device="meta")),
+    "target": lambda x, _, target: cross_entropy(x, target),
+    "target of a layer": linear_cross_entropy,
+}
+
+
+@pytest.mark.parametrize("case", ON_META)
+def test_what_is_on_meta_is_refused_as_in_torch(case):
+    x, w = torch.randn(64, 400), torch.randn(300, 400)
+    target = torch.zeros(64, dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        ON_META[case](x, w, target)

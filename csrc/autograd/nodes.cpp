@@ -10,6 +10,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -27,9 +28,10 @@
 namespace fastnet::autograd {
 namespace {
 
-// Whether somebody wants to differentiate the gradient, or to map over it.
-bool is_differentiated() {
-  return c10::GradMode::is_enabled() ||
+// Whether somebody wants to differentiate the gradient, which may have a tangent, or to map over
+// it.
+bool is_differentiated(const Tensor& grad_output) {
+  return c10::GradMode::is_enabled() || grad_output._fw_grad(0).defined() ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
@@ -77,7 +79,7 @@ struct LinearReLU {
   static variable_list backward(const Tensor& grad_output, const variable_list& saved,
                                 const Options&, const std::vector<bool>& needs) {
     static const Op<&cpu::Ops::linear_relu_backward> backward_op("fastnet::linear_relu_backward");
-    if (is_differentiated()) {
+    if (is_differentiated(grad_output)) {
       return differentiable("linear_relu", grad_output, saved[0], saved[1], saved[2],
                             bool(needs[2]));
     }
@@ -113,7 +115,7 @@ struct Linear {
                                 const Options&, const std::vector<bool>& needs) {
     static const Op<&cpu::Ops::linear_backward> backward_op("fastnet::linear_backward");
     const Tensor &input = saved[0], &weight = saved[1];
-    if (is_differentiated()) {  // by native operators, which torch knows how to
+    if (is_differentiated(grad_output)) {  // by native operators, which torch knows how to
       const Tensor rows = grad_output.reshape({-1, grad_output.size(-1)});
       return {weight.defined() ? at::matmul(grad_output, weight) : Tensor(),
               input.defined() ? at::mm(rows.t(), input.reshape({-1, input.size(-1)})) : Tensor(),
@@ -228,8 +230,8 @@ struct CrossEntropy {
     const Tensor& gradient = saved[4];
     const OptionalTensor weight = given(saved[2]);
     const auto [reduction, ignore_index, label_smoothing] = options;
-    const bool is_usual = !is_differentiated() && !is_traced(grad_loss);
-    if (is_usual && gradient.defined() && grad_loss.item().toDouble() == 1 &&
+    const bool is_usual = !is_differentiated(grad_loss) && !is_traced(grad_loss);
+    if (is_usual && gradient.defined() && is_plain(grad_loss) && grad_loss.item().toDouble() == 1 &&
         !torch::autograd::get_current_graph_task_keep_graph()) {
       return {gradient};
     }
@@ -298,7 +300,7 @@ struct ConvReLUPool {
         "fastnet::conv_relu_pool_backward");
     const Tensor &codes = saved[0], &input = saved[1], &weight = saved[2];
     const auto& [stride, padding, dilation, groups] = options;
-    if (is_differentiated()) {
+    if (is_differentiated(grad_output)) {
       return differentiable("conv_relu_pool", grad_output, codes, input, weight, stride, padding,
                             dilation, groups, bool(needs[0]), bool(needs[1]), bool(needs[2]));
     }
@@ -331,6 +333,12 @@ Tensor conv_relu_pool(const Tensor& input, const Tensor& weight, const OptionalT
 // the kernel of a small layer. Here it takes less than one. `quick_*` answer None where a call is
 // not of the plain kind, and leave it to that file.
 
+// Whether forward-mode derivatives are taken: of any tensor, as what comes later may have a
+// tangent.
+bool has_tangents() {
+  return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+}
+
 // Of Python's objects: torch.Tensor and torch.nn.Parameter, and no class that may know better.
 PyTypeObject* parameter_class = nullptr;
 
@@ -341,7 +349,7 @@ OptionalTensor plain(const pybind11::handle& object) {
     return std::nullopt;
   }
   const Tensor& tensor = THPVariable_Unpack(object.ptr());
-  return is_plain(tensor) && !tensor._fw_grad(0).defined() ? OptionalTensor(tensor) : std::nullopt;
+  return is_plain(tensor) ? OptionalTensor(tensor) : std::nullopt;
 }
 
 template <class Call>
@@ -360,8 +368,8 @@ pybind11::object quick_layer(const pybind11::handle& input, const pybind11::hand
                              const pybind11::handle& bias, const Call& call) {
   const OptionalTensor x = plain(input), w = plain(weight);
   const OptionalTensor b = bias.is_none() ? std::nullopt : plain(bias);
-  if (!is_quiet() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) || x->dim() == 0 ||
-      w->dim() != 2 || w->scalar_type() != x->scalar_type()) {
+  if (!is_quiet() || has_tangents() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) ||
+      x->dim() == 0 || w->dim() != 2 || w->scalar_type() != x->scalar_type()) {
     return pybind11::none();
   }
   if (b && (b->dim() != 1 || b->size(0) != w->size(0) || b->scalar_type() != x->scalar_type())) {
@@ -409,8 +417,8 @@ pybind11::object quick_conv_relu_pool(
     const pybind11::handle& pool_padding, const pybind11::handle& ceil_mode) {
   const OptionalTensor x = plain(input), w = plain(weight);
   const OptionalTensor b = bias.is_none() ? std::nullopt : plain(bias);
-  if (!is_quiet() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) || x->dim() != 4 ||
-      w->dim() != 4 || w->scalar_type() != x->scalar_type() || w->numel() == 0) {
+  if (!is_quiet() || has_tangents() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) ||
+      x->dim() != 4 || w->dim() != 4 || w->scalar_type() != x->scalar_type() || w->numel() == 0) {
     return pybind11::none();
   }
   if (b && (b->dim() != 1 || b->size(0) != w->size(0) || b->scalar_type() != x->scalar_type())) {
@@ -451,9 +459,9 @@ pybind11::object quick_cross_entropy(const pybind11::handle& input, const pybind
   const auto ignored = ignore_index.cast<int64_t>();
   const auto smoothing = label_smoothing.cast<double>();
   const OptionalTensor x = plain(input), t = plain(target);
-  if (!is_quiet() || !x || !t || !is_real(*x) || x->dim() != 2 || x->numel() == 0 ||
-      t->scalar_type() != at::kLong || t->dim() != 1 || t->size(0) != x->size(0) ||
-      !(smoothing >= 0 && smoothing <= 1)) {
+  if (!is_quiet() || has_tangents() || !x || !t || !is_real(*x) || x->dim() != 2 ||
+      x->numel() == 0 || t->scalar_type() != at::kLong || t->dim() != 1 ||
+      t->size(0) != x->size(0) || !(smoothing >= 0 && smoothing <= 1)) {
     return pybind11::none();
   }
   return wrapped(

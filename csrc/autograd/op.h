@@ -4,8 +4,9 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/record_function.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
@@ -22,7 +23,10 @@ using OptionalTensor = std::optional<Tensor>;
 // The keys of ordinary tensors in the CPU's memory: none that is sparse, nested, lazily negated, a
 // subclass.
 inline c10::DispatchKeySet keys_of_plain() {
-  static const c10::DispatchKeySet keys = at::empty({0}, at::kCPU).key_set();
+  static const c10::DispatchKeySet keys = [] {
+    const c10::InferenceMode ordinary(false);  // in whatever mode the first call comes
+    return at::detail::empty_cpu({0}, at::TensorOptions(at::kFloat)).key_set();
+  }();
   return keys;
 }
 

@@ -125,8 +125,7 @@ class ConvReLUPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        is_differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        grads = (differentiate if is_differentiated else _backward)(
+        grads = (differentiate if _library.is_differentiated() else _backward)(
             grad_output, *ctx.saved_tensors, *ctx.convolution, *ctx.needs_input_grad[:3]
         )
         return (*grads, None, None, None, None)

@@ -135,11 +135,11 @@ def gradient_of(
     *options,
 ) -> tuple[Tensor]:
     """The logits' gradient, from what the forward pass has left."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if _library.is_differentiated():
         return differentiate(grad_loss, logits, target, weight, *options)
     if gradient is None:
         return (_backward(grad_loss, logits, target, weight, statistics, *options),)
-    if type(grad_loss) is not Tensor or _is_traced():
+    if type(grad_loss) is not Tensor or _library.is_batched(grad_loss) or _is_traced():
         return (gradient * grad_loss,)
     factor = grad_loss.item()
     if not math.isfinite(factor):  # which would not leave alone the rows that are ignored

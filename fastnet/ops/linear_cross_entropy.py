@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnet import _library
 from fastnet.ops import cross_entropy
 from fastnet.ops.cross_entropy import NAMES, REDUCTIONS, accumulate_dtype
 
@@ -154,7 +155,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         input, weight, target, bias, class_weight, by, *saved = ctx.saved_tensors
         options = Options(class_weight, *ctx.options)
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if _library.is_differentiated():
             gradients = _native_gradients(
                 input, weight, target, bias, options, ctx.needs, grad_loss
             )
@@ -162,7 +163,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             gradients = [None if g is None else (g * grad_loss).to(g.dtype) for g in saved]
         elif ctx.made is not None:
             gradients, ctx.made = ctx.made, None
-            if not grad_loss.is_cpu or grad_loss.item() != 1:
+            if _library.is_batched(grad_loss):
+                gradients = [None if g is None else g * grad_loss for g in gradients]
+            elif not grad_loss.is_cpu or grad_loss.item() != 1:
                 gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
         else:
             by_row = grad_loss if by is None else grad_loss / by

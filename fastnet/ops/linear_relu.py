@@ -67,7 +67,7 @@ class LinearReLU(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         output, input, weight = ctx.saved_tensors
         needs_bias = ctx.needs_input_grad[2]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if _library.is_differentiated():
             return differentiate(grad_output, output, input, weight, needs_bias)
         return _backward(grad_output, output, input, weight, needs_bias)
 
