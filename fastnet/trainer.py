@@ -28,8 +28,8 @@ CALL_SECONDS = 0.05
 PREDICTED_AT_ONCE = 8192
 # What they are made by, of the parameters and of some of these numbers.
 OPTIMIZERS = {
-    "adam": (partial(torch.optim.Adam, fused=True), "lr, weight_decay, betas, eps"),
-    "sgd": (torch.optim.SGD, "lr, momentum, weight_decay"),
+    "adam": (partial(torch.optim.Adam, fused=True), ("lr", "weight_decay", "betas", "eps")),
+    "sgd": (torch.optim.SGD, ("lr", "momentum", "weight_decay")),
 }
 
 
@@ -110,11 +110,12 @@ class MLPTrainer:
         if isinstance(optimizer, torch.optim.Optimizer):
             if given:
                 raise ValueError(f"{', '.join(given)}: the optimizer has its own; set it there")
-        elif optimizer in OPTIMIZERS:
+        elif isinstance(optimizer, str) and optimizer in OPTIMIZERS:
             make, takes = OPTIMIZERS[optimizer]
             for name in given:
-                if name not in takes.split(", "):
-                    raise ValueError(f'{name} is none of "{optimizer}", which takes {takes}')
+                if name not in takes:
+                    known = ", ".join(takes)
+                    raise ValueError(f'{name} is none of "{optimizer}", which takes {known}')
             optimizer = make(parameters, **{"lr": 1e-3, **given})
         else:
             raise ValueError(f'optimizer must be "adam" or "sgd", not {optimizer!r}')

@@ -355,26 +355,27 @@ def test_the_first_call_may_come_in_any_mode():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-NATIVE = {
-    "linear_relu": lambda x, w, b: F.relu(F.linear(x, w, b)),
-    "linear": F.linear,
-    "conv_relu_pool": lambda x, w, b: F.max_pool2d(F.relu(F.conv2d(x, w, b, padding=1)), 2),
-}
-FUSED = {
-    "linear_relu": linear_relu,
-    "linear": linear,
-    "conv_relu_pool": lambda x, w, b: conv_relu_pool2d(x, w, b, padding=1),
+def native_convolution(x, w, b):
+    return F.max_pool2d(F.relu(F.conv2d(x, w, b, padding=1)), 2)
+
+
+LAYERS = {  # fused, and native
+    "linear_relu": (linear_relu, lambda x, w, b: F.relu(F.linear(x, w, b))),
+    "linear": (linear, F.linear),
+    "conv_relu_pool": (lambda *given: conv_relu_pool2d(*given, padding=1), native_convolution),
 }
 
 
+@pytest.mark.parametrize("nodes", [NODES, None], ids=["C++", "Python"])
 @pytest.mark.parametrize("recorded", ["in the level", "before it"])
-@pytest.mark.parametrize("op", NATIVE)
-def test_tangents_of_gradients(op, recorded):
+@pytest.mark.parametrize("op", LAYERS)
+def test_tangents_of_gradients(op, recorded, nodes, monkeypatch):
     """Forward over reverse: only what comes after the op has a tangent."""
-    torch.manual_seed(0)
+    monkeypatch.setattr(fastnet._library, "NODES", nodes)
     shapes = ((2, 3, 8, 8), (4, 3, 3, 3), (4,)) if "conv" in op else ((6, 20), (5, 20), (5,))
     given = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    tangent = torch.randn_like(NATIVE[op](*given))
+    fused, native = LAYERS[op]
+    tangent = torch.randn_like(native(*given))
 
     def derivative(function):
         x, w, b = (t.clone().requires_grad_() for t in given)
@@ -387,20 +388,28 @@ def test_tangents_of_gradients(op, recorded):
             gradients = torch.autograd.grad(output, (x, w, b), by)
             return [forward_ad.unpack_dual(gradient).tangent for gradient in gradients]
 
-    torch.testing.assert_close(derivative(FUSED[op]), derivative(NATIVE[op]))
+    torch.testing.assert_close(derivative(fused), derivative(native))
 
 
-@pytest.mark.parametrize("op", [cross_entropy, "linear_cross_entropy"])
-def test_batched_gradients_of_a_loss(op):
-    x, t = torch.randn(6, 5, requires_grad=True), torch.arange(6) % 5
-    w = torch.randn(5, 5)
-    if op is cross_entropy:
-        fused, native = cross_entropy(x, t), F.cross_entropy(x, t)
-    else:
-        fused, native = linear_cross_entropy(x, w, t), F.cross_entropy(F.linear(x, w), t)
-    by = torch.tensor([1.0, 2.0])
-    gradients = [torch.autograd.grad(y, x, by, is_grads_batched=True) for y in (fused, native)]
-    torch.testing.assert_close(*gradients)
+LOSSES = {  # of a layer's logits
+    "cross_entropy": lambda x, w, t: cross_entropy(F.linear(x, w), t),
+    "linear_cross_entropy": linear_cross_entropy,
+}
+
+
+@pytest.mark.parametrize("nodes", [NODES, None], ids=["C++", "Python"])
+@pytest.mark.parametrize("rows", [6, 4000])  # the latter is fused in Python, too
+@pytest.mark.parametrize("op", LOSSES)
+def test_batched_gradients_of_a_loss(op, rows, nodes, monkeypatch):
+    monkeypatch.setattr(fastnet._library, "NODES", nodes)
+    x, w = torch.randn(rows, 5, requires_grad=True), torch.randn(5, 5)
+    target, by = torch.arange(rows) % 5, torch.tensor([1.0, 2.0])
+
+    def gradient(function):
+        return torch.autograd.grad(function(x, w, target), x, by, is_grads_batched=True)
+
+    native = gradient(lambda x, w, t: F.cross_entropy(F.linear(x, w), t))
+    torch.testing.assert_close(gradient(LOSSES[op]), native)
 
 
 ON_META = {

@@ -333,10 +333,10 @@ Tensor conv_relu_pool(const Tensor& input, const Tensor& weight, const OptionalT
 // the kernel of a small layer. Here it takes less than one. `quick_*` answer None where a call is
 // not of the plain kind, and leave it to that file.
 
-// Whether forward-mode derivatives are taken: of any tensor, as what comes later may have a
-// tangent.
-bool has_tangents() {
-  return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+// Whether calls are answered here at all. Not where forward-mode derivatives are taken, of whatever
+// tensor: what comes later may have a tangent.
+bool is_quick() {
+  return is_quiet() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
 }
 
 // Of Python's objects: torch.Tensor and torch.nn.Parameter, and no class that may know better.
@@ -368,8 +368,8 @@ pybind11::object quick_layer(const pybind11::handle& input, const pybind11::hand
                              const pybind11::handle& bias, const Call& call) {
   const OptionalTensor x = plain(input), w = plain(weight);
   const OptionalTensor b = bias.is_none() ? std::nullopt : plain(bias);
-  if (!is_quiet() || has_tangents() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) ||
-      x->dim() == 0 || w->dim() != 2 || w->scalar_type() != x->scalar_type()) {
+  if (!is_quick() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) || x->dim() == 0 ||
+      w->dim() != 2 || w->scalar_type() != x->scalar_type()) {
     return pybind11::none();
   }
   if (b && (b->dim() != 1 || b->size(0) != w->size(0) || b->scalar_type() != x->scalar_type())) {
@@ -417,8 +417,8 @@ pybind11::object quick_conv_relu_pool(
     const pybind11::handle& pool_padding, const pybind11::handle& ceil_mode) {
   const OptionalTensor x = plain(input), w = plain(weight);
   const OptionalTensor b = bias.is_none() ? std::nullopt : plain(bias);
-  if (!is_quiet() || has_tangents() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) ||
-      x->dim() != 4 || w->dim() != 4 || w->scalar_type() != x->scalar_type() || w->numel() == 0) {
+  if (!is_quick() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) || x->dim() != 4 ||
+      w->dim() != 4 || w->scalar_type() != x->scalar_type() || w->numel() == 0) {
     return pybind11::none();
   }
   if (b && (b->dim() != 1 || b->size(0) != w->size(0) || b->scalar_type() != x->scalar_type())) {
@@ -459,9 +459,9 @@ pybind11::object quick_cross_entropy(const pybind11::handle& input, const pybind
   const auto ignored = ignore_index.cast<int64_t>();
   const auto smoothing = label_smoothing.cast<double>();
   const OptionalTensor x = plain(input), t = plain(target);
-  if (!is_quiet() || has_tangents() || !x || !t || !is_real(*x) || x->dim() != 2 ||
-      x->numel() == 0 || t->scalar_type() != at::kLong || t->dim() != 1 ||
-      t->size(0) != x->size(0) || !(smoothing >= 0 && smoothing <= 1)) {
+  if (!is_quick() || !x || !t || !is_real(*x) || x->dim() != 2 || x->numel() == 0 ||
+      t->scalar_type() != at::kLong || t->dim() != 1 || t->size(0) != x->size(0) ||
+      !(smoothing >= 0 && smoothing <= 1)) {
     return pybind11::none();
   }
   return wrapped(

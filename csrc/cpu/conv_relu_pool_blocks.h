@@ -31,27 +31,30 @@ struct FilterGroups {
 // Filters, shared out
 
 template <class T>
+static bool is_by_patches(const ConvForward<T>& call) {
+  return call.form == ConvForm::patches_of_4;
+}
+template <class T>
 static bool is_fused(const ConvForward<T>& call) {
-  return call.form == ConvForm::patches_of_4 && call.C > 1;
+  return is_by_patches(call) && call.C > 1;
 }
 template <class T>
 static bool is_one_channel(const ConvForward<T>& call) {
-  return call.form == ConvForm::patches_of_4 && call.C == 1;
+  return is_by_patches(call) && call.C == 1;
 }
 
-// Filters are shared out in parts: of a vector of filters, kProductFilters, a group, or one.
+// Filters are shared out in parts: of a vector of filters, kProductFilters, or a group.
 template <class T>
 int64_t filter_parts(const ConvForward<T>& call) {
   if (call.form == ConvForm::patches_of_6) return round_up(call.K, kLanes<T>) / kLanes<T>;
-  if (is_one_channel(call)) return call.K;
-  return is_fused(call) ? round_up(call.K, kProductFilters) / kProductFilters
-                        : FilterGroups(call.K).count;
+  return is_by_patches(call) ? round_up(call.K, kProductFilters) / kProductFilters
+                             : FilterGroups(call.K).count;
 }
 template <class T>
 static int64_t part_begin(const ConvForward<T>& call, int64_t part) {
   if (call.form == ConvForm::patches_of_6) return least(call.K, part * kLanes<T>);
-  if (is_one_channel(call)) return part;
-  return is_fused(call) ? least(call.K, part * kProductFilters) : FilterGroups(call.K).begin(part);
+  return is_by_patches(call) ? least(call.K, part * kProductFilters)
+                             : FilterGroups(call.K).begin(part);
 }
 
 // How many are rearranged, and go past the input, at a time.
@@ -69,9 +72,8 @@ int64_t filter_count(const ConvForward<T>& call) {
   if (call.form == ConvForm::patches_of_6) {
     return kSidePoints * kLanes<T> * call.C * filter_parts_at_once(call);
   }
-  if (is_one_channel(call)) return kPoints * call.K;
-  return is_fused(call) ? kPoints * round_up(call.K, kProductFilters) * call.C
-                        : call.K * call.C * call.kernel * call.kernel;
+  return is_by_patches(call) ? kPoints * round_up(call.K, kProductFilters) * call.C
+                             : call.K * call.C * call.kernel * call.kernel;
 }
 
 // ---------------------------------------------------------------------------------------------

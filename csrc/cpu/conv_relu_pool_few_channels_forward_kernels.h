@@ -55,31 +55,15 @@ static Magnitude transform_part(const ConvForward<T>& call, int64_t part) {
   return all.magnitude();
 }
 
-// filters[k][point] = (G g Gᵀ)[point], of one channel.
-template <class T>
-static Magnitude transform_one_channel(const ConvForward<T>& call, int64_t k) {
-  LargestOf<float> all;
-  float half[3][4];
-  for (int s = 0; s < 3; ++s) {
-    const T* const from = call.weight + k * call.weight_at.n + s * call.weight_at.x;
-    float g[3];
-    for (int r = 0; r < 3; ++r) {
-      g[r] = widen(from[r * call.weight_at.y]);
-      all.add(g[r]);
-    }
-    points_of_taps(g[0], g[1], g[2], half[s]);
-  }
-  float* const to = call.arranged_filters + k * kPoints;
-  for (int r = 0; r < 4; ++r) {
-    float row[4];
-    points_of_taps(half[0][r], half[1][r], half[2][r], row);
-    for (int s = 0; s < 4; ++s) to[r * 4 + s] = row[s];
-  }
-  return all.magnitude();
-}
-
 // ---------------------------------------------------------------------------------------------
 // Winograd's form
+
+// Where the points of a filter stand, kProductFilters from one to the next of a channel.
+template <class T>
+FASTNET_INLINE const float* points_of_filter(const ConvForward<T>& call, int64_t k) {
+  const int64_t group = kPoints * call.C * kProductFilters;
+  return call.filters + k / kProductFilters * group + k % kProductFilters;
+}
 
 // Of very few channels, kFusedFilters filters of kProductVectors vectors: products and Aᵀ from the
 // left in registers, a column of points after the other, and so half as many results to memory as
@@ -148,10 +132,8 @@ static void fused_block(const ConvForward<T>& call, const float* patches, const 
                         int64_t tiles, int64_t k_begin, int64_t k_end) {
   using V = Vec<float>;
   constexpr int kVectors = kProductVectors;
-  constexpr int64_t kGroup = kPoints * kChannels * kProductFilters;
   for (int64_t k_first = k_begin; k_first < k_end; k_first += kFusedFilters) {
-    const float* const filters =
-        call.filters + k_first / kProductFilters * kGroup + k_first % kProductFilters;
+    const float* const filters = points_of_filter(call, k_first);
     const int count = static_cast<int>(least(kFusedFilters, k_end - k_first));
     for (int64_t v_first = 0; v_first * kLanes<float> < tiles; v_first += kVectors) {
       const Target<T>* const to = targets + v_first;
@@ -204,7 +186,7 @@ __attribute__((noinline)) static void one_channel_filter(const float* patches, i
   alignas(64) float sums[kMaxVectors][4][kStep];  // the elements of the windows so far
   V left[4], right[4];                            // columns of points
   const auto point = [&](int row, int column) __attribute__((always_inline)) {
-    return in_register(splat(filter[4 * row + column]));
+    return in_register(splat(filter[(4 * row + column) * kProductFilters]));
   };
   const auto columns = [&](int one, int other) __attribute__((always_inline)) {
     FASTNET_UNROLL for (int row = 0; row < 4; ++row) {

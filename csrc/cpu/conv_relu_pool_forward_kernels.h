@@ -39,12 +39,8 @@ Magnitude arrange_filters_kernel(const ConvForward<T>& call, int64_t begin, int6
                                    (part - call.first_part) * kSidePoints * C * kLanes<T>));
         continue;
       }
-      if (is_fused(call)) {
+      if (is_by_patches(call)) {
         met = larger(met, transform_part(call, part));
-        continue;
-      }
-      if (is_one_channel(call)) {
-        met = larger(met, transform_one_channel(call, part));
         continue;
       }
     }
@@ -204,7 +200,7 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
       if constexpr (sizeof(acc_t<T>) == sizeof(float)) {
         if (!is_small) return false;
         for (int64_t k = k_begin; k < k_end; ++k) {
-          one_channel_filter(scratch + plan.patches_at, count, call.filters + k * kPoints,
+          one_channel_filter(scratch + plan.patches_at, count, points_of_filter(call, k),
                              call.bias ? widen(call.bias[k]) : 0.0f, targets.of, k);
         }
       }

@@ -43,10 +43,10 @@ class Task:
         classes: int,
     ) -> None:
         self.recipe, self.runtime = recipe, runtime
-        is_fused = settings.backend == "fastnet" and recipe.loss is F.cross_entropy
-        self.loss = functional.cross_entropy if is_fused else recipe.loss
         torch.manual_seed(settings.seed)
         backend = "torch" if settings.backend == "compile" else settings.backend
+        is_fused = backend == "fastnet" and recipe.loss is F.cross_entropy
+        self.loss = functional.cross_entropy if is_fused else recipe.loss
         options = {"weights": settings.weights} if recipe.pretrained else {}
         with runtime.in_turn():
             self.network = recipe.model(shape, classes, backend, **options).to(runtime.device)
