@@ -1,6 +1,7 @@
 #!/bin/sh
 # What a user does: an isolated `pip install .` into an environment with nothing in it, then the
-# example in README.md, run outside of this checkout.
+# examples in README.md that need nothing else (those before its trainings), run outside of this
+# checkout.
 set -eu
 cd "$(dirname "$0")/.."
 unset TORCH_CUDA_ARCH_LIST # every card that a user's build is for
@@ -14,7 +15,7 @@ export PIP_CONSTRAINT="$folder/constraints.txt" PIP_BUILD_CONSTRAINT="$folder/co
 "${PYTHON:-python3}" -m venv "$folder/venv"
 git ls-files -z --cached --others --exclude-standard | xargs -0 tar cf - | (mkdir "$folder/source" && tar xf - -C "$folder/source")
 "$folder/venv/bin/pip" install --quiet "$folder/source"
-sed -n '/^```python$/,/^```$/p' README.md | sed '/^```/d' > "$folder/readme.py"
+sed '/^## Trainings$/,$d' README.md | sed -n '/^```python$/,/^```$/p' | sed '/^```/d' > "$folder/readme.py"
 cd "$folder"
 venv/bin/python readme.py
 venv/bin/python - <<'PYTHON'

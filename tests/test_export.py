@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from fastnet.errors import FastnetError
 from fastnet.recipes import RECIPES
 from fastnet.recipes.export import export, load_trained
 from fastnet.recipes.training import train
+
+README = Path(__file__).parent.parent / "README.md"
 
 
 def trained(name: str, folder):
@@ -48,6 +51,22 @@ def test_safetensors(name, tmp_path):
     kept = task.network.state_dict()
     assert state.keys() == kept.keys()
     assert all(torch.equal(state[key], kept[key]) for key in state)
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    (example,) = (
+        block.split("```")[0]
+        for block in README.read_text().split("```python\n")
+        if "of fastnet export" in block
+    )
+    _, _, task = trained("simple-cnn", tmp_path / "runs/simple-cnn")
+    export(tmp_path / "runs/simple-cnn", "safetensors")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    loaded = names["network"].state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in task.network.state_dict().items())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
