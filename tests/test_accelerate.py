@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
+import os
 import pickle
 import random
 import subprocess
 import sys
+import types
 import warnings
 from collections import OrderedDict
+from datetime import datetime
 
 import numpy
 import pytest
+import support
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -556,7 +562,54 @@ def _appends(m, x):
     return F.relu(m.fc(x))
 
 
+def _logs(m, x):
+    LOGGER.info("here")
+    return F.relu(m.fc(x))
+
+
+def _warns(m, x):
+    warnings.warn("here", stacklevel=1)
+    return F.relu(m.fc(x))
+
+
+def _appends_below(m, x):
+    m.fc.history.append(x)
+    return F.relu(m.fc(x))
+
+
+def _appends_to_a_global(m, x):
+    SEEN.append(x)
+    return F.relu(m.fc(x))
+
+
+def _sets_in_a_global(m, x):
+    SETTINGS.last = x
+    return F.relu(m.fc(x))
+
+
+def _of_a_function(value):
+    return lambda m, x: F.relu(m.fc(x)) * value["scale"]
+
+
+LOGGER = logging.getLogger("fastnet.tests")
+SEEN: list = []
+SETTINGS = types.SimpleNamespace(scale=2)
+SCALE = 2
+
 REFUSED = {
+    "logs": (_logs, "of logging"),
+    "warns": (_warns, "warn"),
+    "appends below": (_appends_below, "append of a list"),
+    "appends to a global": (_appends_to_a_global, "SEEN, a list"),
+    "sets in a global": (_sets_in_a_global, "SETTINGS, a SimpleNamespace"),
+    "global settings": (lambda m, x: F.relu(m.fc(x)) * SETTINGS.scale, "SETTINGS"),
+    "a function's settings": (_of_a_function({"scale": 3}), "value, a dict"),
+    "gradient": (lambda m, x: F.relu(m.fc(x)) * (m.fc.weight.grad is None), "asks for grad"),
+    "frozen": (lambda m, x: F.relu(m.fc(x)) * m.fc.weight.requires_grad, "requires_grad"),
+    "processes": (lambda m, x: F.relu(m.fc(x)) * (1 + dist.is_initialized()), "is_initialized"),
+    "compiles": (lambda m, x: F.relu(m.fc(x)) * (1 + torch.compiler.is_compiling()), "is_comp"),
+    "environment": (lambda m, x: F.relu(m.fc(x)) * float(os.getenv("FACTOR", "2")), "getenv"),
+    "the time": (lambda m, x: F.relu(m.fc(x)) * (datetime.now().year > 0), "now"),
     "no_grad": (_without_gradients, "switches gradients"),
     "autocast": (_never_autocast, "autocast"),
     "no_grad, decorated": (torch.no_grad()(lambda m, x: F.relu(m.fc(x))), "switches gradients"),
@@ -579,7 +632,7 @@ REFUSED = {
 def test_refused(case):
     function, reason = REFUSED[case]
     model = Calls(function, fc=linear())
-    model.count, model.kept, model.seen_inputs = 0, {"y": 1}, [2]
+    model.count, model.kept, model.seen_inputs, model.fc.history = 0, {"y": 1}, [2], []
     accelerated = fastnet.accelerate(model)
     assert type(accelerated) is Calls
     assert model.count == accelerated.count == 0
@@ -593,6 +646,33 @@ def test_refused(case):
             expected = model(x)
             random.seed(seed), torch.manual_seed(seed)
             torch.testing.assert_close(accelerated(x), expected)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = linear()
+
+    def forward(self, x):
+        return F.relu(self.fc(x)) * SCALE + support.SHIFT
+
+
+@pytest.mark.parametrize(("owner", "name"), [(sys.modules[__name__], "SCALE"), (support, "SHIFT")])
+def test_globals_may_change(owner, name, calls, monkeypatch):
+    """The numbers that stand in a trace are looked at in each call."""
+    monkeypatch.setattr(support, "SHIFT", 1, raising=False)
+    model, x = Scaled(), torch.randn(5, 8)
+    accelerated = fastnet.accelerate(model)
+    for one in (accelerated, _pickled(accelerated)):
+        for value, count in ((getattr(owner, name), 1), (3, 0), ((getattr(owner, name)), 1)):
+            monkeypatch.setattr(owner, name, value)
+            calls.clear()
+            torch.testing.assert_close(one(x), model(x))
+            assert len(calls) == count
+    compiled = torch.compile(accelerated, fullgraph=True, backend="eager")
+    for value in (getattr(owner, name), 5):
+        monkeypatch.setattr(owner, name, value)
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_falls_back_to_submodules(calls):

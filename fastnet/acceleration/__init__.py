@@ -36,11 +36,12 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     somebody else uses the result between. All of this is looked at in each call, so hooks can be
     added, and layers replaced, afterwards.
 
-    A `forward` is traced only where a trace says it all: with no `with`, `try` or `print`, no
-    random numbers of its own, no attribute set, no question about an input's type. What it read
-    from attributes is kept; setting one of them later brings the written `forward` back, with a
-    warning. Globals, and attributes of submodules, that it read are kept without one. While this
-    runs no other thread may run a model: torch.fx takes hold of `nn.Module` meanwhile.
+    A `forward` is traced only where a trace says it all: with no `with`, `try`, `print` or log, no
+    random numbers of its own, nothing set or appended to, no question about an input's type or the
+    state of the moment. What it read from attributes is kept; setting one of them later brings the
+    written `forward` back, with a warning, and so does, without one and for as long, another value
+    of a global. Attributes of submodules that it read are kept as they were. While this runs no
+    other thread may run a model: torch.fx takes hold of `nn.Module` meanwhile.
 
     Args:
         model: any module.

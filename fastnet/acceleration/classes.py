@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import itertools
 import linecache
@@ -23,12 +24,13 @@ TRACED = "_fastnet_traced"
 
 
 class Forward(NamedTuple):
-    """A traced `forward`: its code in training and in evaluation, the attributes whose values stand
-    in it, and the lengths of the lists of modules."""
+    """A traced `forward`: its code in training and in evaluation, the attributes and the globals
+    whose values stand in it, and the lengths of the lists of modules."""
 
     training: Code
     evaluation: Code
     reads: frozenset[str]
+    globals: frozenset[tuple[str, str, object]]  # module, name, value
     lengths: tuple[tuple[str, int], ...]
 
 
@@ -106,12 +108,16 @@ def class_for(module: nn.Module) -> type[nn.Module] | None:
     lists = (nn.ModuleList, nn.ModuleDict)
     lengths = tuple((n, len(m)) for n, m in module.named_children() if isinstance(m, lists))
     codes = [tracing.code(trace.graph) for trace in traces]
-    return accelerated(kind, Forward(*codes, traces[0].reads | traces[1].reads, lengths))
+    reads, around = (
+        getattr(traces[0], what) | getattr(traces[1], what) for what in ("reads", "globals")
+    )
+    return accelerated(kind, Forward(*codes, reads, around, lengths))
 
 
 def _function(written: type[nn.Module], forward: Forward) -> types.FunctionType:
     """A `forward` of the written one's signature. It is the written one where a call gives
-    something else than a tensor, or an optional argument, for which nothing was traced."""
+    something else than a tensor, or an optional argument, for which nothing was traced, and where
+    a global has another value than it had."""
     names = {
         "_Tensor": Tensor,
         "_written": written.forward,
@@ -136,6 +142,9 @@ def _function(written: type[nn.Module], forward: Forward) -> types.FunctionType:
     required = required_arguments(written.forward)
     differs += [f"not isinstance({name}, _Tensor)" for name in required]
     differs += [f"len({module}.{name}) != {length}" for name, length in forward.lengths]
+    for count, (home, name, value) in enumerate(sorted(forward.globals, key=lambda g: g[:2])):
+        names |= {f"_home_{count}": importlib.import_module(home), f"_value_{count}": value}
+        differs.append(f"getattr(_home_{count}, {name!r}, None) != _value_{count}")
     given = ", ".join([module, *required])
     text = f"""def forward{inspect.Signature(shown)}:
     if {" or ".join(differs)}:

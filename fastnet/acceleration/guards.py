@@ -12,6 +12,7 @@ import contextlib
 import dis
 import functools
 import gc
+import logging
 import operator
 import random
 import sys
@@ -36,9 +37,21 @@ WRAPPERS = {"torch.utils._contextlib", "torch.amp.autocast_mode", "torch.utils.c
 MOMENTARY = {
     "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "time",
     "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns",
-    "process_time",
+    "process_time", "now", "utcnow", "today",
+    "is_compiling", "is_dynamo_compiling", "is_exporting", "is_tracing",
+    "is_initialized", "get_rank", "get_world_size", "get_num_threads",
+}
+# And about parameters.
+MOMENTARY_ATTRIBUTES = {"grad", "requires_grad", "is_leaf", "grad_fn"}
+# Of Python's own modules those that are called for what they do or find outside.
+OUTSIDE = {"logging", "warnings", "_warnings", "_io", "os", "posix", "subprocess", "threading"}
+# What a list, a dict or a set is changed by.
+MUTATING = {
+    "append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse", "update",
+    "setdefault", "popitem", "add", "discard", "appendleft", "extendleft", "popleft", "rotate",
 }
 # fmt: on
+PLAIN_TYPES = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
 class Untraceable(Exception):  # noqa: N818  it is a verdict
@@ -47,6 +60,18 @@ class Untraceable(Exception):  # noqa: N818  it is a verdict
 
 def _is_own(module: str) -> bool:
     return module.startswith("fastnet.acceleration")
+
+
+def _is_library(module: str) -> bool:
+    """Whether this is Python's or torch's, or what traces."""
+    package = module.partition(".")[0]
+    return package == "torch" or package in sys.stdlib_module_names or _is_own(module)
+
+
+def is_plain(value: object) -> bool:
+    """Whether it can be told later that something still has this value."""
+    parts = value if type(value) is tuple else (value,)
+    return all(type(part) in PLAIN_TYPES or callable(part) for part in parts)
 
 
 @functools.cache
@@ -65,6 +90,8 @@ def _objection(code: types.CodeType) -> str | None:
             return f"there is a `match` in {code.co_name}"
         if name in ("STORE_GLOBAL", "DELETE_GLOBAL", "DELETE_ATTR"):
             return f"{code.co_name} sets or deletes {step.argval}"
+        if name == "LOAD_ATTR" and step.argval in MOMENTARY_ATTRIBUTES:
+            return f"{code.co_name} asks for {step.argval}"
         if name == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
             return f"{code.co_name} asks whether two things are the same"
     return None
@@ -80,6 +107,48 @@ def _forbidden_builtin(code: types.CodeType, names: dict) -> str | None:
             and hasattr(builtins, name)
         ):
             return f"{code.co_name} calls {name}"
+    return None
+
+
+@functools.cache
+def _names_of_globals(code: types.CodeType) -> list[tuple[str, str | None]]:
+    """Those in a function, each with the attribute that is read of it, if one is."""
+    steps = list(dis.get_instructions(code))
+    return [
+        (step.argval, after.argval if after and after.opname.startswith("LOAD_ATTR") else None)
+        for step, after in zip(steps, [*steps[1:], None], strict=True)
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    ]
+
+
+def _objection_to_globals(
+    frame: types.FrameType, reads: dict[tuple[str, str], object]
+) -> str | None:
+    """What a function reads that is not its own, and may be another thing the next time. What can
+    be compared then is added to `reads`, by module and name."""
+    code, names = frame.f_code, frame.f_globals
+    for name, attribute in _names_of_globals(code):
+        if name not in names:  # one of the builtins
+            continue
+        owner, value, shown = sys.modules.get(names.get("__name__", "")), names[name], name
+        if isinstance(value, types.ModuleType):
+            if attribute is None or _is_library(value.__name__):
+                continue
+            owner, name, value = value, attribute, getattr(value, attribute, None)
+            shown = f"{shown}.{name}"
+        if callable(value) or isinstance(value, (Tensor, types.ModuleType, logging.Logger)):
+            continue
+        if not is_plain(value):
+            return f"{code.co_name} reads {shown}, a {type(value).__name__}"
+        if owner is None or vars(owner).get(name, reads) is not value:
+            return f"{code.co_name} reads {shown}, which cannot be imported"
+        reads[owner.__name__, name] = value
+    for name in code.co_freevars:
+        value = frame.f_locals.get(name)
+        if not is_plain(value) and not isinstance(value, (Tensor, types.ModuleType)):
+            return (
+                f"{code.co_name} reads {name}, a {type(value).__name__} of the function around it"
+            )
     return None
 
 
@@ -114,32 +183,56 @@ def _restore(states: tuple) -> bool:
 
 
 @contextlib.contextmanager
-def watch_python(shell: nn.Module) -> Iterator[None]:
+def watch_python(shell: nn.Module) -> Iterator[dict[tuple[str, str], object]]:
     """Runs a trace of `shell.forward`, and refuses what a graph would not do again.
+
+    Yields the globals that were read, by module and name, when it is over.
 
     Raises:
         Untraceable: for that.
     """
     children = list(shell.modules())[1:]
     attributes = [(module, dict(vars(module))) for module in (shell, *children)]
+    kept = {id(value) for _, values in attributes[1:] for value in values.values()}
     states = _random_states()
+    reads: dict[tuple[str, str], object] = {}
     refused: list[str] = []
 
     def profile(frame, event, called):
         module = frame.f_globals.get("__name__") or ""
-        package = module.partition(".")[0]
-        if package == "torch" or package in sys.stdlib_module_names or _is_own(module):
-            if event == "call" and module in WRAPPERS:
-                refused.append(f"it goes through {module}, which a graph leaves out")
-        elif event == "call":
-            code = frame.f_code
-            refused.extend(filter(None, (_objection(code),)))
-            refused.extend(filter(None, (_forbidden_builtin(code, frame.f_globals),)))
-        elif event == "c_call":
-            if getattr(called, "__name__", "") in MOMENTARY:
-                refused.append(f"it calls {called.__name__}")
-            elif isinstance(getattr(called, "__self__", None), Tensor):
-                refused.append(f"it calls {called.__name__} of a tensor that is no input")
+        if event == "call":
+            refused.extend(filter(None, (objection_to_call(frame, module),)))
+        elif event == "c_call" and not _is_library(module):
+            refused.extend(filter(None, (objection_to_builtin(called),)))
+
+    def objection_to_call(frame, module):
+        code = frame.f_code
+        if not _is_library(module):
+            return (
+                _objection(code)
+                or _forbidden_builtin(code, frame.f_globals)
+                or _objection_to_globals(frame, reads)
+            )
+        if module in WRAPPERS:
+            return f"it goes through {module}, which a graph leaves out"
+        caller = frame.f_back.f_globals.get("__name__") or ""
+        is_outside = module.partition(".")[0] in OUTSIDE or code.co_name in MOMENTARY
+        return (
+            f"it calls {code.co_name} of {module}"
+            if is_outside and not _is_library(caller)
+            else None
+        )
+
+    def objection_to_builtin(called):
+        name, owner = getattr(called, "__name__", ""), getattr(called, "__self__", None)
+        if name in MOMENTARY:
+            return f"it calls {name}"
+        if isinstance(owner, Tensor):
+            return f"it calls {name} of a tensor that is no input"
+        if name in MUTATING and id(owner) in kept:
+            return f"it calls {name} of a {type(owner).__name__} that a module keeps"
+        home = owner.__name__ if isinstance(owner, types.ModuleType) else type(owner).__module__
+        return f"it calls {name} of {home}" if home in OUTSIDE else None
 
     outer = sys.getprofile()
     # Or what runs when garbage is collected would be taken for a part of forward.
@@ -147,7 +240,7 @@ def watch_python(shell: nn.Module) -> Iterator[None]:
     gc.disable()
     sys.setprofile(profile)
     try:
-        yield
+        yield reads
     finally:
         sys.setprofile(outer)
         if collects:

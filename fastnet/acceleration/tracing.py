@@ -17,12 +17,18 @@ from torch import Tensor, fx, nn
 
 from fastnet import functional
 from fastnet.acceleration import chains
-from fastnet.acceleration.guards import Tracer, Unregistered, Untraceable, subclass, watch_python
+from fastnet.acceleration.guards import (
+    Tracer,
+    Unregistered,
+    Untraceable,
+    is_plain,
+    subclass,
+    watch_python,
+)
 
 RELUS = {torch.relu, torch.relu_, F.relu, F.relu_}
 MAX_POOLS = {torch.max_pool2d, F.max_pool2d}
 PLAIN_ATTRIBUTES = frozenset(vars(nn.Module()))
-PLAIN_TYPES = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,13 @@ class Trace:
         graph: its operations, with calls of submodules.
         chains: the layers in it and what follows them.
         reads: the attributes that `forward` read, whose values stand in the graph.
+        globals: and the globals, as module, name and value.
     """
 
     graph: fx.Graph
     chains: list[Chain]
     reads: frozenset[str]
+    globals: frozenset[tuple[str, str, object]]
 
 
 def written_class(module: nn.Module) -> type[nn.Module]:
@@ -134,7 +142,7 @@ def trace(module: nn.Module, written: type[nn.Module], training: bool) -> Trace:
         vars(shell)[name] = dict(vars(module)[name])
     modes = [(child, child.training) for child in module.modules()]
     vars(shell)["training"] = training
-    with watch_python(shell):
+    with watch_python(shell) as global_reads:
         try:
             for child, _ in modes:
                 child.training = training
@@ -148,7 +156,8 @@ def trace(module: nn.Module, written: type[nn.Module], training: bool) -> Trace:
             for child, mode in modes:
                 child.training = mode
     fixed = frozenset(name for name, value in reads.items() if _is_fixed(module, name, value))
-    return Trace(graph, find_chains(graph, module), fixed)
+    around = frozenset((*where, value) for where, value in global_reads.items())
+    return Trace(graph, find_chains(graph, module), fixed, around)
 
 
 MISSING = object()
@@ -165,8 +174,7 @@ def _is_fixed(module: nn.Module, name: str, value: object) -> bool:
     is_method = isinstance(value, types.MethodType) and name not in vars(module)
     if isinstance(value, (Tensor, nn.Module)) or is_method:
         return False
-    parts = value if type(value) is tuple else (value,)
-    if all(type(part) in PLAIN_TYPES or callable(part) for part in parts):
+    if is_plain(value):
         return True
     raise Untraceable(f"it reads self.{name}, a {type(value).__name__}")
 
