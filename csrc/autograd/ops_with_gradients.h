@@ -1,0 +1,324 @@
+// The ops with their nodes: what each saves, and its gradients.
+#pragma once
+
+#include <ATen/ops/item.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kept_memory.h"
+#include "node.h"
+#include "op.h"
+
+namespace fastnet::autograd {
+namespace {
+
+// Whether somebody wants to differentiate the gradient, which may have a tangent, or to map over
+// it.
+bool is_differentiated(const Tensor& grad_output) {
+  return c10::GradMode::is_enabled() || grad_output._fw_grad(0).defined() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// The tensors that a function in fastnet/ops/<op>.py gives.
+template <class... Arguments>
+variable_list from_python(const char* op, const char* function, const Arguments&... arguments) {
+  const pybind11::gil_scoped_acquire gil;
+  const auto module = pybind11::module_::import((std::string("fastnet.ops.") + op).c_str());
+  variable_list tensors;
+  for (const auto tensor : pybind11::tuple(module.attr(function)(arguments...))) {
+    tensors.push_back(tensor.is_none() ? Tensor() : tensor.cast<Tensor>());
+  }
+  return tensors;
+}
+
+// The gradients by native operators, which torch knows how to differentiate.
+template <class... Arguments>
+variable_list differentiable(const char* op, const Arguments&... arguments) {
+  return from_python(op, "differentiate", arguments...);
+}
+
+// Among saved tensors an undefined one stands for one that is not there.
+OptionalTensor given(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+Tensor or_undefined(const OptionalTensor& tensor) {
+  return tensor ? *tensor : Tensor();
+}
+
+// ------------------------------------------------------------------------------------------------
+// linear_relu
+
+Tensor linear_relu_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  static const Op<&cpu::Ops::linear_relu_forward> forward("fastnet::linear_relu_forward");
+  return forward(input, weight, bias);
+}
+
+// Saves the output, whose sign is the ReLU's mask, and the factors that a gradient needs.
+struct LinearReLU {
+  static constexpr const char* kName = "LinearReLUBackward";
+  static constexpr size_t kSaved = 3;
+  using Options = std::tuple<>;
+
+  static variable_list backward(const Tensor& grad_output, const variable_list& saved,
+                                const Options&, const std::vector<bool>& needs) {
+    static const Op<&cpu::Ops::linear_relu_backward> backward_op("fastnet::linear_relu_backward");
+    if (is_differentiated(grad_output)) {
+      return differentiable("linear_relu", grad_output, saved[0], saved[1], saved[2],
+                            bool(needs[2]));
+    }
+    auto [input, weight, bias] =
+        backward_op(grad_output, saved[0], given(saved[1]), given(saved[2]), needs[2]);
+    return {input, weight, bias};
+  }
+};
+
+Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  Tensor output = linear_relu_forward(input, weight, bias);
+  if (is_trained(input, weight, bias)) {
+    const auto save = [&](auto& node) {
+      node.save({output, weight.requires_grad() ? input : Tensor(),
+                 input.requires_grad() ? weight : Tensor()},
+                {});
+    };
+    record<LinearReLU>(output, save, input, weight, bias);
+  }
+  return output;
+}
+
+// ------------------------------------------------------------------------------------------------
+// linear: without a ReLU
+
+// Saves the factors that a gradient needs.
+struct Linear {
+  static constexpr const char* kName = "LinearBackward";
+  static constexpr size_t kSaved = 2;
+  using Options = std::tuple<>;
+
+  static variable_list backward(const Tensor& grad_output, const variable_list& saved,
+                                const Options&, const std::vector<bool>& needs) {
+    static const Op<&cpu::Ops::linear_backward> backward_op("fastnet::linear_backward");
+    const Tensor &input = saved[0], &weight = saved[1];
+    if (is_differentiated(grad_output)) {  // by native operators, which torch knows how to
+      const Tensor rows = grad_output.reshape({-1, grad_output.size(-1)});
+      return {weight.defined() ? at::matmul(grad_output, weight) : Tensor(),
+              input.defined() ? at::mm(rows.t(), input.reshape({-1, input.size(-1)})) : Tensor(),
+              needs[2] ? at::sum(rows, 0) : Tensor()};
+    }
+    auto [of_input, of_weight, of_bias] =
+        backward_op(grad_output, given(input), given(weight), needs[2]);
+    return {of_input, of_weight, of_bias};
+  }
+};
+
+Tensor small_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  static const Op<&cpu::Ops::linear_forward> forward("fastnet::linear_forward");
+  Tensor output = forward(input, weight, bias);
+  if (is_trained(input, weight, bias)) {
+    const auto save = [&](auto& node) {
+      node.save(
+          {weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor()},
+          {});
+    };
+    record<Linear>(output, save, input, weight, bias);
+  }
+  return output;
+}
+
+// Multiply-adds up to which that is quicker than torch's product, with autograd's own nodes around
+// it.
+constexpr int64_t kSmallLinear = 16'000'000;
+
+bool is_small_linear(const Tensor& input, const Tensor& weight) {
+  const int64_t work = input.numel() * weight.size(0);
+  return weight.is_contiguous() && input.size(-1) == weight.size(1) && work > 0 &&
+         work <= kSmallLinear;
+}
+
+// ------------------------------------------------------------------------------------------------
+// cross_entropy
+
+bool is_real(const Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  return dtype == at::kFloat || dtype == at::kDouble;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
+                                                 const OptionalTensor& weight, int64_t reduction,
+                                                 int64_t ignore_index, double label_smoothing) {
+  static const Op<&cpu::Ops::cross_entropy_forward> forward("fastnet::cross_entropy_forward");
+  return forward(logits, target, weight, reduction, ignore_index, label_smoothing);
+}
+
+// Whether the gradient is so large that its memory is kept.
+bool has_kept_memory(const Tensor& logits) {
+  return logits.is_cpu() && logits.nbytes() >= KeptMemory::kLeastBytes;
+}
+
+// Whether a call is recorded or only pretended: then it must say the same whatever the numbers are.
+bool is_traced(const Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kTracing{DispatchKey::Python, DispatchKey::Functionalize};
+  return tensor.key_set().has_any(kTracing) ||
+         c10::impl::tls_is_dispatch_key_included(DispatchKey::Python);
+}
+
+// The loss and its gradient.
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
+                                                       const OptionalTensor& weight,
+                                                       int64_t reduction, int64_t ignore_index,
+                                                       double label_smoothing) {
+  static const Op<&cpu::Ops::cross_entropy_with_gradient> forward(
+      "fastnet::cross_entropy_with_gradient");
+  static const Op<&cpu::Ops::cross_entropy_with_gradient_out> forward_into(
+      "fastnet::cross_entropy_with_gradient", "out");
+  const bool is_kept = has_kept_memory(logits);
+  Tensor loss, memory = is_kept ? kept_memory().take(logits) : Tensor();
+  if (memory.defined()) {
+    loss = forward_into(logits, target, weight, reduction, ignore_index, label_smoothing, memory);
+  } else {
+    std::tie(loss, memory) =
+        forward(logits, target, weight, reduction, ignore_index, label_smoothing);
+  }
+  return {loss, is_kept ? kept_memory().lend(memory) : memory};
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                              const OptionalTensor& weight, const Tensor& statistics,
+                              int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  static const Op<&cpu::Ops::cross_entropy_backward> backward("fastnet::cross_entropy_backward");
+  static const Op<&cpu::Ops::cross_entropy_backward_out> backward_into(
+      "fastnet::cross_entropy_backward", "out");
+  const bool is_kept = has_kept_memory(logits);
+  Tensor memory = is_kept ? kept_memory().take(logits) : Tensor();
+  if (memory.defined()) {
+    backward_into(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
+                  label_smoothing, memory);
+  } else {
+    memory = backward(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
+                      label_smoothing);
+  }
+  return is_kept ? kept_memory().lend(memory) : memory;
+}
+
+// Saves the logits, and two numbers a row or the gradient, as the Function in
+// fastnet/ops/cross_entropy.py, which does here what is not plain.
+struct CrossEntropy {
+  static constexpr const char* kName = "CrossEntropyBackward";
+  static constexpr size_t kSaved = 5;
+  using Options = std::tuple<int64_t, int64_t, double>;  // reduction, ignore_index, label_smoothing
+
+  static variable_list backward(const Tensor& grad_loss, const variable_list& saved,
+                                const Options& options, const std::vector<bool>&) {
+    const Tensor &logits = saved[0], &target = saved[1], &statistics = saved[3];
+    const Tensor& gradient = saved[4];
+    const OptionalTensor weight = given(saved[2]);
+    const auto [reduction, ignore_index, label_smoothing] = options;
+    const bool is_usual = !is_differentiated(grad_loss) && !is_traced(grad_loss);
+    if (is_usual && gradient.defined() && is_plain(grad_loss) && grad_loss.item().toDouble() == 1 &&
+        !torch::autograd::get_current_graph_task_keep_graph()) {
+      return {gradient};
+    }
+    if (is_usual && !gradient.defined()) {
+      return {cross_entropy_backward(grad_loss, logits, target, weight, statistics, reduction,
+                                     ignore_index, label_smoothing)};
+    }
+    return from_python("cross_entropy", "gradient_of", grad_loss, logits, target, weight,
+                       given(statistics), given(gradient), reduction, ignore_index,
+                       label_smoothing);
+  }
+};
+
+Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                     int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  if (!is_trained(logits)) {
+    return std::get<0>(
+        cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing));
+  }
+  Tensor loss, statistics, gradient;
+  if (!logits.is_cpu() || !is_real(logits) || reduction == 0 || is_traced(logits)) {
+    std::tie(loss, statistics) =
+        cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing);
+  } else {
+    std::tie(loss, gradient) = cross_entropy_with_gradient(logits, target, weight, reduction,
+                                                           ignore_index, label_smoothing);
+  }
+  const auto save = [&](auto& node) {
+    node.save({logits, target, or_undefined(weight), statistics, gradient},
+              {reduction, ignore_index, label_smoothing});
+  };
+  record<CrossEntropy>(loss, save, logits);
+  return loss;
+}
+
+// ------------------------------------------------------------------------------------------------
+// conv_relu_pool
+
+using Sizes = std::vector<int64_t>;
+
+std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
+                                                  const OptionalTensor& bias, const Sizes& stride,
+                                                  const Sizes& padding, const Sizes& dilation,
+                                                  int64_t groups) {
+  static const Op<&cpu::Ops::conv_relu_pool_forward> forward("fastnet::conv_relu_pool_forward");
+  return forward(input, weight, bias, stride, padding, dilation, groups);
+}
+
+Tensor conv_relu_pool_inference(const Tensor& input, const Tensor& weight,
+                                const OptionalTensor& bias, const Sizes& stride,
+                                const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  static const Op<&cpu::Ops::conv_relu_pool_inference> inference(
+      "fastnet::conv_relu_pool_inference");
+  return inference(input, weight, bias, stride, padding, dilation, groups);
+}
+
+// Saves input, weight and a byte per pooled output: which position of its window won.
+struct ConvReLUPool {
+  static constexpr const char* kName = "ConvReLUPoolBackward";
+  static constexpr size_t kSaved = 3;
+  using Options = std::tuple<Sizes, Sizes, Sizes, int64_t>;  // stride, padding, dilation, groups
+
+  static variable_list backward(const Tensor& grad_output, const variable_list& saved,
+                                const Options& options, const std::vector<bool>& needs) {
+    static const Op<&cpu::Ops::conv_relu_pool_backward> backward_op(
+        "fastnet::conv_relu_pool_backward");
+    const Tensor &codes = saved[0], &input = saved[1], &weight = saved[2];
+    const auto& [stride, padding, dilation, groups] = options;
+    if (is_differentiated(grad_output)) {
+      return differentiable("conv_relu_pool", grad_output, codes, input, weight, stride, padding,
+                            dilation, groups, bool(needs[0]), bool(needs[1]), bool(needs[2]));
+    }
+    auto [of_input, of_weight, of_bias] =
+        backward_op(grad_output, codes, input, weight, stride, padding, dilation, groups, needs[0],
+                    needs[1], needs[2]);
+    return {of_input, of_weight, of_bias};
+  }
+};
+
+Tensor conv_relu_pool(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                      const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                      int64_t groups) {
+  if (!is_trained(input, weight, bias)) {
+    return conv_relu_pool_inference(input, weight, bias, stride, padding, dilation, groups);
+  }
+  const auto [output, codes] =
+      conv_relu_pool_forward(input, weight, bias, stride, padding, dilation, groups);
+  const auto save = [&, codes = codes](auto& node) {
+    node.save({codes, input, weight}, {stride, padding, dilation, groups});
+  };
+  record<ConvReLUPool>(output, save, input, weight, bias);
+  return output;
+}
+
+}  // namespace
+}  // namespace fastnet::autograd
