@@ -25,7 +25,7 @@ def _load_cuda() -> str:
     own = Path(_C.__file__)
     library = own.with_name(own.name.replace("_C.", "_C_cuda.", 1))
     if _C.build_info()["cuda_version"] is None or not library.exists():
-        return "not built: no nvcc was found when fastnet was installed"
+        return "not built: no nvcc was found, or FASTNET_CUDA=0 set, when fastnet was installed"
     if torch.version.cuda is None:
         return "not loaded: this torch is a CPU build"
     # The kernels resolve torch's CUDA symbols, and the runtime's, from what is loaded already.

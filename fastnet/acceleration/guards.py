@@ -38,7 +38,7 @@ MOMENTARY = {
     "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "time",
     "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns",
     "process_time", "now", "utcnow", "today",
-    "is_compiling", "is_dynamo_compiling", "is_exporting", "is_tracing",
+    "is_compiling", "is_dynamo_compiling", "is_exporting",
     "is_initialized", "get_rank", "get_world_size", "get_num_threads",
 }
 # And about parameters.
