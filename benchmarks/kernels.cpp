@@ -19,7 +19,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../csrc/autograd/op.h"
+#include "../csrc/autograd/ops_with_gradients.h"
 
 namespace {
 
@@ -54,11 +54,10 @@ Tensors cross_entropy_torch(const std::vector<Loss>& batches, int64_t repeats) {
 }
 
 Tensors cross_entropy_fastnet(const std::vector<Loss>& batches, int64_t repeats) {
-  static const Op<&cpu::Ops::cross_entropy_with_gradient> op(
-      "fastnet::cross_entropy_with_gradient");
   return repeated(batches, repeats, [&](const Loss& batch) {
     const auto& [logits, target] = batch;
-    const auto [loss, gradient] = op(logits, target, {}, kMean, kIgnored, 0.0);
+    const auto [loss, gradient] =
+        fastnet::autograd::cross_entropy_with_gradient(logits, target, {}, kMean, kIgnored, 0.0);
     return Tensors{loss, gradient};
   });
 }

@@ -49,6 +49,7 @@ constexpr fastnet::cpu::Ops kCpuOps{
     .cross_entropy_backward_out = &fastnet::cpu::cross_entropy_backward_out,
     .cross_entropy_with_gradient = &fastnet::cpu::cross_entropy_with_gradient,
     .cross_entropy_with_gradient_out = &fastnet::cpu::cross_entropy_with_gradient_out,
+    .cross_entropy_rows = &fastnet::cpu::cross_entropy_rows,
     .conv_relu_pool_forward = &fastnet::cpu::conv_relu_pool_forward,
     .conv_relu_pool_inference = &fastnet::cpu::conv_relu_pool_inference,
     .conv_relu_pool_backward = &fastnet::cpu::conv_relu_pool_backward,

@@ -48,6 +48,11 @@ inline bool is_quiet() {
          state.excluded_ == c10::default_excluded_set;
 }
 
+// And nobody is told of calls. (A profiler is told of an op by the dispatcher.)
+inline bool is_unobserved() {
+  return is_quiet() && !at::hasCallbacks();
+}
+
 // Between torch's tensors and those of its stable interface, which are references to them.
 inline torch::stable::Tensor to_stable(const Tensor& tensor) {
   return torch::stable::Tensor(reinterpret_cast<AtenTensorHandle>(new Tensor(tensor)));
@@ -115,8 +120,7 @@ class Op<Kernel, Result (*cpu::Ops::*)(Arguments...)> {
                     .typed<in_torch_t<Result>(in_torch_t<Arguments>...)>()) {}
 
   in_torch_t<Result> operator()(in_torch_t<Arguments>... arguments) const {
-    // A profiler is told of the op by the dispatcher.
-    const bool is_direct = (is_plain(arguments) && ...) && is_quiet() && !at::hasCallbacks();
+    const bool is_direct = (is_plain(arguments) && ...) && is_unobserved();
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (!is_direct) return handle_.call(arguments...);
     if constexpr (std::is_void_v<Result>) {

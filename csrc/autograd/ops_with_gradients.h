@@ -173,6 +173,15 @@ bool is_traced(const Tensor& tensor) {
          c10::impl::tls_is_dispatch_key_included(DispatchKey::Python);
 }
 
+// Whether these are what cpu::cross_entropy_rows takes, and nothing stands between.
+bool are_rows(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+              double label_smoothing) {
+  return !weight && label_smoothing == 0 && is_unobserved() && is_plain(logits) &&
+         is_plain(target) && logits.scalar_type() == at::kFloat && logits.dim() == 2 &&
+         logits.numel() > 0 && logits.is_contiguous() && target.scalar_type() == at::kLong &&
+         target.dim() == 1 && target.size(0) == logits.size(0) && target.is_contiguous();
+}
+
 // The loss and its gradient.
 std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
                                                        const OptionalTensor& weight,
@@ -183,6 +192,14 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, con
   static const Op<&cpu::Ops::cross_entropy_with_gradient_out> forward_into(
       "fastnet::cross_entropy_with_gradient", "out");
   const bool is_kept = has_kept_memory(logits);
+  if (!is_kept && are_rows(logits, target, weight, label_smoothing)) {
+    const Tensor loss(at::detail::empty_cpu({}, at::kFloat));
+    const Tensor gradient(at::detail::empty_cpu(logits.sizes(), at::kFloat));
+    cpu_ops->cross_entropy_rows(logits.const_data_ptr<float>(), target.const_data_ptr<int64_t>(),
+                                logits.size(0), logits.size(1), reduction, ignore_index,
+                                loss.mutable_data_ptr<float>(), gradient.mutable_data_ptr<float>());
+    return {loss, gradient};
+  }
   Tensor loss, memory = is_kept ? kept_memory().take(logits) : Tensor();
   if (memory.defined()) {
     loss = forward_into(logits, target, weight, reduction, ignore_index, label_smoothing, memory);

@@ -39,11 +39,14 @@ struct CrossEntropyCall {
 struct ChunkSums {
   double loss = 0, divisor = 0;
 
+  double reduced(int64_t reduction) const {
+    return static_cast<Reduction>(reduction) == Reduction::mean ? loss / divisor : loss;
+  }
+
   // Nothing for reduction none.
   void reduce(int64_t reduction, Tensor& result) const {
-    const auto how = static_cast<Reduction>(reduction);
-    if (how == Reduction::none) return;
-    const double value = how == Reduction::mean ? loss / divisor : loss;
+    if (static_cast<Reduction>(reduction) == Reduction::none) return;
+    const double value = reduced(reduction);
     if (result.scalar_type() == ScalarType::Double) {
       *static_cast<double*>(result.mutable_data_ptr()) = value;
     } else {
@@ -216,6 +219,22 @@ struct Operands {
   }
 };
 
+// Loss and gradient of a call that has all else. Without weights `divisor` is the count of rows.
+template <class T>
+ChunkSums sums_with_gradient(const CrossEntropyShape& shape, CrossEntropyCall<T>& call,
+                             double divisor, int64_t reduction) {
+  using A = acc_t<T>;
+  const A one = 1;
+  call.grad_loss = &one;
+  call.grad_scale =
+      static_cast<Reduction>(reduction) == Reduction::mean ? static_cast<A>(1 / divisor) : A(1);
+  ChunkSums total = sum_of_chunks(shape, call.by_columns, [&](auto rows, ChunkSums& sums) {
+    FASTNET_BEST_ISA(cross_entropy_with_gradient_kernel(call, rows.first, rows.second, sums));
+  });
+  total.divisor = divisor;
+  return total;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> cpu::cross_entropy_forward(const Tensor& logits, const Tensor& target,
@@ -310,16 +329,7 @@ Tensor cpu::cross_entropy_with_gradient_out(const Tensor& logits, const Tensor& 
     Operands<T> operands(shape, logits, target, weight, statistics.get(), ignore_index,
                          label_smoothing);
     operands.write_to(gradient);
-    auto& call = operands.call;
-    const double divisor = operands.divisor();
-    const A one = 1;
-    call.grad_loss = &one;
-    call.grad_scale =
-        static_cast<Reduction>(reduction) == Reduction::mean ? static_cast<A>(1 / divisor) : A(1);
-    ChunkSums total = sum_of_chunks(shape, call.by_columns, [&](auto rows, ChunkSums& sums) {
-      FASTNET_BEST_ISA(cross_entropy_with_gradient_kernel(call, rows.first, rows.second, sums));
-    });
-    total.divisor = divisor;
+    const ChunkSums total = sums_with_gradient(shape, operands.call, operands.divisor(), reduction);
     total.reduce(reduction, loss);
     operands.finish(gradient);
   });
@@ -336,6 +346,30 @@ std::tuple<Tensor, Tensor> cpu::cross_entropy_with_gradient(const Tensor& logits
   Tensor loss = cross_entropy_with_gradient_out(logits, target, weight, reduction, ignore_index,
                                                 label_smoothing, gradient);
   return {loss, gradient};
+}
+
+void cpu::cross_entropy_rows(const float* logits, const int64_t* target, int64_t N, int64_t C,
+                             int64_t reduction, int64_t ignore_index, float* loss,
+                             float* gradient) {
+  const CrossEntropyShape shape{N, C, 1, false, false};
+  CrossEntropyCall<float> call{};
+  call.C = C;
+  call.D = 1;
+  call.logits = logits;
+  call.gradient = gradient;
+  call.logits_at = call.gradient_at = {C, 1, 0};
+  call.classes = target;
+  call.keep = 1;
+  call.ignore_index = ignore_index;
+  constexpr int64_t kFew = 512;
+  float few[kFew];
+  const std::unique_ptr<float[]> many(shape.statistics() > kFew ? new float[shape.statistics()]
+                                                                : nullptr);
+  call.maximum = many ? many.get() : few;
+  call.log_sum = call.maximum + N;
+  const auto counted = static_cast<double>(check_classes(target, N, C, ignore_index));
+  *loss =
+      static_cast<float>(sums_with_gradient(shape, call, counted, reduction).reduced(reduction));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {

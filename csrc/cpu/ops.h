@@ -47,6 +47,10 @@ Tensor cross_entropy_with_gradient_out(const Tensor& logits, const Tensor& targe
                                        const OptionalTensor& weight, int64_t reduction,
                                        int64_t ignore_index, double label_smoothing,
                                        Tensor gradient);
+// The same of dense (N, C) logits and N classes in memory at hand: at ten classes what torch's
+// stable interface takes to tell of tensors is twice as long as the kernel.
+void cross_entropy_rows(const float* logits, const int64_t* target, int64_t N, int64_t C,
+                        int64_t reduction, int64_t ignore_index, float* loss, float* gradient);
 
 std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
                                                   const OptionalTensor& bias, const Sizes& stride,
@@ -71,6 +75,7 @@ struct Ops {
   decltype(&cpu::cross_entropy_backward_out) cross_entropy_backward_out;
   decltype(&cpu::cross_entropy_with_gradient) cross_entropy_with_gradient;
   decltype(&cpu::cross_entropy_with_gradient_out) cross_entropy_with_gradient_out;
+  decltype(&cpu::cross_entropy_rows) cross_entropy_rows;
   decltype(&cpu::conv_relu_pool_forward) conv_relu_pool_forward;
   decltype(&cpu::conv_relu_pool_inference) conv_relu_pool_inference;
   decltype(&cpu::conv_relu_pool_backward) conv_relu_pool_backward;
