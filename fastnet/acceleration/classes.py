@@ -144,7 +144,9 @@ def _function(written: type[nn.Module], forward: Forward) -> types.FunctionType:
     differs += [f"len({module}.{name}) != {length}" for name, length in forward.lengths]
     for count, (home, name, value) in enumerate(sorted(forward.globals, key=lambda g: g[:2])):
         names |= {f"_home_{count}": importlib.import_module(home), f"_value_{count}": value}
-        differs.append(f"getattr(_home_{count}, {name!r}, None) != _value_{count}")
+        names |= {f"_type_{count}": type(value)}
+        now = f"getattr(_home_{count}, {name!r}, None)"
+        differs.append(f"type({now}) is not _type_{count} or {now} != _value_{count}")
     given = ", ".join([module, *required])
     text = f"""def forward{inspect.Signature(shown)}:
     if {" or ".join(differs)}:
