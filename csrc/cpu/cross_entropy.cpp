@@ -219,7 +219,7 @@ struct Operands {
   }
 };
 
-// Loss and gradient of a call that has all else. Without weights `divisor` is the count of rows.
+// Loss and gradient of a call that has all else; the mean divides by `divisor`.
 template <class T>
 ChunkSums sums_with_gradient(const CrossEntropyShape& shape, CrossEntropyCall<T>& call,
                              double divisor, int64_t reduction) {

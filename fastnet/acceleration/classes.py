@@ -108,9 +108,8 @@ def class_for(module: nn.Module) -> type[nn.Module] | None:
     lists = (nn.ModuleList, nn.ModuleDict)
     lengths = tuple((n, len(m)) for n, m in module.named_children() if isinstance(m, lists))
     codes = [tracing.code(trace.graph) for trace in traces]
-    reads, around = (
-        getattr(traces[0], what) | getattr(traces[1], what) for what in ("reads", "globals")
-    )
+    reads = traces[0].reads | traces[1].reads
+    around = traces[0].globals | traces[1].globals
     return accelerated(kind, Forward(*codes, reads, around, lengths))
 
 
@@ -143,8 +142,8 @@ def _function(written: type[nn.Module], forward: Forward) -> types.FunctionType:
     differs += [f"not isinstance({name}, _Tensor)" for name in required]
     differs += [f"len({module}.{name}) != {length}" for name, length in forward.lengths]
     for count, (home, name, value) in enumerate(sorted(forward.globals, key=lambda g: g[:2])):
-        names |= {f"_home_{count}": importlib.import_module(home), f"_value_{count}": value}
-        names |= {f"_type_{count}": type(value)}
+        names[f"_home_{count}"] = importlib.import_module(home)
+        names[f"_type_{count}"], names[f"_value_{count}"] = type(value), value
         now = f"getattr(_home_{count}, {name!r}, None)"
         differs.append(f"type({now}) is not _type_{count} or {now} != _value_{count}")
     given = ", ".join([module, *required])

@@ -97,19 +97,6 @@ def _objection(code: types.CodeType) -> str | None:
     return None
 
 
-def _forbidden_builtin(code: types.CodeType, names: dict) -> str | None:
-    for step in dis.get_instructions(code):
-        name = step.argval
-        if (
-            step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-            and name not in names
-            and name not in HARMLESS
-            and hasattr(builtins, name)
-        ):
-            return f"{code.co_name} calls {name}"
-    return None
-
-
 @functools.cache
 def _names_of_globals(code: types.CodeType) -> list[tuple[str, str | None]]:
     """Those in a function, each with the attribute that is read of it, if one is."""
@@ -119,6 +106,13 @@ def _names_of_globals(code: types.CodeType) -> list[tuple[str, str | None]]:
         for step, after in zip(steps, [*steps[1:], None], strict=True)
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     ]
+
+
+def _forbidden_builtin(code: types.CodeType, names: dict) -> str | None:
+    for name, _ in _names_of_globals(code):
+        if name not in names and name not in HARMLESS and hasattr(builtins, name):
+            return f"{code.co_name} calls {name}"
+    return None
 
 
 def _objection_to_globals(
