@@ -75,22 +75,11 @@ inline LinearReluShape check_linear_relu_backward(const Tensor& grad_output, con
   return shape;
 }
 
-// The two products of the backward by torch's own operator, for shapes where a library is at its
-// peak:
-//   grad_weight (N, K) = grad_zᵀ · input       where input is given
-//   grad_input  (M, K) = grad_z · weight       where weight is given
-inline void library_products(const Tensor& grad_z, const std::optional<Tensor>& input,
-                             const std::optional<Tensor>& weight, Tensor& grad_weight,
-                             Tensor& grad_input) {
-  const int64_t M = grad_z.size(0);
-  if (input) {
-    call_native("aten::mm", "out", torch::stable::transpose(grad_z, 0, 1),
-                torch::stable::reshape(*input, {M, grad_weight.size(1)}), grad_weight);
-  }
-  if (weight) {
-    const Tensor rows = torch::stable::view(grad_input, {M, weight->size(1)});
-    call_native("aten::mm", "out", grad_z, *weight, rows);
-  }
+// a (I, J) · b (J, K) by the library that torch takes, for shapes where that is at its peak.
+inline Tensor library_product(const Tensor& a, const Tensor& b) {
+  Tensor product = allocate(a, {a.size(0), b.size(1)});
+  call_native("aten::mm", "out", a, b, product);
+  return product;
 }
 
 // A tensor's shape with the last dimension replaced: output's from input's, input's from output's.

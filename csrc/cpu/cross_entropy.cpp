@@ -3,8 +3,6 @@
 
 #include "../cross_entropy.h"
 
-#include <sys/mman.h>
-
 #include "common.h"
 #include "ops.h"
 
@@ -133,20 +131,6 @@ int64_t check_classes(const int64_t* classes, int64_t rows, int64_t C, int64_t i
     }
   }
   return counted;
-}
-
-// A gradient of hundreds of megabytes is fresh memory at every call, and most of the time went into
-// its page faults, one every 4 kB. With huge pages there is one every 2 MB.
-void prefer_huge_pages(Tensor& tensor) {
-#if defined(MADV_HUGEPAGE)
-  constexpr int64_t kHugePage = int64_t{2} << 20;
-  const int64_t bytes = tensor.numel() * tensor.element_size();
-  if (bytes < 2 * kHugePage) return;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish; may fail
-#endif
 }
 
 // The tensors of a call, kept alive while the kernels use them.
@@ -302,8 +286,7 @@ Tensor cpu::cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits
                                    const Tensor& target, const std::optional<Tensor>& weight,
                                    const Tensor& statistics, int64_t reduction,
                                    int64_t ignore_index, double label_smoothing) {
-  Tensor gradient = allocate_like(logits);
-  prefer_huge_pages(gradient);
+  Tensor gradient = in_huge_pages(allocate_like(logits));
   cross_entropy_backward_out(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
                              label_smoothing, gradient);
   return gradient;
@@ -341,8 +324,7 @@ std::tuple<Tensor, Tensor> cpu::cross_entropy_with_gradient(const Tensor& logits
                                                             const std::optional<Tensor>& weight,
                                                             int64_t reduction, int64_t ignore_index,
                                                             double label_smoothing) {
-  Tensor gradient = allocate_like(logits);
-  prefer_huge_pages(gradient);
+  Tensor gradient = in_huge_pages(allocate_like(logits));
   Tensor loss = cross_entropy_with_gradient_out(logits, target, weight, reduction, ignore_index,
                                                 label_smoothing, gradient);
   return {loss, gradient};

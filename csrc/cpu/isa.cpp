@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <string_view>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fastnet {
 namespace {
 
@@ -34,10 +38,28 @@ bool detect_bfloat16() {
 
 const bool detected_bfloat16 = detect_bfloat16();
 
+bool detect_zen5() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  unsigned model = 0, b, c, d;
+  __get_cpuid(1, &model, &b, &c, &d);
+  const unsigned family = (model >> 8 & 0xf) + (model >> 20 & 0xff);
+  return __builtin_cpu_is("amd") && family >= 26;
+#else
+  return false;
+#endif
+}
+
+const bool detected_zen5 = detect_zen5();
+
 }  // namespace
 
 bool cpu_has_bfloat16() {
   return detected_bfloat16 && detected == Isa::avx512;
+}
+
+bool cpu_prefers_onednn() {
+  return detected_zen5 && detected == Isa::avx512;
 }
 
 Isa cpu_isa() {

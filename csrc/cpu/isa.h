@@ -15,6 +15,11 @@ const char* cpu_isa_name();
 // Whether the processor, as far as it is used, has instructions that multiply bfloat16.
 bool cpu_has_bfloat16();
 
+// Whether torch has a faster product of float32 matrices than its own choice. MKL, which it takes,
+// computes with half of a vector on AMD's processors, oneDNN with all of it; from Zen 5 on the
+// arithmetic units are as wide, too.
+bool cpu_prefers_onednn();
+
 // How the kernels see a bfloat16 in memory.
 struct bfloat16 {
   uint16_t bits;

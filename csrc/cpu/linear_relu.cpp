@@ -10,6 +10,12 @@
 #define FASTNET_KERNELS "linear_relu_kernels.h"
 #include "foreach_isa.h"
 
+// oneDNN's product, x · wᵀ + bias, of torch's C interface. A torch that was built without oneDNN
+// has none, and the name is null.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* activation,
+    const double** scalars, int64_t scalar_count, const char** algorithm, AtenTensorHandle* result);
+
 namespace fastnet {
 namespace {
 
@@ -46,12 +52,23 @@ struct Blocks {
   static constexpr int64_t kColumns = 48;  // a multiple of every tile's width
 };
 
-// Multiply-adds up to which the kernels here are faster than the library's product, which is at its
-// peak for large matrices (measured against MKL on two AVX2 cores, see benchmarks/results). The
-// forward kernel also saves the passes over the output, and keeps up for longer.
-constexpr int64_t kForwardLimit = 64'000'000, kBackwardLimit = 16'000'000;
-// Beyond that many elements a weight comes from memory, and the library reads it in better order.
-constexpr int64_t kCachedWeight = 3'500'000;
+// Whether torch has a better product than that of its operator.
+bool is_for_onednn(ScalarType dtype) {
+  return dtype == ScalarType::Float && cpu_prefers_onednn() && aoti_torch_cpu__linear_pointwise;
+}
+
+// Up to where the kernels here are faster than the library's product, which is at its peak for
+// large matrices. The forward kernel also saves the passes over the output.
+struct Limits {
+  int64_t forward, backward;  // multiply-adds
+  // Rows for which a weight that comes from memory is read in good order by the forward kernel, and
+  // elements of a weight up to which the backward kernel reads it so.
+  int64_t forward_rows, backward_weight;
+};
+// Measured on two AVX2 cores, and on two of Zen 5, where the kernels have oneDNN's rate backward.
+constexpr Limits kMklLimits = {64'000'000, 16'000'000, 16, 3'500'000};
+constexpr Limits kOnednnLimits = {32'000'000, 4'000'000'000, 4, 1'000'000'000};
+constexpr int64_t kCachedWeight = 3'500'000;  // elements; larger ones come from memory
 
 bool library_is_better(const Tensor* weight, ScalarType dtype, bool is_small, bool is_skinny) {
   // A transposed weight would have to be copied first; the library takes it as it is.
@@ -63,15 +80,17 @@ bool library_is_better(const Tensor* weight, ScalarType dtype, bool is_small, bo
 
 bool prefers_library_forward(const LinearReluShape& shape, const Tensor& weight) {
   const auto [M, K, N] = shape;
-  const bool is_skinny = std::min(M, N) <= (K * N > kCachedWeight ? 16 : 32);
-  return library_is_better(&weight, weight.scalar_type(), M * K * N <= kForwardLimit, is_skinny);
+  const Limits& limits = is_for_onednn(weight.scalar_type()) ? kOnednnLimits : kMklLimits;
+  const bool is_skinny = std::min(M, N) <= (K * N > kCachedWeight ? limits.forward_rows : 32);
+  return library_is_better(&weight, weight.scalar_type(), M * K * N <= limits.forward, is_skinny);
 }
 
 bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight,
                               ScalarType dtype) {
   const auto [M, K, N] = shape;
-  const bool is_cached = K * N <= kCachedWeight;
-  return library_is_better(weight, dtype, is_cached && M * K * N <= kBackwardLimit,
+  const Limits& limits = is_for_onednn(dtype) ? kOnednnLimits : kMklLimits;
+  const bool is_cached = K * N <= limits.backward_weight;
+  return library_is_better(weight, dtype, is_cached && M * K * N <= limits.backward,
                            is_cached && std::min(M, N) <= 32);
 }
 
@@ -101,20 +120,35 @@ void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_
   for (int64_t n = 0; n < N; ++n) bias[n] = static_cast<T>(sums[n]);
 }
 
+// a (I, J) · b (J, K) by the library that is the fastest here.
+Tensor library_product(const Tensor& a, const Tensor& b) {
+  if (is_for_onednn(a.scalar_type()) && a.numel() > 0 && b.numel() > 0) {
+    NoGrad no_grad;
+    const Tensor transposed = torch::stable::transpose(b, 0, 1);
+    AtenTensorHandle product = nullptr;
+    check(aoti_torch_cpu__linear_pointwise(a.get(), transposed.get(), nullptr, "none", nullptr, 0,
+                                           nullptr, &product) == 0,
+          "linear_relu: oneDNN's product of ", ShapeOf{a}, " and ", ShapeOf{b}, " failed");
+    return Tensor(product);
+  }
+  Tensor product = in_huge_pages(allocate(a, {a.size(0), b.size(1)}));
+  call_native("aten::mm", "out", a, b, product);
+  return product;
+}
+
 // ---------------------------------------------------------------------------------------------
 
 template <bool kRelu>
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   const auto [M, K, N] = check_linear_relu(input, weight, bias);
-  Tensor output = allocate(input, with_last(input, N));
-  if (output.numel() == 0) return output;
+  if (M * N == 0) return allocate(input, with_last(input, N));
   const Tensor x = dense(input);
   const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
 
   if (prefers_library_forward({M, K, N}, weight)) {
-    Tensor product = torch::stable::view(output, {M, N});
-    call_native("aten::mm", "out", torch::stable::view(x, {M, K}),
-                torch::stable::transpose(weight, 0, 1), product);
+    Tensor output = torch::stable::view(
+        library_product(torch::stable::view(x, {M, K}), torch::stable::transpose(weight, 0, 1)),
+        with_last(input, N));
     dispatch_float("linear_relu", input.scalar_type(), [&, N = N](auto type) {
       using T = decltype(type);
       const auto* bias_data = b ? data<T>(*b) : nullptr;
@@ -127,6 +161,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
     return output;
   }
 
+  Tensor output = in_huge_pages(allocate(input, with_last(input, N)));
   dispatch_float("linear_relu", input.scalar_type(), [&, M = M, K = K, N = N](auto type) {
     using T = decltype(type);
     const auto* bias_data = b ? data<T>(*b) : nullptr;
@@ -156,8 +191,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                                             const std::optional<Tensor>& weight, bool needs_bias) {
   const auto [M, K, N] = check_linear_relu_backward(grad_output, output, input, weight);
   Tensor grad_input, grad_weight, grad_bias;
-  if (weight) grad_input = allocate(output, with_last(output, K));
-  if (input) grad_weight = allocate(output, {N, K});
   if (needs_bias) grad_bias = allocate(output, {N});
   const Tensor g = dense(grad_output), out = kRelu ? dense(output) : output;
 
@@ -168,10 +201,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       masked_grad<kRelu, T>(data<T>(g), data<T>(out), mutable_data<T>(grad_z),
                             needs_bias ? &grad_bias : nullptr, M, N);
     });
-    library_products(grad_z, input, weight, grad_weight, grad_input);
+    if (input) {
+      grad_weight = library_product(torch::stable::transpose(grad_z, 0, 1),
+                                    torch::stable::reshape(*input, {M, K}));
+    }
+    if (weight) {
+      grad_input = torch::stable::view(library_product(grad_z, *weight), with_last(output, K));
+    }
     return {grad_input, grad_weight, grad_bias};
   }
 
+  if (weight) grad_input = in_huge_pages(allocate(output, with_last(output, K)));
+  if (input) grad_weight = in_huge_pages(allocate(output, {N, K}));
   const std::optional<Tensor> x = input ? std::optional(dense(*input)) : std::nullopt;
   dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, K = K, N = N](auto type) {
     using T = decltype(type);

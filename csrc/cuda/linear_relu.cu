@@ -193,9 +193,7 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
     if (bias) {
       return torch::stable::view(addmm_relu(*bias, rows, weight_t), output_shape);
     }
-    const Tensor output = allocate(input, output_shape);
-    Tensor product = torch::stable::view(output, {M, N});
-    call_native("aten::mm", "out", rows, weight_t, product);
+    Tensor output = torch::stable::view(library_product(rows, weight_t), output_shape);
     dispatch_float_and_half("linear_relu", input.scalar_type(), [&](auto type) {
       using T = decltype(type);
       const int64_t count = output.numel();
@@ -245,7 +243,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
   if (K == 0) return {grad_input, grad_weight, grad_bias};
 
   if (!prefers_own_kernel({M, K, N}, weight ? &*weight : nullptr)) {
-    library_products(grad_z, input, weight, grad_weight, grad_input);
+    if (input) {
+      grad_weight = library_product(torch::stable::transpose(grad_z, 0, 1),
+                                    torch::stable::reshape(*input, {M, K}));
+    }
+    if (weight) {
+      grad_input = torch::stable::view(library_product(grad_z, *weight), with_last(output, K));
+    }
     return {grad_input, grad_weight, grad_bias};
   }
 
