@@ -29,6 +29,7 @@ pybind11::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   info["cpu_isa"] = fastnet::cpu_isa_name();
+  info["cpu_products"] = fastnet::cpu_prefers_onednn() ? "oneDNN" : "torch";
 #if defined(FASTNET_CUDA_VERSION)
   info["cuda_version"] = FASTNET_TEXT(FASTNET_CUDA_VERSION);
   info["cuda_architectures"] = FASTNET_TEXT(FASTNET_CUDA_ARCHITECTURES);
@@ -44,6 +45,7 @@ constexpr fastnet::cpu::Ops kCpuOps{
     .linear_relu_backward = &fastnet::cpu::linear_relu_backward,
     .linear_forward = &fastnet::cpu::linear_forward,
     .linear_backward = &fastnet::cpu::linear_backward,
+    .prefers_linear = &fastnet::cpu::prefers_linear,
     .cross_entropy_forward = &fastnet::cpu::cross_entropy_forward,
     .cross_entropy_backward = &fastnet::cpu::cross_entropy_backward,
     .cross_entropy_backward_out = &fastnet::cpu::cross_entropy_backward_out,

@@ -88,8 +88,11 @@ def build_info() -> dict[str, str | None]:
 
     Returns:
         A dict with `version`, `torch_built_with`, `torch_minimum`, `torch` (the one in use),
-        `compiler`, `cpu_isa` (the instruction set the CPU kernels run on), `cuda_version` and
-        `cuda_architectures` (what the CUDA kernels were compiled with and for; None without them),
+        `compiler`, `cpu_isa` (the instruction set the CPU kernels run on), `cpu_products` (whose
+        products of large float32 matrices linear layers take: "torch", its operator's, or
+        "oneDNN", where the processor has wider vectors than that operator uses), `cuda_version`
+        and `cuda_architectures` (what the CUDA kernels were compiled with and for; None without
+        them),
         `cuda_status` ("loaded", or why not), and `autograd` (the language of the nodes: "C++" under
         the torch that this was built with, else "Python").
     """

@@ -30,7 +30,9 @@ SHAPES = [
     ((5,), 200, 1),  # one output
     ((600,), 33, 11),  # sums over more rows than one pass of the weight gradient takes
     ((70_000,), 3, 2),  # several chunks in the bias gradient
-    ((300,), 300, 200),  # large enough for the library's product
+    ((300,), 300, 200),  # large enough for the library's product,
+    ((3, 100), 400, 300),  # and for that of oneDNN
+    ((2,), 2100, 2050),  # a weight whose gradient lies in huge pages
 ]
 
 

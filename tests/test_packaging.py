@@ -137,6 +137,7 @@ def test_build_info_tells_what_runs_here():
     assert info["version"] == fastnet.__version__
     assert info["torch"] == torch.__version__
     assert info["cpu_isa"] in ("baseline", "avx2", "avx512")
+    assert info["cpu_products"] in ("torch", "oneDNN")
     built_cuda = info["cuda_version"] is not None
     assert built_cuda == (info["cuda_architectures"] is not None)
     if built_cuda and torch.version.cuda:

@@ -75,8 +75,8 @@ pybind11::object quick_linear(const pybind11::handle& input, const pybind11::han
                               const pybind11::handle& bias) {
   return quick_layer(input, weight, bias,
                      [](const auto& x, const auto& w, const auto& b) -> pybind11::object {
-                       if (!is_small_linear(x, w)) return pybind11::none();
-                       return wrapped([&] { return small_linear(x, w, b); });
+                       if (!prefers_own_linear(x, w)) return pybind11::none();
+                       return wrapped([&] { return own_linear(x, w, b); });
                      });
 }
 

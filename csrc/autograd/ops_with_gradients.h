@@ -121,7 +121,7 @@ struct Linear {
   }
 };
 
-Tensor small_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+Tensor own_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   static const Op<&cpu::Ops::linear_forward> forward("fastnet::linear_forward");
   Tensor output = forward(input, weight, bias);
   if (is_trained(input, weight, bias)) {
@@ -135,14 +135,12 @@ Tensor small_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   return output;
 }
 
-// Multiply-adds up to which that is quicker than torch's product, with autograd's own nodes around
-// it.
-constexpr int64_t kSmallLinear = 16'000'000;
-
-bool is_small_linear(const Tensor& input, const Tensor& weight) {
-  const int64_t work = input.numel() * weight.size(0);
-  return weight.is_contiguous() && input.size(-1) == weight.size(1) && work > 0 &&
-         work <= kSmallLinear;
+bool prefers_own_linear(const Tensor& input, const Tensor& weight) {
+  const int64_t in_features = weight.size(1), out_features = weight.size(0);
+  return weight.is_contiguous() && input.size(-1) == in_features && input.numel() > 0 &&
+         out_features > 0 &&
+         cpu_ops->prefers_linear(input.numel() / in_features, in_features, out_features,
+                                 input.scalar_type() == at::kFloat);
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -270,6 +270,15 @@ std::tuple<Tensor, Tensor, Tensor> cpu::linear_backward(const Tensor& grad_outpu
   return backward<false>(grad_output, grad_output, input, weight, needs_bias);
 }
 
+bool cpu::prefers_linear(int64_t rows, int64_t in_features, int64_t out_features, bool is_float32) {
+  constexpr int64_t kSmall = 16'000'000;  // multiply-adds
+  constexpr int64_t kFreshWeight = 8
+                                   << 20;  // elements of a gradient that is fresh memory each time
+  const int64_t weight = in_features * out_features;
+  return rows * weight <= kSmall ||
+         (is_float32 && (weight >= kFreshWeight || is_for_onednn(ScalarType::Float)));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
   library.impl("linear_relu_forward", TORCH_BOX(&cpu::linear_relu_forward));
   library.impl("linear_relu_backward", TORCH_BOX(&cpu::linear_relu_backward));

@@ -29,6 +29,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output,
                                                    const OptionalTensor& input,
                                                    const OptionalTensor& weight, bool needs_bias);
 
+// Whether a layer of that size is quicker by these two than by torch's product, with autograd's own
+// nodes around it.
+bool prefers_linear(int64_t rows, int64_t in_features, int64_t out_features, bool is_float32);
+
 std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
                                                  const OptionalTensor& weight, int64_t reduction,
                                                  int64_t ignore_index, double label_smoothing);
@@ -70,6 +74,7 @@ struct Ops {
   decltype(&cpu::linear_relu_backward) linear_relu_backward;
   decltype(&cpu::linear_forward) linear_forward;
   decltype(&cpu::linear_backward) linear_backward;
+  decltype(&cpu::prefers_linear) prefers_linear;
   decltype(&cpu::cross_entropy_forward) cross_entropy_forward;
   decltype(&cpu::cross_entropy_backward) cross_entropy_backward;
   decltype(&cpu::cross_entropy_backward_out) cross_entropy_backward_out;

@@ -1,5 +1,6 @@
-"""linear: input @ weight.T + bias, of small layers on the CPU. Its node in autograd's graph is in
-C++ alone (csrc/autograd); elsewhere `fastnet.functional.linear` is torch's own."""
+"""linear: input @ weight.T + bias, on the CPU, where that is quicker than torch's own. Its node in
+autograd's graph is in C++ alone (csrc/autograd); elsewhere `fastnet.functional.linear` is torch's.
+"""
 
 from __future__ import annotations
 
