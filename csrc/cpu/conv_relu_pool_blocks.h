@@ -108,6 +108,10 @@ struct ForwardPlan {
     }
     vectors = vectors < 1 ? 1 : least(vectors, kMaxVectors);
     tiles = vectors * kLanes<T>;
+    // An image to itself needs no scratch memory between its results and the output: its last
+    // vector reaches back over tiles that the one before has, too, which must not be many.
+    const int64_t image = call.P * call.Q;
+    if (is_one_channel(call) && image <= tiles && image >= 6 * kLanes<T>) tiles = image;
     // Patches are written a vector at a time, past the end of a row of tiles, and read so.
     constexpr int64_t kSlack = 4 * kLanes<T>, kLine = 64 / kSize;
     patch_row = is_fused(call) ? kPoints * kFusedRow : tiles + kLanes<T>;
@@ -191,10 +195,11 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
 // ---------------------------------------------------------------------------------------------
 // Results
 
-// Where the results of a vector of tiles go: a filter's `next` elements after those of the one
-// before.
+// Where the results of a vector of tiles go, of which the first is tile `at` of the block: a
+// filter's `next` elements after those of the one before.
 template <class T>
 struct Target {
+  int64_t at;
   T* pooled;
   uint8_t* codes;
   int64_t next;
@@ -213,13 +218,16 @@ struct Targets {
         call.codes ? reinterpret_cast<uint8_t*>(scratch + plan.codes_at) : nullptr;
     const int64_t image = call.P * call.Q;
     int64_t n = first / image, window = first % image;
-    for (int64_t at = 0; at < plan.tiles; at += kLanes<T>) {
+    const bool is_image = plan.tiles == image;
+    for (int64_t v = 0; v * kLanes<T> < plan.tiles; ++v) {
+      int64_t at = v * kLanes<T>;
+      if (is_image && at > image - kLanes<T>) at = window = image - kLanes<T>;
       const bool is_whole = window + kLanes<T> <= image && first + at + kLanes<T> <= last;
       const int64_t to = n * call.output_at.n + window;
-      const int64_t v = at / kLanes<T>;
       is_output[v] = call.output_at.x == 1 && is_whole;
-      of[v] = is_output[v] ? Target<T>{call.output + to, codes_at(call.codes, to), call.output_at.c}
-                           : Target<T>{pooled + at, codes_at(codes, at), plan.tiles};
+      of[v] = is_output[v]
+                  ? Target<T>{at, call.output + to, codes_at(call.codes, to), call.output_at.c}
+                  : Target<T>{at, pooled + at, codes_at(codes, at), plan.tiles};
       for (window += kLanes<T>; window >= image; window -= image) ++n;
     }
   }

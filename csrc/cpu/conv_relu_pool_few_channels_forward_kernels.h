@@ -198,10 +198,31 @@ __attribute__((noinline)) static void one_channel_filter(const float* patches, i
     return load(patches + (4 * row + column) * kOneChannelPlane + at);
   };
 
+  const V its_bias = in_register(splat(bias));
+  if constexpr (kRegisters == 32) {
+    V w[4][4];
+    FASTNET_UNROLL for (int i = 0; i < 16; ++i) w[i / 4][i % 4] = point(i / 4, i % 4);
+    for (int64_t v = 0; v * kStep < tiles; ++v) {
+      const int64_t at = targets[v].at, to = k * targets[v].next;
+      V upper[4], lower[4];
+      FASTNET_UNROLL for (int i = 0; i < 4; ++i) {
+        const V m1 = in_register(i == 1 ? w[1][i] * x(at, 1, i) + its_bias : w[1][i] * x(at, 1, i));
+        const V m2 = in_register(w[2][i] * x(at, 2, i));
+        upper[i] = (m1 + m2) + w[0][i] * x(at, 0, i);
+        lower[i] = (m1 - m2) - w[3][i] * x(at, 3, i);
+      }
+      const V y[1][4] = {{(upper[1] + upper[2]) + upper[0], (upper[1] - upper[2]) - upper[3],
+                          (lower[1] + lower[2]) + lower[0], (lower[1] - lower[2]) - lower[3]}};
+      finish_windows<false, float, T, 1>(y, nullptr, {targets[v].pooled + to},
+                                         {codes_at(targets[v].codes, to)});
+    }
+    return;
+  }
+
   columns(1, 2);
   const V ninth = point(1, 0);
-  const V its_bias = in_register(splat(bias));
-  for (int64_t at = 0, v = 0; at < tiles; at += kStep, ++v) {
+  for (int64_t v = 0; v * kStep < tiles; ++v) {
+    const int64_t at = targets[v].at;
     V upper[2], lower[2];
     FASTNET_UNROLL for (int i = 0; i < 2; ++i) {
       const V(&w)[4] = i == 0 ? left : right;
@@ -223,7 +244,8 @@ __attribute__((noinline)) static void one_channel_filter(const float* patches, i
   }
 
   columns(0, 3);
-  for (int64_t at = 0, v = 0; at < tiles; at += kStep, ++v) {
+  for (int64_t v = 0; v * kStep < tiles; ++v) {
+    const int64_t at = targets[v].at;
     V y[1][4];
     FASTNET_UNROLL for (int i = 0; i < 4; ++i) y[0][i] = load(sums[v][i]);
     const V x1 = in_register(x(at, 1, 3)), x2 = in_register(x(at, 2, 3));

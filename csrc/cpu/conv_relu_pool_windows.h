@@ -88,31 +88,20 @@ FASTNET_INLINE void window_maxima(const Vec<A> (&y)[kCount][4], Vec<A> (&most)[k
         code[n] = wins ? I{} + i : code[n];
       }
     }
-  } else if constexpr (!kHasMasks) {
-    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-      const I right = y[n][0] < y[n][1], lower_right = y[n][2] < y[n][3];
-      const Vec<A> upper = maximum<A>(y[n][0], y[n][1]), lower = maximum<A>(y[n][2], y[n][3]);
-      const I down = upper < lower;
-      most[n] = maximum<A>(upper, lower);
-      code[n] = down ? 2 - lower_right : right & 1;
-    }
   } else {
     Vec<A> lower[kCount];
     I lower_code[kCount];
     FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-      const I wins = y[n][0] < y[n][1];
-      most[n] = wins ? y[n][1] : y[n][0];
-      code[n] = wins ? I{} + 1 : I{};
+      const I right = y[n][0] < y[n][1], lower_right = y[n][2] < y[n][3];
+      most[n] = maximum<A>(y[n][0], y[n][1]);
+      lower[n] = maximum<A>(y[n][2], y[n][3]);
+      code[n] = kHasMasks ? (right ? I{} + 1 : I{}) : right & 1;
+      lower_code[n] = kHasMasks ? (lower_right ? I{} + 3 : I{} + 2) : 2 - lower_right;
     }
     FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-      const I wins = y[n][2] < y[n][3];
-      lower[n] = wins ? y[n][3] : y[n][2];
-      lower_code[n] = wins ? I{} + 3 : I{} + 2;
-    }
-    FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
-      const I wins = most[n] < lower[n];
-      most[n] = wins ? lower[n] : most[n];
-      code[n] = wins ? lower_code[n] : code[n];
+      const I down = most[n] < lower[n];
+      most[n] = maximum<A>(most[n], lower[n]);
+      code[n] = down ? lower_code[n] : code[n];
     }
   }
 }
@@ -142,7 +131,7 @@ FASTNET_INLINE void finish_windows(const Vec<A> (&y)[kCount][4], const Vec<A>* b
   window_maxima<kMayBeNaN, A>(y, most, code);
   FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
     if (bias) most[n] += bias[n];
-    if constexpr (kMayBeNaN || kHasMasks) {
+    if constexpr (kMayBeNaN) {
       const I dead = most[n] <= zero;
       store(pooled[n], dead ? zero : most[n]);
       store_codes<A>(codes[n], dead ? I{} + kDead : code[n]);
