@@ -13,7 +13,8 @@
 inline constexpr int kMaxVectors = 32;
 // Of very few channels kFusedFilters filters go past kProductVectors vectors at a time, up to
 // kFusedVectors in a block. Filters stand in groups of kProductFilters, tiles in rows of kFusedRow.
-inline constexpr int kProductFilters = 4, kFusedFilters = 2, kProductVectors = 3;
+inline constexpr int kProductFilters = 4, kFusedFilters = kRegisters == 32 ? 4 : 2,
+                     kProductVectors = 3;
 inline constexpr int kFusedVectors = 2 * kProductVectors;
 inline constexpr int64_t kFusedRow = (kFusedVectors + 1) * kLanes<float>;
 inline constexpr int kDirectFilters = kRegisters == 32 ? 6 : 3;
@@ -141,13 +142,27 @@ struct Strip {
   bool is_small = true;
 };
 
+// `count` neighbouring tiles, and some beyond, of a channel as they are, `plane` from one position
+// to the next. A function of its own, or its many addresses are made ready for transform_row, too.
+template <class A, int kKernel>
+__attribute__((noinline)) static void copy_row(const A* strip, int64_t half, A* to, int64_t plane,
+                                               int64_t count) {
+  constexpr int kPatch = kKernel + 1, kStep = kVectorBytes / sizeof(A);
+  for (int64_t at = 0; at < count; at += kStep) {
+    for (int r = 0; r < kPatch; ++r) {
+      for (int s = 0; s < kPatch; ++s) {
+        store(to + at + (r * kPatch + s) * plane, load_column(strip + at + r * 2 * half, half, s));
+      }
+    }
+  }
+}
+
 // The patches of tiles [first, last) of a block, one row of tiles at a time. Returns whether all of
 // them are small.
 template <class T, int kKernel>
 static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& plan, int64_t first,
                            int64_t last, Strip* at_hand, acc_t<T>* scratch) {
   using A = acc_t<T>;
-  constexpr int kPatch = kKernel + 1;
   A* const strip = scratch + plan.strip_at;
   bool is_small = true;
   for (int64_t tile = first; tile < last;) {
@@ -174,13 +189,8 @@ static bool gather_patches(const ConvForward<T>& call, const ForwardPlan<T>& pla
           if (is_fused(call)) transform_row<kFusedRow>(from, plan.half, to, count);
           if (is_one_channel(call)) transform_row<kOneChannelPlane>(from, plan.half, to, count);
         }
-        for (int64_t i = 0; i < count && call.form == ConvForm::direct; i += kLanes<T>) {
-          for (int r = 0; r < kPatch; ++r) {
-            for (int s = 0; s < kPatch; ++s) {
-              store(to + i + (r * kPatch + s) * plan.plane,
-                    load_column(from + i + r * 2 * plan.half, plan.half, s));
-            }
-          }
+        if (call.form == ConvForm::direct) {
+          copy_row<A, kKernel>(from, plan.half, to, plan.plane, count);
         }
         t += count;
         ++row;

@@ -219,12 +219,6 @@ bool conv_forward_kernel(const ConvForward<T>& call, int64_t begin, int64_t end,
 // [begin, end) of the pooled output, counted through images and channels, or for channels_last
 // through images. z is laid out as the output is.
 
-template <class V, int... kLane>
-FASTNET_INLINE void deinterleave(V a, V b, V* even, V* odd, LaneList<kLane...>) {
-  *even = __builtin_shufflevector(a, b, (2 * kLane)...);
-  *odd = __builtin_shufflevector(a, b, (2 * kLane + 1)...);
-}
-
 template <class T>
 void relu_pool_kernel(const T* z, Strides4 z_at, T* output, uint8_t* codes, Strides4 at, int64_t K,
                       int64_t P, int64_t Q, bool channels_last, int64_t begin, int64_t end) {
@@ -268,10 +262,9 @@ void relu_pool_kernel(const T* z, Strides4 z_at, T* output, uint8_t* codes, Stri
     }
     int64_t q = 0;
     for (; q + kStep <= Q; q += kStep) {
-      constexpr typename MakeLanes<kStep>::type lanes{};
       Vec<A> y[1][4];
-      deinterleave(load(upper + 2 * q), load(upper + 2 * q + kStep), y[0], y[0] + 1, lanes);
-      deinterleave(load(lower + 2 * q), load(lower + 2 * q + kStep), y[0] + 2, y[0] + 3, lanes);
+      load_columns(upper + 2 * q, y[0], y[0] + 1);
+      load_columns(lower + 2 * q, y[0] + 2, y[0] + 3);
       vector(y, q);
     }
     for (; q < Q; ++q) one(2 * q, q);

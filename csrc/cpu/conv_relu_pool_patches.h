@@ -51,6 +51,18 @@ FASTNET_INLINE bool is_below(Vec<int32_t> largest, float limit) {
   return is;
 }
 
+// Two vectors of neighbours, even columns and odd ones.
+template <class V, int... kLane>
+FASTNET_INLINE void deinterleave(V a, V b, V* even, V* odd, LaneList<kLane...>) {
+  *even = __builtin_shufflevector(a, b, (2 * kLane)...);
+  *odd = __builtin_shufflevector(a, b, (2 * kLane + 1)...);
+}
+template <class T>
+FASTNET_INLINE void load_columns(const T* from, Vec<acc_t<T>>* even, Vec<acc_t<T>>* odd) {
+  deinterleave(load(from), load(from + kLanes<T>), even, odd,
+               typename MakeLanes<kLanes<T>>::type{});
+}
+
 // Copies columns [0, columns) of a row, 2i to even[i], 2i + 1 to odd[i].
 template <class T>
 FASTNET_INLINE void split_columns(const T* from, int64_t stride, acc_t<T>* even, acc_t<T>* odd,
@@ -62,11 +74,16 @@ FASTNET_INLINE void split_columns(const T* from, int64_t stride, acc_t<T>* even,
   };
   int64_t x = 0;
   if (stride == 1 && columns >= 8) {
+    for (; x + 2 * kLanes<T> <= columns; x += 2 * kLanes<T>) {
+      Vec<acc_t<T>> evens, odds;
+      load_columns(from + x, &evens, &odds);
+      store(even + x / 2, evens);
+      store(odd + x / 2, odds);
+    }
     for (; x + 8 <= columns; x += 8) eight(x);
     // The rest reaches back over columns already copied.
-    x = (columns - 8) / 2 * 2;
-    eight(x);
-    x += 8;
+    if (x + 2 <= columns) eight((columns - 8) / 2 * 2);
+    x = columns / 2 * 2;
   }
   for (; x + 2 <= columns; x += 2) {
     even[x / 2] = widen(from[x * stride]);
