@@ -199,9 +199,16 @@ static void fill_blocks(const ConvCall<T>& call, int64_t n, int64_t row, int64_t
         }
       }
       if constexpr (std::is_same_v<A, float>) {
-        for (int64_t i = 0; largest && i < columns * channels; i += kLanes<float>) {
-          raise_magnitude(largest, load(line + i));
+        if (!largest) continue;
+        Vec<int32_t> row[2] = {*largest, *largest};  // in registers, and two that wait for a load
+        const int64_t elements = columns * channels, step = 2 * kLanes<float>;
+        int64_t i = 0;
+        for (; i + step <= elements; i += step) {
+          raise_magnitude(row, load(line + i));
+          raise_magnitude(row + 1, load(line + i + kLanes<float>));
         }
+        if (i < elements) raise_magnitude(row, load(line + i));
+        *largest = row[0] > row[1] ? row[0] : row[1];
       }
     }
   }
