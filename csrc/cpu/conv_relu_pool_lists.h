@@ -208,11 +208,17 @@ FASTNET_INLINE int64_t list_filters(const A* gradients, const uint8_t* codes, ui
 
 template <class A>
 FASTNET_INLINE A sum_of_gradients(const Entry<A>* entries, int64_t count) {
-  A sums[4] = {0, 0, 0, 0};  // one would wait for itself
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    for (int j = 0; j < 4; ++j) sums[j] += entries[i + j].gradient;
-  }
-  for (; i < count; ++i) sums[0] += entries[i].gradient;
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  static_assert(sizeof(Entry<A>) == 2 * sizeof(A));  // every other lane is a gradient
+  using V = Vec<A>;
+  constexpr int kStep = kVectorBytes / sizeof(A);
+  const V lane = lane_index<A>(), zero = {};
+  auto is_gradient = zero != zero;
+  FASTNET_UNROLL for (int i = 1; i < kStep; i += 2) is_gradient[i] = -1;
+  const A* const from = reinterpret_cast<const A*>(entries);
+  const int64_t elements = 2 * count, whole = elements / kStep * kStep;
+  V sum = {};
+  for (int64_t i = 0; i < whole; i += kStep) sum += is_gradient ? load(from + i) : zero;
+  // What stands behind the last entry is there, but anything.
+  const auto is_entry = is_gradient & (lane < splat(static_cast<A>(elements - whole)));
+  return reduce_add<A>(sum + (is_entry ? load(from + whole) : zero));
 }
