@@ -36,9 +36,12 @@ FASTNET_INLINE acc_t<T> block_maximum(const T* x, int64_t count) {
   return reduce_max<A>(most);
 }
 
-// Σ exp(x - shift); with kStores the exponentials go to `out`, too, which is not x.
+// Σ exp(x - shift); with kStores the exponentials go to `out`, too, which is not x. What comes to be
+// read then, `ahead` elements further on, is asked for: where a page ends the processor's own
+// foresight does, too.
 template <class T, bool kStores = false>
-FASTNET_INLINE acc_t<T> block_exp_sum(const T* x, int64_t count, acc_t<T> shift, T* out = nullptr) {
+FASTNET_INLINE acc_t<T> block_exp_sum(const T* x, int64_t count, int64_t ahead, acc_t<T> shift,
+                                      T* out = nullptr) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
   const auto add = [&](int64_t c, auto& exps, Vec<A>* sums) {
@@ -55,9 +58,8 @@ FASTNET_INLINE acc_t<T> block_exp_sum(const T* x, int64_t count, acc_t<T> shift,
   Vec<A> sums[4] = {}, four[4], one[1];
   int64_t c = 0;
   for (; c + 4 * kStep <= count; c += 4 * kStep) {
-    // The next block, or row: where a page ends the processor's own foresight does, too.
-    __builtin_prefetch(x + count + c);
-    __builtin_prefetch(x + count + c + 2 * kStep);
+    __builtin_prefetch(x + ahead + c);
+    __builtin_prefetch(x + ahead + c + 2 * kStep);
     add(c, four, sums);
   }
   for (; c + kStep <= count; c += kStep) add(c, one, sums);
@@ -134,7 +136,7 @@ static Sums<acc_t<T>> row_sums(const CrossEntropyCall<T>& call, const T* logits,
       if (first > 0) sums.dot += sums.q * fall;
       sums.maximum = most;
     }
-    sums.exps += block_exp_sum(x, padded, shift_of(sums.maximum));
+    sums.exps += block_exp_sum(x, padded, padded, shift_of(sums.maximum));
     if (!call.needs_dot) continue;
     const T* const t = probabilities
                            ? side_by_side(probabilities + first * call.target_at.cls,

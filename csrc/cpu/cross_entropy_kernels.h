@@ -148,7 +148,7 @@ static acc_t<T> row_with_gradient(const CrossEntropyCall<T>& call, int64_t row, 
       sums.maximum = most;
     }
     *shift = shift_of(sums.maximum);
-    sums.exps += block_exp_sum<T, true>(x + first, count, *shift++, gradient + first);
+    sums.exps += block_exp_sum<T, true>(x + first, count, count, *shift++, gradient + first);
   }
   const A log_sum = log(splat(sums.exps))[0];
   const A loss = finish_row(call, row, sums, log_sum, x, 1, divisor);
@@ -162,6 +162,32 @@ static acc_t<T> row_with_gradient(const CrossEntropyCall<T>& call, int64_t row, 
     scale_block(gradient + first, count, fall < 0 ? factor * exp_of(fall) : factor);
   }
   hit_class(call, row, A(0), gradient, 1, slopes);
+  return loss;
+}
+
+// The same of kRows rows of one block each. A row waits for its sums across lanes three times, for
+// the maximum, the exponentials' sum and the factor, and the other rows are worked on meanwhile.
+template <class T, int kRows>
+static acc_t<T> rows_with_gradient(const CrossEntropyCall<T>& call, int64_t row,
+                                   const T* const (&x)[kRows], T* const (&gradient)[kRows],
+                                   double& divisor) {
+  using A = acc_t<T>;
+  Sums<A> sums[kRows];
+  Vec<A> exp_sums = splat(A(1));
+  FASTNET_UNROLL for (int r = 0; r < kRows; ++r) sums[r] = {block_maximum(x[r], call.C), 0, 0, 0};
+  FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
+    sums[r].exps = block_exp_sum<T, true>(x[r], call.C, kRows * call.C, shift_of(sums[r].maximum),
+                                          gradient[r]);
+    exp_sums[r] = sums[r].exps;
+  }
+  const Vec<A> log_sums = log(exp_sums);
+  A loss = 0;
+  for (int r = 0; r < kRows; ++r) {
+    loss += finish_row(call, row + r, sums[r], log_sums[r], x[r], 1, divisor);
+    const Slopes<A> slopes = slopes_of(call, row + r);
+    scale_block(gradient[r], call.C, slopes.slope / sums[r].exps);
+    hit_class(call, row + r, A(0), gradient[r], 1, slopes);
+  }
   return loss;
 }
 
@@ -254,7 +280,15 @@ void cross_entropy_with_gradient_kernel(const CrossEntropyCall<T>& call, int64_t
     cross_entropy_backward_kernel(call, begin, end);
     return;
   }
-  for (int64_t row = begin; row < end; ++row) {
+  int64_t row = begin;
+  if (next_block<T>(call.C) == call.C) {
+    for (; row + 2 <= end; row += 2) {
+      const T* const x[2] = {call.logits + x_walk.next(), call.logits + x_walk.next()};
+      T* const g[2] = {call.gradient + g_walk.next(), call.gradient + g_walk.next()};
+      out.loss += rows_with_gradient(call, row, x, g, out.divisor);
+    }
+  }
+  for (; row < end; ++row) {
     const T* const x = call.logits + x_walk.next();
     out.loss += row_with_gradient(call, row, x, call.gradient + g_walk.next(), out.divisor);
   }
