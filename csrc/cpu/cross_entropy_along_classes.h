@@ -36,8 +36,8 @@ FASTNET_INLINE acc_t<T> block_maximum(const T* x, int64_t count) {
   return reduce_max<A>(most);
 }
 
-// Σ exp(x - shift); with kStores the exponentials go to `out`, too, which is not x. What comes to be
-// read then, `ahead` elements further on, is asked for: where a page ends the processor's own
+// Σ exp(x - shift); with kStores the exponentials go to `out`, too, which is not x. What comes to
+// be read then, `ahead` elements further on, is asked for: where a page ends the processor's own
 // foresight does, too.
 template <class T, bool kStores = false>
 FASTNET_INLINE acc_t<T> block_exp_sum(const T* x, int64_t count, int64_t ahead, acc_t<T> shift,

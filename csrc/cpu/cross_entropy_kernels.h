@@ -169,8 +169,7 @@ static acc_t<T> row_with_gradient(const CrossEntropyCall<T>& call, int64_t row, 
 // the maximum, the exponentials' sum and the factor, and the other rows are worked on meanwhile.
 template <class T, int kRows>
 static acc_t<T> rows_with_gradient(const CrossEntropyCall<T>& call, int64_t row,
-                                   const T* const (&x)[kRows], T* const (&gradient)[kRows],
-                                   double& divisor) {
+                                   const T* (&x)[kRows], T* (&gradient)[kRows], double& divisor) {
   using A = acc_t<T>;
   Sums<A> sums[kRows];
   Vec<A> exp_sums = splat(A(1));
@@ -281,13 +280,20 @@ void cross_entropy_with_gradient_kernel(const CrossEntropyCall<T>& call, int64_t
     return;
   }
   int64_t row = begin;
-  if (next_block<T>(call.C) == call.C) {
-    for (; row + 2 <= end; row += 2) {
-      const T* const x[2] = {call.logits + x_walk.next(), call.logits + x_walk.next()};
-      T* const g[2] = {call.gradient + g_walk.next(), call.gradient + g_walk.next()};
+  const auto groups = [&](auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    for (; row + kRows <= end; row += kRows) {
+      const T* x[kRows];
+      T* g[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        x[r] = call.logits + x_walk.next();
+        g[r] = call.gradient + g_walk.next();
+      }
       out.loss += rows_with_gradient(call, row, x, g, out.divisor);
     }
-  }
+  };
+  if (call.C <= kRowBlock / 2) groups(std::integral_constant<int, 4>{});
+  if (next_block<T>(call.C) == call.C) groups(std::integral_constant<int, 2>{});
   for (; row < end; ++row) {
     const T* const x = call.logits + x_walk.next();
     out.loss += row_with_gradient(call, row, x, call.gradient + g_walk.next(), out.divisor);
