@@ -165,6 +165,10 @@ static acc_t<T> row_with_gradient(const CrossEntropyCall<T>& call, int64_t row, 
   return loss;
 }
 
+// How many rows go together at most, in one vector of sums.
+template <class T>
+inline constexpr int kMostRows = kLanes<T> < 4 ? kLanes<T> : 4;
+
 // The same of kRows rows of one block each. A row waits for its sums across lanes three times, for
 // the maximum, the exponentials' sum and the factor, and the other rows are worked on meanwhile.
 template <class T, int kRows>
@@ -292,7 +296,7 @@ void cross_entropy_with_gradient_kernel(const CrossEntropyCall<T>& call, int64_t
       out.loss += rows_with_gradient(call, row, x, g, out.divisor);
     }
   };
-  if (call.C <= kRowBlock / 2) groups(std::integral_constant<int, 4>{});
+  if (call.C <= kRowBlock / 2) groups(std::integral_constant<int, kMostRows<T>>{});
   if (next_block<T>(call.C) == call.C) groups(std::integral_constant<int, 2>{});
   for (; row < end; ++row) {
     const T* const x = call.logits + x_walk.next();
