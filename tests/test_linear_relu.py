@@ -32,7 +32,7 @@ SHAPES = [
     ((70_000,), 3, 2),  # several chunks in the bias gradient
     ((300,), 300, 200),  # large enough for the library's product,
     ((3, 100), 400, 300),  # and for that of oneDNN
-    ((2,), 2100, 2050),  # a weight whose gradient lies in huge pages
+    ((2,), 4100, 2050),  # a weight whose gradient lies in huge pages
 ]
 
 

@@ -28,17 +28,20 @@ element_t<T>* mutable_data(Tensor& tensor) {
   return static_cast<element_t<T>*>(tensor.mutable_data_ptr());
 }
 
-// Fresh memory of hundreds of megabytes, as a large gradient is at every step: most of the time
-// went into its page faults, one every 4 kB. With huge pages there is one every 2 MB.
-inline Tensor in_huge_pages(Tensor tensor) {
+// A tensor of many megabytes is fresh memory at every step, as the C library keeps no block beyond
+// 32: a good part of the time went into its page faults, one every 4 kB. With huge pages there is
+// one every 2 MB.
+inline Tensor in_huge_pages(Tensor tensor, int64_t least_bytes = int64_t{32} << 20) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t kHugePage = int64_t{2} << 20;
   const int64_t bytes = tensor.numel() * tensor.element_size();
-  if (bytes < 2 * kHugePage) return tensor;
+  if (bytes < least_bytes) return tensor;
   const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish; may fail
+  if (first < last) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish; may fail
+  }
 #endif
   return tensor;
 }

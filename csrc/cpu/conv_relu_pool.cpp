@@ -104,7 +104,7 @@ Magnitude run(ConvForward<element_t<T>> call, const Tensor& input) {
 // The output, and the codes where `codes` is not null.
 Tensor calculate(const ConvReluPoolShape& shape, const Tensor& input, const Tensor& weight,
                  const std::optional<Tensor>& bias, uint8_t* codes) {
-  Tensor output = allocate_image(input, shape, shape.P, shape.Q);
+  Tensor output = in_huge_pages(allocate_image(input, shape, shape.P, shape.Q));
   if (output.numel() == 0) return output;
   const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
 
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> cpu::conv_relu_pool_forward(const Tensor& input, cons
                                                        int64_t groups) {
   const ConvReluPoolShape shape =
       check_conv_relu_pool(input, weight, bias, stride, padding, dilation, groups);
-  Tensor codes = allocate_image(input, shape, shape.P, shape.Q, ScalarType::Byte);
+  Tensor codes = in_huge_pages(allocate_image(input, shape, shape.P, shape.Q, ScalarType::Byte));
   return {calculate(shape, input, weight, bias, static_cast<uint8_t*>(codes.mutable_data_ptr())),
           codes};
 }

@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu::conv_relu_pool_backward(
   Gradients gradients;
   bool done = false;
   if (has_own_kernels(shape, input.scalar_type()) && shape.N > 0) {
-    if (needs_input) gradients.input = torch::stable::empty_like(input);
+    if (needs_input) gradients.input = in_huge_pages(torch::stable::empty_like(input));
     if (needs_weight) gradients.weight = torch::stable::empty_like(weight);
     if (needs_bias) gradients.bias = allocate(weight, {shape.K});
     dispatch_float("conv_relu_pool_backward", input.scalar_type(), [&](auto type) {
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu::conv_relu_pool_backward(
     });
   }
   if (!done) {
-    Tensor grad_z = allocate_image(input, shape, shape.z_height(), shape.z_width());
+    Tensor grad_z = in_huge_pages(allocate_image(input, shape, shape.z_height(), shape.z_width()));
     if (grad_z.numel() > 0) {
       dispatch_float("conv_relu_pool_backward", input.scalar_type(), [&](auto type) {
         using T = decltype(type);

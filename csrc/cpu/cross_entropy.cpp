@@ -133,6 +133,9 @@ int64_t check_classes(const int64_t* classes, int64_t rows, int64_t C, int64_t i
   return counted;
 }
 
+// A gradient of that many bytes is kept for the next call (csrc/autograd), in as few pages.
+constexpr int64_t kKeptBytes = int64_t{4} << 20;
+
 // The tensors of a call, kept alive while the kernels use them.
 template <class T>
 struct Operands {
@@ -286,7 +289,7 @@ Tensor cpu::cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits
                                    const Tensor& target, const std::optional<Tensor>& weight,
                                    const Tensor& statistics, int64_t reduction,
                                    int64_t ignore_index, double label_smoothing) {
-  Tensor gradient = in_huge_pages(allocate_like(logits));
+  Tensor gradient = in_huge_pages(allocate_like(logits), kKeptBytes);
   cross_entropy_backward_out(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
                              label_smoothing, gradient);
   return gradient;
@@ -324,7 +327,7 @@ std::tuple<Tensor, Tensor> cpu::cross_entropy_with_gradient(const Tensor& logits
                                                             const std::optional<Tensor>& weight,
                                                             int64_t reduction, int64_t ignore_index,
                                                             double label_smoothing) {
-  Tensor gradient = in_huge_pages(allocate_like(logits));
+  Tensor gradient = in_huge_pages(allocate_like(logits), kKeptBytes);
   Tensor loss = cross_entropy_with_gradient_out(logits, target, weight, reduction, ignore_index,
                                                 label_smoothing, gradient);
   return {loss, gradient};
