@@ -19,8 +19,9 @@ from fastnet.bench import results
 ROOT = Path(__file__).parent.parent
 # Of which results file which documents tell.
 DOCUMENTS = {
-    "amd-epyc-2-cores-avx2.csv": ("README.md", "docs/measured.md"),
-    "amd-epyc-2-cores-avx512.csv": ("docs/measured-avx512.md",),
+    "amd-epyc-of-family-25-2-cores-avx2.csv": ("README.md", "docs/measured.md"),
+    "amd-epyc-of-family-25-2-cores-avx512.csv": ("docs/measured-zen4.md",),
+    "amd-epyc-of-family-26-2-cores-avx512.csv": ("docs/measured-zen5.md",),
 }
 BOTH = "forward+backward"
 

@@ -171,9 +171,9 @@ static void fused_block(const ConvForward<T>& call, const float* patches, const 
 // ---------------------------------------------------------------------------------------------
 // The same of one channel
 
-// A filter of all vectors of a block. Nine of its points go past them all, which stay in registers
-// meanwhile, and then the other seven, from sums that are ready: all sixteen would not fit, and
-// what waits for the last of many additions keeps a processor from looking ahead.
+// A filter of all vectors of a block. Of 32 registers all of its points have one while the vectors
+// go past. Of 16 nine points have one, and then the other seven, which go on from sums that are
+// ready: what waits for the last of many additions keeps a processor from looking ahead.
 //
 // Where a window's patches are alike, as on a background, its elements stay equal: the first wins,
 // as in torch.

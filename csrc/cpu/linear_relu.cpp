@@ -272,8 +272,8 @@ std::tuple<Tensor, Tensor, Tensor> cpu::linear_backward(const Tensor& grad_outpu
 
 bool cpu::prefers_linear(int64_t rows, int64_t in_features, int64_t out_features, bool is_float32) {
   constexpr int64_t kSmall = 16'000'000;  // multiply-adds
-  constexpr int64_t kFreshWeight = 8
-                                   << 20;  // elements of a gradient that is fresh memory each time
+  // Elements of a weight whose gradient is fresh memory at every step, which lies in huge pages.
+  constexpr int64_t kFreshWeight = 8 << 20;
   const int64_t weight = in_features * out_features;
   return rows * weight <= kSmall ||
          (is_float32 && (weight >= kFreshWeight || is_for_onednn(ScalarType::Float)));

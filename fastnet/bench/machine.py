@@ -31,8 +31,12 @@ def _device_name() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        text = cpuinfo.read_text()
+        found = re.search(r"model name\s*:\s*(.+)", text)
         name = found.group(1).strip() if found else name
+        family = re.search(r"cpu family\s*:\s*(\d+)", text)
+        if family and not re.search(r"\d", name):  # as a virtual machine's often is: any of some
+            name += f" of family {family.group(1)}"
     return f"{name}, {torch.get_num_threads()} cores, {fastnet.build_info()['cpu_isa']}"
 
 
