@@ -178,6 +178,54 @@ def test_batched_gradients():
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (7, 5, 3), (70, 33, 130), (300, 64, 40)])
+def test_any_shape_into_memory_at_hand(M, K, N):
+    """The gradient of the weight gets its new part added."""
+    input, weight, bias, grad = (t.detach() for t in sample(((M,), K, N), torch.float32))
+    before = torch.randint(-8, 9, (N, K)) / 8
+    out, grad_input, grad_weight = torch.empty(M, N), torch.empty(M, K), before.clone()
+    ops = torch.ops.fastnet
+    for transposed in (False, True):
+        w = weight.t().contiguous().t() if transposed else weight
+        for b in (bias, None):
+            ops.linear_forward.out(input, w, b, out=out)
+            wanted = F.linear(input.double(), w.double(), b if b is None else b.double())
+            assert_near(out, wanted, torch.float32)
+        ops.linear_backward.out(grad, input, w, grad_input=grad_input, grad_weight=None)
+        assert_near(grad_input, grad.double() @ w.double(), torch.float32)
+    ops.linear_backward.out(grad, input, weight, grad_input=None, grad_weight=grad_weight)
+    wanted = before.double() + grad.double().t() @ input.double()
+    assert_near(grad_weight, wanted, torch.float32)
+
+
+def test_memory_at_hand_must_fit():
+    input, weight = torch.randn(4, 6), torch.randn(3, 6)
+    ops = torch.ops.fastnet
+    for out in (torch.empty(4, 2), torch.empty(3, 4).t(), torch.empty(4, 3, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match="out must be a dense float32 4x3"):
+            ops.linear_forward.out(input, weight, None, out=out)
+    with pytest.raises(RuntimeError, match="must be a dense float32 3x6"):
+        ops.linear_backward.out(
+            torch.randn(4, 3), input, weight, grad_input=None, grad_weight=torch.empty(6, 3).t()
+        )
+    with pytest.raises(RuntimeError, match="only for float32"):
+        ops.linear_forward.out(input.double(), weight.double(), None, out=torch.empty(4, 3))
+
+
+def test_opcheck_into_memory_at_hand():
+    input, weight, grad = torch.randn(4, 6), torch.randn(3, 6), torch.randn(4, 3)
+    torch.library.opcheck(
+        torch.ops.fastnet.linear_forward.out,
+        (input, weight, torch.randn(3)),
+        {"out": torch.empty(4, 3)},
+    )
+    torch.library.opcheck(
+        torch.ops.fastnet.linear_backward.out,
+        (grad, input, weight),
+        {"grad_input": torch.empty(4, 6), "grad_weight": torch.zeros(3, 6)},
+    )
+
+
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_opcheck(doubles, needs):
     input, weight, *bias = (t.detach() for t in doubles)

@@ -30,6 +30,12 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr("fastnet.ops.linear_cross_entropy.CHUNK_BYTES", 1)  # 32 rows
 
 
+@pytest.fixture(params=[False, True], ids=["torch's products", "own products"])
+def _both_products(request, monkeypatch):
+    """The second are taken on processors where they are the faster ones."""
+    monkeypatch.setattr("fastnet.ops.linear_cross_entropy.HAS_OWN_PRODUCTS", request.param)
+
+
 def reference(x, w, target, b, class_weight, grad, **options):
     leaves = [t.requires_grad_() for t in to_double(x, w, b) if t is not None]
     _, t, cw = to_double(x, target, class_weight)
@@ -38,6 +44,7 @@ def reference(x, w, target, b, class_weight, grad, **options):
     return loss.detach(), torch.autograd.grad(loss, leaves, grad.detach().cpu().double())
 
 
+@pytest.mark.usefixtures("_both_products")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
@@ -63,9 +70,11 @@ def test_matches_float64(reduction, probabilities, bias, device):
                 assert error <= scale * TOLERANCES[dtype]
 
 
-def test_only_wanted_gradients():
+@pytest.mark.usefixtures("_both_products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_only_wanted_gradients(dtype):
     for needs in itertools.product([False, True], repeat=3):
-        *leaves, target, _ = draw(torch.float64)
+        *leaves, target, _ = draw(dtype)
         x, w, b = (t.detach().requires_grad_(n) for t, n in zip(leaves, needs, strict=True))
         loss = linear_cross_entropy(x, w, target, b)
         assert loss.requires_grad == any(needs)

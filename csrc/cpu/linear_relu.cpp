@@ -120,6 +120,45 @@ void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_
   for (int64_t n = 0; n < N; ++n) bias[n] = static_cast<T>(sums[n]);
 }
 
+// out (M, N) = x (M, K) · w (N, K)ᵀ + bias, by the kernel here. Threads share out the longer side,
+// so that each reads a part of the larger matrix only.
+template <bool kRelu, class E>
+void own_forward(const E* x, const E* w, const E* bias, E* out, int64_t M, int64_t K, int64_t N) {
+  constexpr int64_t kUnit = 4;  // small, for equal shares; a tile's width
+  if (N > M) {
+    parallel(divide_up(N, kUnit), kUnit * M * K, [&](int64_t begin, int64_t end) {
+      FASTNET_BEST_ISA(forward_kernel<E, kRelu>(x, w, bias, out, K, N, 0, M, begin * kUnit,
+                                                std::min(N, end * kUnit)));
+    });
+  } else {
+    parallel(divide_up(M, kUnit), kUnit * N * K, [&](int64_t begin, int64_t end) {
+      FASTNET_BEST_ISA(forward_kernel<E, kRelu>(x, w, bias, out, K, N, begin * kUnit,
+                                                std::min(M, end * kUnit), 0, N));
+    });
+  }
+}
+
+// grad_weight (N, K) = grad_zᵀ (N, M) · x (M, K), or with `adds` more of it, and
+// grad_input (M, K) = grad_z · w (N, K), by the kernel here; either may be null. Both in one
+// parallel region, of which every thread gets an equal share of each.
+template <class E, class A>
+void own_products(const A* grad_z, const E* x, const E* w, E* grad_weight, E* grad_input, int64_t M,
+                  int64_t K, int64_t N, bool adds = false) {
+  const Blocks weight_blocks(grad_weight ? N : 0, K), input_blocks(grad_input ? M : 0, K);
+  const int64_t work = (weight_blocks.count + input_blocks.count > 0) * M * N * K;
+  const int64_t shares = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
+  parallel(shares, work, [&](int64_t begin, int64_t end) {
+    weight_blocks.for_share(begin, end, shares, [&](const Block& block) {
+      FASTNET_BEST_ISA(product_kernel(grad_z, 1, N, x, grad_weight, M, K, block.row, block.row_end,
+                                      block.column, block.column_end, adds));
+    });
+    input_blocks.for_share(begin, end, shares, [&](const Block& block) {
+      FASTNET_BEST_ISA(product_kernel(grad_z, N, 1, w, grad_input, N, K, block.row, block.row_end,
+                                      block.column, block.column_end));
+    });
+  });
+}
+
 // a (I, J) · b (J, K) by the library that is the fastest here.
 Tensor library_product(const Tensor& a, const Tensor& b) {
   if (is_for_onednn(a.scalar_type()) && a.numel() > 0 && b.numel() > 0) {
@@ -165,21 +204,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   dispatch_float("linear_relu", input.scalar_type(), [&, M = M, K = K, N = N](auto type) {
     using T = decltype(type);
     const auto* bias_data = b ? data<T>(*b) : nullptr;
-    const auto *x_data = data<T>(x), *w_data = data<T>(weight);
-    auto* out = mutable_data<T>(output);
-    // Threads share out the longer side, so that each reads a part of the larger matrix only.
-    constexpr int64_t kUnit = 4;  // small, for equal shares; a tile's width
-    if (N > M) {
-      parallel(divide_up(N, kUnit), kUnit * M * K, [&](int64_t begin, int64_t end) {
-        FASTNET_BEST_ISA(forward_kernel<element_t<T>, kRelu>(
-            x_data, w_data, bias_data, out, K, N, 0, M, begin * kUnit, std::min(N, end * kUnit)));
-      });
-    } else {
-      parallel(divide_up(M, kUnit), kUnit * N * K, [&](int64_t begin, int64_t end) {
-        FASTNET_BEST_ISA(forward_kernel<element_t<T>, kRelu>(
-            x_data, w_data, bias_data, out, K, N, begin * kUnit, std::min(M, end * kUnit), 0, N));
-      });
-    }
+    own_forward<kRelu>(data<T>(x), data<T>(weight), bias_data, mutable_data<T>(output), M, K, N);
   });
   return output;
 }
@@ -221,24 +246,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     masked_grad<kRelu, T>(data<T>(g), data<T>(out), grad_z.get(), needs_bias ? &grad_bias : nullptr,
                           M, N);
 
-    const auto* x_data = x ? data<T>(*x) : nullptr;
-    const auto* w_data = weight ? data<T>(*weight) : nullptr;
-    auto* weight_data = input ? mutable_data<T>(grad_weight) : nullptr;
-    auto* input_data = weight ? mutable_data<T>(grad_input) : nullptr;
-    const Blocks weight_blocks(input ? N : 0, K), input_blocks(weight ? M : 0, K);
-    // Both products in one parallel region, of which every thread gets an equal share of each.
-    const int64_t work = (weight_blocks.count + input_blocks.count > 0) * M * N * K;
-    const int64_t shares = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
-    parallel(shares, work, [&](int64_t begin, int64_t end) {
-      weight_blocks.for_share(begin, end, shares, [&](const Block& block) {
-        FASTNET_BEST_ISA(product_kernel(grad_z.get(), 1, N, x_data, weight_data, M, K, block.row,
-                                        block.row_end, block.column, block.column_end));
-      });
-      input_blocks.for_share(begin, end, shares, [&](const Block& block) {
-        FASTNET_BEST_ISA(product_kernel(grad_z.get(), N, 1, w_data, input_data, N, K, block.row,
-                                        block.row_end, block.column, block.column_end));
-      });
-    });
+    own_products(grad_z.get(), x ? data<T>(*x) : nullptr, weight ? data<T>(*weight) : nullptr,
+                 input ? mutable_data<T>(grad_weight) : nullptr,
+                 weight ? mutable_data<T>(grad_input) : nullptr, M, K, N);
   });
   return {grad_input, grad_weight, grad_bias};
 }
@@ -270,6 +280,38 @@ std::tuple<Tensor, Tensor, Tensor> cpu::linear_backward(const Tensor& grad_outpu
   return backward<false>(grad_output, grad_output, input, weight, needs_bias);
 }
 
+void cpu::linear_forward_out(const Tensor& input, const Tensor& weight,
+                             const std::optional<Tensor>& bias, Tensor out) {
+  const auto [M, K, N] = check_linear_relu(input, weight, bias);
+  check(input.scalar_type() == ScalarType::Float, "linear_forward.out: only for float32, not ",
+        input.scalar_type());
+  check(out.dim() == 2 && out.size(0) == M && out.size(1) == N && out.is_contiguous() &&
+            out.scalar_type() == ScalarType::Float,
+        "linear_forward.out: out must be a dense float32 ", M, "x", N, ", but is ", ShapeOf{out});
+  const Tensor x = dense(input), w = dense(weight);
+  const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
+  own_forward<false>(data<float>(x), data<float>(w), b ? data<float>(*b) : nullptr,
+                     mutable_data<float>(out), M, K, N);
+}
+
+void cpu::linear_backward_out(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                              std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight) {
+  const auto [M, K, N] = check_linear_relu_backward(grad_output, grad_output, input, weight);
+  check(grad_output.scalar_type() == ScalarType::Float,
+        "linear_backward.out: only for float32, not ", grad_output.scalar_type());
+  const auto memory = [](std::optional<Tensor>& gradient, int64_t rows, int64_t columns) {
+    if (!gradient) return static_cast<float*>(nullptr);
+    check(gradient->dim() == 2 && gradient->size(0) == rows && gradient->size(1) == columns &&
+              gradient->is_contiguous() && gradient->scalar_type() == ScalarType::Float,
+          "linear_backward.out: a gradient must be a dense float32 ", rows, "x", columns,
+          ", but is ", ShapeOf{*gradient});
+    return mutable_data<float>(*gradient);
+  };
+  const Tensor g = dense(grad_output), x = dense(input), w = dense(weight);
+  own_products(data<float>(g), data<float>(x), data<float>(w), memory(grad_weight, N, K),
+               memory(grad_input, M, K), M, K, N, /*adds=*/true);
+}
+
 bool cpu::prefers_linear(int64_t rows, int64_t in_features, int64_t out_features, bool is_float32) {
   constexpr int64_t kSmall = 16'000'000;  // multiply-adds
   // Elements of a weight whose gradient is fresh memory at every step, which lies in huge pages.
@@ -284,6 +326,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
   library.impl("linear_relu_backward", TORCH_BOX(&cpu::linear_relu_backward));
   library.impl("linear_forward", TORCH_BOX(&cpu::linear_forward));
   library.impl("linear_backward", TORCH_BOX(&cpu::linear_backward));
+  library.impl("linear_forward.out", TORCH_BOX(&cpu::linear_forward_out));
+  library.impl("linear_backward.out", TORCH_BOX(&cpu::linear_backward_out));
 }
 
 }  // namespace fastnet

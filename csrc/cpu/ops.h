@@ -29,6 +29,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output,
                                                    const OptionalTensor& input,
                                                    const OptionalTensor& weight, bool needs_bias);
 
+void linear_forward_out(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                        Tensor out);
+void linear_backward_out(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                         OptionalTensor grad_input, OptionalTensor grad_weight);
+
 // Whether a layer of that size is quicker by these two than by torch's product, with autograd's own
 // nodes around it.
 bool prefers_linear(int64_t rows, int64_t in_features, int64_t out_features, bool is_float32);

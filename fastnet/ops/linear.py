@@ -20,3 +20,13 @@ def fake_backward(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return linear_relu.fake_backward(grad_output, grad_output, input, weight, needs_bias)
+
+
+@torch.library.register_fake("fastnet::linear_forward.out")
+def fake_forward_out(*arguments, out: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("fastnet::linear_backward.out")
+def fake_backward_out(*arguments, grad_input: Tensor | None, grad_weight: Tensor | None) -> None:
+    return None

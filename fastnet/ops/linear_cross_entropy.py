@@ -17,6 +17,12 @@ from fastnet import _library
 from fastnet.ops import cross_entropy
 from fastnet.ops.cross_entropy import NAMES, REDUCTIONS, accumulate_dtype
 
+_linear_out = torch.ops.fastnet.linear_forward.out
+_linear_backward_out = torch.ops.fastnet.linear_backward.out
+
+# Whether these have a faster product of float32 matrices than torch's own.
+HAS_OWN_PRODUCTS = _library.build_info()["cpu_products"] != "torch"
+
 # Logits of one chunk: large enough for the products to be at their peak, and for the weight's
 # gradient, which every chunk adds to, to be read and written seldom.
 CHUNK_BYTES = 32 << 20
@@ -67,13 +73,16 @@ def sweep(
         ]
     grad_input, grad_weight, grad_bias = gradients
     step = chunk_rows(N, C, input.element_size())
+    is_own = HAS_OWN_PRODUCTS and input.is_cpu and input.dtype is torch.float32
     # The same memory for every chunk. Left to an allocator, it might grow with each.
     memory = input.new_empty((step, C))
     for first in range(0, N, step):
         rows = slice(first, first + step)
         x = input[rows]
         logits = memory[: x.shape[0]]
-        if bias is None:
+        if is_own:
+            _linear_out(x, weight, bias, out=logits)
+        elif bias is None:
             torch.mm(x, weight.t(), out=logits)
         else:
             torch.addmm(bias, x, weight.t(), out=logits)
@@ -86,9 +95,14 @@ def sweep(
             grad_loss[rows] if per_row else grad_loss, logits, target[rows], raw[0], statistics,
             *raw[1:], out=grad_logits,
         )  # fmt: skip
-        if grad_input is not None:
+        if is_own:
+            of_input = None if grad_input is None else grad_input[rows]
+            _linear_backward_out(
+                grad_logits, x, weight, grad_input=of_input, grad_weight=grad_weight
+            )
+        elif grad_input is not None:
             torch.mm(grad_logits, weight, out=grad_input[rows])
-        if grad_weight is not None:
+        if grad_weight is not None and not is_own:
             if grad_weight.dtype is x.dtype:
                 grad_weight.addmm_(grad_logits.t(), x)
             else:
