@@ -58,8 +58,10 @@ FASTNET_INLINE acc_t<T> block_exp_sum(const T* x, int64_t count, int64_t ahead, 
   Vec<A> sums[4] = {}, four[4], one[1];
   int64_t c = 0;
   for (; c + 4 * kStep <= count; c += 4 * kStep) {
-    __builtin_prefetch(x + ahead + c);
-    __builtin_prefetch(x + ahead + c + 2 * kStep);
+    FASTNET_UNROLL for (int at = 0; at < 4 * kStep; at += 64 / static_cast<int>(sizeof(T))) {
+      __builtin_prefetch(x + ahead + c + at);
+      if constexpr (kStores) __builtin_prefetch(out + ahead + c + at, 1);
+    }
     add(c, four, sums);
   }
   for (; c + kStep <= count; c += kStep) add(c, one, sums);
