@@ -92,6 +92,43 @@ static void forward_rows(const T* x, const T* w, const T* bias, T* out, int64_t 
   }
 }
 
+// For K < kLanes<T>: vectors lie along N, for `count` outputs of every row from n on, a vector of
+// them at most.
+template <class T, bool kRelu>
+static void few_features(const T* x, const T* w, const T* bias, T* out, int64_t K, int64_t N,
+                         int64_t m_begin, int64_t m_end, int64_t n, int64_t count) {
+  using A = acc_t<T>;
+  constexpr int kStep = kLanes<T>, kRows = 4;
+  A columns[kStep][kStep] = {}, biases[kStep] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    if (bias) biases[i] = widen(bias[n + i]);
+    for (int64_t k = 0; k < K; ++k) columns[k][i] = widen(w[(n + i) * K + k]);
+  }
+  const auto rows = [&](int64_t m, auto& sums) {
+    constexpr int kCount = sizeof(sums) / sizeof(sums[0]);
+    FASTNET_UNROLL for (int r = 0; r < kCount; ++r) sums[r] = load(biases);
+    for (int64_t k = 0; k < K; ++k) {
+      const Vec<A> column = load(columns[k]);
+      FASTNET_UNROLL for (int r = 0; r < kCount; ++r) {
+        sums[r] += splat(static_cast<A>(widen(x[(m + r) * K + k]))) * column;
+      }
+    }
+    for (int r = 0; r < kCount; ++r) {
+      T* const to = out + (m + r) * N + n;
+      const Vec<A> z = activate<kRelu>(sums[r]);
+      if (count == kStep) {
+        store(to, z);
+      } else {
+        for (int64_t i = 0; i < count; ++i) narrow(z[i], to + i);
+      }
+    }
+  };
+  Vec<A> several[kRows], one[1];
+  int64_t m = m_begin;
+  for (; m + kRows <= m_end; m += kRows) rows(m, several);
+  for (; m < m_end; ++m) rows(m, one);
+}
+
 // How many rows fit into so many bytes: a multiple of a tile's, and one tile's at least.
 FASTNET_INLINE int64_t rows_within(int64_t bytes, int64_t row_bytes, int64_t tile) {
   const int64_t tiles = bytes / row_bytes / tile;
@@ -103,12 +140,9 @@ template <class T, bool kRelu = true>
 void forward_kernel(const T* x, const T* w, const T* bias, T* out, int64_t K, int64_t N,
                     int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
   if (K < kLanes<T>) {
-    for (int64_t m = m_begin; m < m_end; ++m) {
-      for (int64_t n = n_begin; n < n_end; ++n) {
-        acc_t<T> z = bias ? widen(bias[n]) : 0;
-        for (int64_t k = 0; k < K; ++k) z += widen(x[m * K + k]) * widen(w[n * K + k]);
-        narrow(activate<kRelu>(z), out + m * N + n);
-      }
+    for (int64_t n = n_begin; n < n_end; n += kLanes<T>) {
+      const int64_t count = n_end - n < kLanes<T> ? n_end - n : kLanes<T>;
+      few_features<T, kRelu>(x, w, bias, out, K, N, m_begin, m_end, n, count);
     }
     return;
   }
@@ -233,6 +267,44 @@ static void product_rows(const acc_t<T>* a, int64_t a_row, int64_t a_step, const
   }
 }
 
+// c (I, K) for K < kLanes<T>: one vector to a row, of whose lanes some are empty. In it rows of b
+// are copied, some at a time.
+template <class T>
+static void narrow_product(const T* a, int64_t a_row, int64_t a_step, const T* b, T* c, int64_t J,
+                           int64_t K, int64_t i_begin, int64_t i_end, bool is_more) {
+  constexpr int kStep = kLanes<T>, kDepth = 64, kRows = 4;
+  T wide[kDepth][kStep] = {}, result[kStep] = {};
+  int64_t first = 0;
+  do {
+    const int64_t steps = J - first < kDepth ? J - first : kDepth;
+    for (int64_t j = 0; j < steps; ++j) {
+      for (int64_t k = 0; k < K; ++k) wide[j][k] = b[(first + j) * K + k];
+    }
+    const T* const factors = a + first * a_step;
+    const bool adds = is_more || first > 0;
+    const auto rows = [&](int64_t i, auto& sums) {
+      constexpr int kCount = sizeof(sums) / sizeof(sums[0]);
+      FASTNET_UNROLL for (int r = 0; r < kCount; ++r) sums[r] = Vec<T>{};
+      for (int64_t j = 0; j < steps; ++j) {
+        const Vec<T> row = load(wide[j]);
+        FASTNET_UNROLL for (int r = 0; r < kCount; ++r) {
+          sums[r] += splat(factors[(i + r) * a_row + j * a_step]) * row;
+        }
+      }
+      for (int r = 0; r < kCount; ++r) {
+        T* const to = c + (i + r) * K;
+        store(result, sums[r]);
+        for (int64_t k = 0; k < K; ++k) to[k] = adds ? to[k] + result[k] : result[k];
+      }
+    };
+    Vec<T> several[kRows], one[1];
+    int64_t i = i_begin;
+    for (; i + kRows <= i_end; i += kRows) rows(i, several);
+    for (; i < i_end; ++i) rows(i, one);
+    first += steps;
+  } while (first < J);
+}
+
 // c[i, k] for i in [i_begin, i_end), k in [k_begin, k_end); with `is_more`, added to what is there.
 // A range of k is either as wide as a vector at least, or all of K.
 template <class T>
@@ -243,6 +315,10 @@ void product_kernel(const acc_t<T>* a, int64_t a_row, int64_t a_step, const T* b
   constexpr int kStep = kLanes<T>;
   constexpr int kWide = kStep * kProductVectors;
   if (k_end - k_begin < kStep) {
+    if constexpr (std::is_same_v<T, A>) {
+      narrow_product(a, a_row, a_step, b, c, J, K, i_begin, i_end, is_more);
+      return;
+    }
     for (int64_t i = i_begin; i < i_end; ++i) {
       for (int64_t k = k_begin; k < k_end; ++k) {
         A sum = is_more ? widen(c[i * K + k]) : A(0);
