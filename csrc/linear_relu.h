@@ -75,13 +75,6 @@ inline LinearReluShape check_linear_relu_backward(const Tensor& grad_output, con
   return shape;
 }
 
-// a (I, J) · b (J, K) by the library that torch takes, for shapes where that is at its peak.
-inline Tensor library_product(const Tensor& a, const Tensor& b) {
-  Tensor product = allocate(a, {a.size(0), b.size(1)});
-  call_native("aten::mm", "out", a, b, product);
-  return product;
-}
-
 // A tensor's shape with the last dimension replaced: output's from input's, input's from output's.
 inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t features) {
   std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());

@@ -133,7 +133,8 @@ int64_t check_classes(const int64_t* classes, int64_t rows, int64_t C, int64_t i
   return counted;
 }
 
-// A gradient of that many bytes is kept for the next call (csrc/autograd), in as few pages.
+// From so many bytes on a gradient lies in huge pages: less than elsewhere, as csrc/autograd keeps
+// the memory of the last one, and with it the pages.
 constexpr int64_t kKeptBytes = int64_t{4} << 20;
 
 // The tensors of a call, kept alive while the kernels use them.

@@ -180,6 +180,24 @@ void launch_masked_grad(const Tensor& grad_output, const Tensor& output, Tensor&
 // ---------------------------------------------------------------------------------------------
 // Host functions
 
+// The two products of the backward by torch's own operator, for shapes where a library is at its
+// peak:
+//   grad_weight (N, K) = grad_zᵀ · input       where input is given
+//   grad_input  (M, K) = grad_z · weight       where weight is given
+void library_products(const Tensor& grad_z, const std::optional<Tensor>& input,
+                      const std::optional<Tensor>& weight, Tensor& grad_weight,
+                      Tensor& grad_input) {
+  const int64_t M = grad_z.size(0);
+  if (input) {
+    call_native("aten::mm", "out", torch::stable::transpose(grad_z, 0, 1),
+                torch::stable::reshape(*input, {M, grad_weight.size(1)}), grad_weight);
+  }
+  if (weight) {
+    const Tensor rows = torch::stable::view(grad_input, {M, weight->size(1)});
+    call_native("aten::mm", "out", grad_z, *weight, rows);
+  }
+}
+
 Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
                            const std::optional<Tensor>& bias) {
   const auto [M, K, N] = check_linear_relu(input, weight, bias);
@@ -193,7 +211,9 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
     if (bias) {
       return torch::stable::view(addmm_relu(*bias, rows, weight_t), output_shape);
     }
-    Tensor output = torch::stable::view(library_product(rows, weight_t), output_shape);
+    const Tensor output = allocate(input, output_shape);
+    Tensor product = torch::stable::view(output, {M, N});
+    call_native("aten::mm", "out", rows, weight_t, product);
     dispatch_float_and_half("linear_relu", input.scalar_type(), [&](auto type) {
       using T = decltype(type);
       const int64_t count = output.numel();
@@ -243,13 +263,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
   if (K == 0) return {grad_input, grad_weight, grad_bias};
 
   if (!prefers_own_kernel({M, K, N}, weight ? &*weight : nullptr)) {
-    if (input) {
-      grad_weight = library_product(torch::stable::transpose(grad_z, 0, 1),
-                                    torch::stable::reshape(*input, {M, K}));
-    }
-    if (weight) {
-      grad_input = torch::stable::view(library_product(grad_z, *weight), with_last(output, K));
-    }
+    library_products(grad_z, input, weight, grad_weight, grad_input);
     return {grad_input, grad_weight, grad_bias};
   }
 

@@ -73,7 +73,12 @@ def sweep(
         ]
     grad_input, grad_weight, grad_bias = gradients
     step = chunk_rows(N, C, input.element_size())
-    is_own = HAS_OWN_PRODUCTS and input.is_cpu and input.dtype is torch.float32
+    is_own = (
+        HAS_OWN_PRODUCTS
+        and input.is_cpu
+        and input.dtype is torch.float32
+        and weight.is_contiguous()  # or it would be copied for every chunk
+    )
     # The same memory for every chunk. Left to an allocator, it might grow with each.
     memory = input.new_empty((step, C))
     for first in range(0, N, step):
@@ -100,13 +105,14 @@ def sweep(
             _linear_backward_out(
                 grad_logits, x, weight, grad_input=of_input, grad_weight=grad_weight
             )
-        elif grad_input is not None:
-            torch.mm(grad_logits, weight, out=grad_input[rows])
-        if grad_weight is not None and not is_own:
-            if grad_weight.dtype is x.dtype:
-                grad_weight.addmm_(grad_logits.t(), x)
-            else:
-                grad_weight += grad_logits.t() @ x
+        else:
+            if grad_input is not None:
+                torch.mm(grad_logits, weight, out=grad_input[rows])
+            if grad_weight is not None:
+                if grad_weight.dtype is x.dtype:
+                    grad_weight.addmm_(grad_logits.t(), x)
+                else:
+                    grad_weight += grad_logits.t() @ x
         if grad_bias is not None:
             grad_bias += grad_logits.sum(0, dtype=wide)
     total = torch.cat(losses) if per_row else torch.stack(losses).sum()
