@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastnet import _library, ops
 from fastnet._library import CUDA_STATUS, build_info
@@ -46,6 +47,15 @@ def _built_for(device_index: int) -> bool:
     return False
 
 
+def _are_flops_counted() -> bool:
+    """Whether torch.utils.flop_counter is at work. It counts the operations of torch's own
+    operators; to tell it of others it has to be imported, and is slower to than fastnet."""
+    return any(
+        type(mode).__module__ == "torch.utils.flop_counter"
+        for mode in _get_current_dispatch_mode_stack()
+    )
+
+
 def _has_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the fused ops take these: dtype, device, dense memory, and .backward()'s autograd.
 
@@ -69,6 +79,7 @@ def _has_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         )
         and (input.is_cpu or _built_for(input.device.index))
         and not input.is_nested
+        and not (torch._C._len_torch_dispatch_stack() and _are_flops_counted())
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._get_tracing_state()
         and forward_ad._current_level < 0
@@ -299,10 +310,11 @@ def cross_entropy(
     their gradient in one more, or on the CPU, for "mean" and "sum" in float32 and float64, along
     with them.
 
-    Takes what `F.cross_entropy` takes, with the same result. What the kernels do not cover (float16
-    on the CPU, targets that want a gradient or are uint8, sparse tensors) goes to that function.
-    So does on the CPU what is too small to gain (below 16,384 logits), unless it is of the plain
-    kind that is checked in C++: two-dimensional logits of float32 or float64, and class indices.
+    Takes what `F.cross_entropy` takes (but the deprecated `size_average` and `reduce`), with the
+    same result. What the kernels do not cover (float16 on the CPU, targets that want a gradient or
+    are uint8, sparse tensors) goes to that function. So does on the CPU what is too small to gain
+    (below 16,384 logits), unless it is of the plain kind that is checked in C++: two-dimensional
+    logits of float32 or float64, and class indices.
 
     Args:
         input: the logits, `(C)`, `(N, C)` or `(N, C, d1, ...)`; any strides. float32, float64 or

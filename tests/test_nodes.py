@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnet
 from fastnet.functional import (
@@ -230,8 +231,6 @@ def test_quick_calls_leave_what_is_not_plain():
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_taken()
         assert not loss_is_taken()
-    with torch.inference_mode():
-        assert not is_taken(x + 0)
     with forward_ad.dual_level():
         assert not is_taken(forward_ad.make_dual(x, x))
     seen = []
@@ -242,6 +241,49 @@ def test_quick_calls_leave_what_is_not_plain():
     assert seen
     assert not any(seen)
     assert is_taken()
+
+
+def test_quick_calls_take_what_is_there_in_inference_mode():
+    x, w, b = torch.randn(6, 20), torch.randn(5, 20), torch.randn(5)
+    weight = torch.randn(5, 20, requires_grad=True)
+    images, filters = torch.randn(2, 4, 9, 8), torch.randn(6, 4, 3, 3)
+    windows = (1, 0, 1, 1, 2, None, 0, False)
+    target = torch.arange(6)
+
+    def results(x, w, images):
+        return [
+            NODES.quick_linear_relu(x, w, b),
+            NODES.quick_linear(x, w, b),
+            NODES.quick_conv_relu_pool(images, filters, None, *windows),
+            NODES.quick_cross_entropy(x, target, 1, -100, 0.0),
+        ]
+
+    wanted = results(x, w, images)
+    with torch.inference_mode():
+        made_here = x.clone(), w.clone(), images.clone()
+        for given in ((x, w, images), made_here):
+            for actual, plain in zip(results(*given), wanted, strict=True):
+                assert actual.is_inference()
+                assert torch.equal(actual, plain)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert results(x, w, images) == [None] * 4
+    assert not results(*made_here)[0].is_inference()
+    for call in (NODES.quick_linear_relu, NODES.quick_linear):
+        assert not call(made_here[0], w, b).requires_grad
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            call(made_here[0], weight, b)
+
+
+def test_flops_are_counted():
+    x, w, b = leaves((6, 20), (5, 20), (5,))
+    images, filters = leaves((2, 4, 9, 8), (6, 4, 3, 3))
+    with FlopCounterMode(display=False) as native:
+        torch.relu(F.linear(x, w, b)).sum().backward()
+        F.max_pool2d(torch.relu(F.conv2d(images, filters)), 2).sum().backward()
+    with FlopCounterMode(display=False) as fused:
+        linear_relu(x, w, b).sum().backward()
+        conv_relu_pool2d(images, filters).sum().backward()
+    assert fused.get_total_flops() == native.get_total_flops() > 0
 
 
 def test_quick_convolutions_leave_what_is_not_plain():

@@ -21,17 +21,19 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The keys of ordinary tensors in the CPU's memory: none that is sparse, nested, lazily negated, a
-// subclass.
-inline c10::DispatchKeySet keys_of_plain() {
+// subclass. Those that are made in inference mode know nothing of autograd.
+template <bool kInInferenceMode>
+c10::DispatchKeySet keys_of_plain() {
   static const c10::DispatchKeySet keys = [] {
-    const c10::InferenceMode ordinary(false);  // in whatever mode the first call comes
+    const c10::InferenceMode mode(kInInferenceMode);  // in whatever mode the first call comes
     return at::detail::empty_cpu({0}, at::TensorOptions(at::kFloat)).key_set();
   }();
   return keys;
 }
 
 inline bool is_plain(const Tensor& tensor) {
-  return tensor.key_set() == keys_of_plain();
+  const c10::DispatchKeySet keys = tensor.key_set();
+  return keys == keys_of_plain<false>() || keys == keys_of_plain<true>();
 }
 inline bool is_plain(const OptionalTensor& tensor) {
   return !tensor || is_plain(*tensor);
@@ -41,11 +43,16 @@ bool is_plain(const Option&) {
   return true;
 }
 
-// Whether nothing stands between a call and the kernels: no autocast, torch.func, tracing, mode.
+// Whether nothing stands between a call and the kernels: no autocast, torch.func, tracing, mode but
+// that of inference.
 inline bool is_quiet() {
   const auto state = c10::impl::tls_local_dispatch_key_set();
-  return state.included_ == c10::default_included_set &&
-         state.excluded_ == c10::default_excluded_set;
+  if (state.included_ == c10::default_included_set) {
+    return state.excluded_ == c10::default_excluded_set;
+  }
+  return c10::InferenceMode::is_enabled() &&
+         state.included_ == c10::default_included_set.remove(c10::DispatchKey::ADInplaceOrView) &&
+         state.excluded_ == (c10::default_excluded_set | c10::autograd_dispatch_keyset);
 }
 
 // And nobody is told of calls. (A profiler is told of an op by the dispatcher.)
