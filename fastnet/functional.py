@@ -50,9 +50,13 @@ def _built_for(device_index: int) -> bool:
 def _are_flops_counted() -> bool:
     """Whether torch.utils.flop_counter is at work. It counts the operations of torch's own
     operators; to tell it of others it has to be imported, and is slower to than fastnet."""
-    return any(
-        type(mode).__module__ == "torch.utils.flop_counter"
-        for mode in _get_current_dispatch_mode_stack()
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() > 0
+        and any(
+            type(mode).__module__ == "torch.utils.flop_counter"
+            for mode in _get_current_dispatch_mode_stack()
+        )
     )
 
 
@@ -79,7 +83,7 @@ def _has_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         )
         and (input.is_cpu or _built_for(input.device.index))
         and not input.is_nested
-        and not (torch._C._len_torch_dispatch_stack() and _are_flops_counted())
+        and not _are_flops_counted()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._get_tracing_state()
         and forward_ad._current_level < 0

@@ -25,10 +25,11 @@ TOLERANCES = {
     torch.float16: 2e-3,
 }
 
-# Where the processor does, kernels of our own leave bfloat16 to the library.
-MULTIPLIES_BFLOAT16 = (
-    fastnet.build_info()["cpu_isa"] == "avx512"
-    and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+# Whether the processor multiplies bfloat16 itself, and has a unit for matrices of it: where kernels
+# of our own leave some, or most, to the library.
+MULTIPLIES_BFLOAT16, MULTIPLIES_TILES = (
+    fastnet.build_info()["cpu_isa"] == "avx512" and flag in Path("/proc/cpuinfo").read_text()
+    for flag in ("avx512_bf16", "amx_bf16")
 )
 
 

@@ -81,7 +81,9 @@ def test_routing():
     assert own(2, 4096, 2048)  # a gradient that lies in huge pages
     assert not own(256, 1024, 1024, dtype=torch.float64)
     assert own(256, 1024, 1024) == (fastnet.build_info()["cpu_products"] == "oneDNN")
-    assert not own(64, 28, 10, dtype=torch.bfloat16)
+    assert own(64, 28, 10, dtype=torch.bfloat16)
+    assert not own(64, 28, 40, dtype=torch.bfloat16)
+    assert not own(64, 28, 10, dtype=torch.float16)
     assert not is_own(linear(torch.randn(64, 28), torch.randn(28, 10).requires_grad_().t()))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(torch.randn(6, 20), torch.randn(5, 20)).dtype == torch.bfloat16

@@ -223,14 +223,14 @@ def test_quick_calls_leave_what_is_not_plain():
     for refused in (x.as_subclass(Watched), x.half(), x[None], x[:, :0]):
         assert not loss_is_taken(refused)
     assert loss_is_taken(torch.randn(6, 100_000))
-    for options in ((-100.0, 0.0), (-100, None), (-100, 2.0), (True, 0.0)):
+    for options in ((-100.0, 0.0), (-100, None), (-100, 2.0), (True, 0.0), (1 << 70, 0.0)):
         assert NODES.quick_cross_entropy(x, target, 1, *options) is None
     for refused in (target.int(), target[:5], torch.softmax(x, 1), target.as_subclass(Watched)):
         assert not loss_is_taken(target=refused)
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert not is_taken()
-        assert not loss_is_taken()
+        assert loss_is_taken()  # in float32
     with forward_ad.dual_level():
         assert not is_taken(forward_ad.make_dual(x, x))
     seen = []
@@ -266,12 +266,59 @@ def test_quick_calls_take_what_is_there_in_inference_mode():
                 assert actual.is_inference()
                 assert torch.equal(actual, plain)
         with torch.autocast("cpu", torch.bfloat16):
-            assert results(x, w, images) == [None] * 4
+            assert [t.dtype for t in results(x, w, images)] == 3 * [torch.bfloat16] + [x.dtype]
     assert not results(*made_here)[0].is_inference()
     for call in (NODES.quick_linear_relu, NODES.quick_linear):
         assert not call(made_here[0], w, b).requires_grad
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
             call(made_here[0], weight, b)
+
+
+def autocast_calls():
+    x, w, b = leaves((6, 20), (5, 20), (5,))
+    images, filters, bias = leaves((2, 4, 9, 8), (6, 4, 3, 3), (6,))
+    logits = leaves((2000, 10))[0].to(torch.bfloat16).detach().requires_grad_()
+    target = torch.arange(2000) % 10
+    return {
+        "linear_relu": (linear_relu, (x, w, b)),
+        "linear_relu, in part": (linear_relu, (x.to(torch.bfloat16), w, b)),
+        "linear_relu, float64": (linear_relu, (x.double(), w.double(), b.double())),
+        "conv_relu_pool": (conv_relu_pool2d, (images, filters, bias)),
+        "cross_entropy": (lambda logits: cross_entropy(logits, target), (logits,)),
+        "cross_entropy, float32": (lambda logits: cross_entropy(logits, target), (logits.float(),)),
+    }
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.parametrize("name", autocast_calls())
+def test_casts_as_in_python(name, is_on, monkeypatch):
+    call, given = autocast_calls()[name]
+    given = [t.detach().requires_grad_() for t in given]
+    monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
+    results = {}
+    for nodes in (NODES, None):
+        monkeypatch.setattr(fastnet._library, "NODES", nodes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            if not is_on and len({t.dtype for t in given}) > 1:
+                with pytest.raises(RuntimeError):
+                    call(*given)
+                return
+            output = call(*given)
+        torch.manual_seed(1)
+        results[nodes] = output, *torch.autograd.grad(output, given, torch.randn_like(output))
+    for actual, wanted in zip(*results.values(), strict=True):
+        assert actual.dtype is wanted.dtype
+        assert torch.equal(actual, wanted)
+
+
+def test_a_weight_is_cast_once():
+    x, w, b = leaves((6, 20), (5, 20), (5,))
+    casts = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in (linear_relu, linear):
+            casts.append(call(x, w, b).grad_fn.next_functions[1][0])
+    assert casts[0].name() == "ToCopyBackward0"
+    assert casts[0] is casts[1]
 
 
 def test_flops_are_counted():
@@ -353,7 +400,7 @@ def test_quick_convolutions_leave_what_is_not_plain():
     ):
         assert not is_taken(**refused), refused
     assert is_taken(x[:, :, :8], ceil_mode=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert not is_taken()
     with forward_ad.dual_level():
         assert not is_taken(forward_ad.make_dual(x, x))

@@ -5,6 +5,7 @@
 // It serves the torch that it was compiled with (see fastnet/_library.py); under any other one, and
 // wherever torch.compile is at work, the Functions in Python do the same.
 
+#include <ATen/autocast_mode.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -48,17 +49,45 @@ pybind11::object wrapped(const Call& call) {
   return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(std::move(result)));
 }
 
+bool has_kernels(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16;
+}
+
+bool is_autocast() {
+  return at::autocast::is_autocast_enabled(at::kCPU);
+}
+
+// What autocast makes of a tensor before a product or a convolution.
+at::ScalarType autocast_dtype(const Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  const bool is_cast = is_autocast() && tensor.is_floating_point() && dtype != at::kDouble;
+  return is_cast ? at::autocast::get_autocast_dtype(at::kCPU) : dtype;
+}
+Tensor autocast(const Tensor& tensor) {
+  const auto dtype = autocast_dtype(tensor);
+  return tensor.scalar_type() == dtype ? tensor
+                                       : at::autocast::cached_cast(dtype, tensor, at::kCPU);
+}
+OptionalTensor autocast(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(autocast(*tensor)) : std::nullopt;
+}
+
+// Whether these have one dtype in the end, which the kernels take.
+bool fit_together(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const auto dtype = autocast_dtype(input);
+  return has_kernels(dtype) && autocast_dtype(weight) == dtype &&
+         (!bias || (autocast_dtype(*bias) == dtype && bias->dim() == 1 && weight.dim() > 0 &&
+                    bias->size(0) == weight.size(0)));
+}
+
 // Calls call(input, weight, bias), three tensors that make a linear layer.
 template <class Call>
 pybind11::object quick_layer(const pybind11::handle& input, const pybind11::handle& weight,
                              const pybind11::handle& bias, const Call& call) {
   const OptionalTensor x = plain(input), w = plain(weight);
   const OptionalTensor b = bias.is_none() ? std::nullopt : plain(bias);
-  if (!is_quick() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) || x->dim() == 0 ||
-      w->dim() != 2 || w->scalar_type() != x->scalar_type()) {
-    return pybind11::none();
-  }
-  if (b && (b->dim() != 1 || b->size(0) != w->size(0) || b->scalar_type() != x->scalar_type())) {
+  if (!is_quick() || !x || !w || (!b && !bias.is_none()) || x->dim() == 0 || w->dim() != 2 ||
+      !fit_together(*x, *w, b)) {
     return pybind11::none();
   }
   return call(*x, *w, b);
@@ -67,17 +96,17 @@ pybind11::object quick_layer(const pybind11::handle& input, const pybind11::hand
 pybind11::object quick_linear_relu(const pybind11::handle& input, const pybind11::handle& weight,
                                    const pybind11::handle& bias) {
   return quick_layer(input, weight, bias, [](const auto& x, const auto& w, const auto& b) {
-    return wrapped([&] { return linear_relu(x, w, b); });
+    return wrapped([&] { return linear_relu(autocast(x), autocast(w), autocast(b)); });
   });
 }
 
 pybind11::object quick_linear(const pybind11::handle& input, const pybind11::handle& weight,
                               const pybind11::handle& bias) {
-  return quick_layer(input, weight, bias,
-                     [](const auto& x, const auto& w, const auto& b) -> pybind11::object {
-                       if (!prefers_own_linear(x, w)) return pybind11::none();
-                       return wrapped([&] { return own_linear(x, w, b); });
-                     });
+  return quick_layer(
+      input, weight, bias, [](const auto& x, const auto& w, const auto& b) -> pybind11::object {
+        if (!prefers_own_linear(x, w, autocast_dtype(x))) return pybind11::none();
+        return wrapped([&] { return own_linear(autocast(x), autocast(w), autocast(b)); });
+      });
 }
 
 // One number for height and width, or one for each: two of Python's own integers.
@@ -103,11 +132,8 @@ pybind11::object quick_conv_relu_pool(
     const pybind11::handle& pool_padding, const pybind11::handle& ceil_mode) {
   const OptionalTensor x = plain(input), w = plain(weight);
   const OptionalTensor b = bias.is_none() ? std::nullopt : plain(bias);
-  if (!is_quick() || !x || !w || (!b && !bias.is_none()) || !is_real(*x) || x->dim() != 4 ||
-      w->dim() != 4 || w->scalar_type() != x->scalar_type() || w->numel() == 0) {
-    return pybind11::none();
-  }
-  if (b && (b->dim() != 1 || b->size(0) != w->size(0) || b->scalar_type() != x->scalar_type())) {
+  if (!is_quick() || !x || !w || (!b && !bias.is_none()) || x->dim() != 4 || w->dim() != 4 ||
+      w->numel() == 0 || !fit_together(*x, *w, b)) {
     return pybind11::none();
   }
   const auto windows = plain_pair(pool_kernel_size), around = plain_pair(pool_padding);
@@ -132,7 +158,10 @@ pybind11::object quick_conv_relu_pool(
       return pybind11::none();
     }
   }
-  return wrapped([&] { return conv_relu_pool(*x, *w, b, *strides, *paddings, *dilations, parts); });
+  return wrapped([&] {
+    return conv_relu_pool(autocast(*x), autocast(*w), autocast(b), *strides, *paddings, *dilations,
+                          parts);
+  });
 }
 
 // Of two-dimensional logits and class indices, without class weights.
@@ -142,16 +171,23 @@ pybind11::object quick_cross_entropy(const pybind11::handle& input, const pybind
   if (!PyLong_CheckExact(ignore_index.ptr()) || !PyFloat_CheckExact(label_smoothing.ptr())) {
     return pybind11::none();
   }
-  const auto ignored = ignore_index.cast<int64_t>();
-  const auto smoothing = label_smoothing.cast<double>();
-  const OptionalTensor x = plain(input), t = plain(target);
-  if (!is_quick() || !x || !t || !is_real(*x) || x->dim() != 2 || x->numel() == 0 ||
-      t->scalar_type() != at::kLong || t->dim() != 1 || t->size(0) != x->size(0) ||
-      !(smoothing >= 0 && smoothing <= 1)) {
+  const long long ignored = PyLong_AsLongLong(ignore_index.ptr());
+  if (PyErr_Occurred()) {  // too large
+    PyErr_Clear();
     return pybind11::none();
   }
-  return wrapped(
-      [&] { return cross_entropy(*x, *t, std::nullopt, reduction, ignored, smoothing); });
+  const auto smoothing = label_smoothing.cast<double>();
+  const OptionalTensor x = plain(input), t = plain(target);
+  if (!is_quick() || !x || !t || !has_kernels(x->scalar_type()) || x->dim() != 2 ||
+      x->numel() == 0 || t->scalar_type() != at::kLong || t->dim() != 1 ||
+      t->size(0) != x->size(0) || !(smoothing >= 0 && smoothing <= 1)) {
+    return pybind11::none();
+  }
+  return wrapped([&] {
+    const Tensor loss = cross_entropy(*x, *t, std::nullopt, reduction, ignored, smoothing);
+    // The kernels sum half types in float32, which is what autocast wants.
+    return is_autocast() ? loss : loss.to(x->scalar_type());
+  });
 }
 
 }  // namespace

@@ -43,16 +43,15 @@ bool is_plain(const Option&) {
   return true;
 }
 
-// Whether nothing stands between a call and the kernels: no autocast, torch.func, tracing, mode but
-// that of inference.
+// Whether nothing stands between a call and the kernels: no torch.func, tracing, mode but that of
+// inference. Of autocast the kernels know nothing; who is told of it casts before.
 inline bool is_quiet() {
   const auto state = c10::impl::tls_local_dispatch_key_set();
-  if (state.included_ == c10::default_included_set) {
-    return state.excluded_ == c10::default_excluded_set;
-  }
+  const auto excluded = state.excluded_ | c10::autocast_dispatch_keyset;
+  if (state.included_ == c10::default_included_set) return excluded == c10::default_excluded_set;
   return c10::InferenceMode::is_enabled() &&
          state.included_ == c10::default_included_set.remove(c10::DispatchKey::ADInplaceOrView) &&
-         state.excluded_ == (c10::default_excluded_set | c10::autograd_dispatch_keyset);
+         excluded == (c10::default_excluded_set | c10::autograd_dispatch_keyset);
 }
 
 // And nobody is told of calls. (A profiler is told of an op by the dispatcher.)

@@ -135,12 +135,11 @@ Tensor own_linear(const Tensor& input, const Tensor& weight, const OptionalTenso
   return output;
 }
 
-bool prefers_own_linear(const Tensor& input, const Tensor& weight) {
+bool prefers_own_linear(const Tensor& input, const Tensor& weight, at::ScalarType dtype) {
   const int64_t in_features = weight.size(1), out_features = weight.size(0);
   return weight.is_contiguous() && input.size(-1) == in_features && input.numel() > 0 &&
          out_features > 0 &&
-         cpu_ops->prefers_linear(input.numel() / in_features, in_features, out_features,
-                                 input.scalar_type() == at::kFloat);
+         cpu_ops->prefers_linear(input.numel() / in_features, in_features, out_features, dtype);
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -38,6 +38,18 @@ bool detect_bfloat16() {
 
 const bool detected_bfloat16 = detect_bfloat16();
 
+bool detect_bfloat16_tiles() {
+#if defined(__x86_64__)
+  unsigned a, b, c, features = 0;
+  constexpr unsigned kAmxBfloat16 = 1u << 22;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &features) && (features & kAmxBfloat16);
+#else
+  return false;
+#endif
+}
+
+const bool detected_bfloat16_tiles = detect_bfloat16_tiles();
+
 bool detect_zen5() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -56,6 +68,10 @@ const bool detected_zen5 = detect_zen5();
 
 bool cpu_has_bfloat16() {
   return detected_bfloat16 && detected == Isa::avx512;
+}
+
+bool cpu_has_bfloat16_tiles() {
+  return detected_bfloat16_tiles && cpu_has_bfloat16();
 }
 
 bool cpu_prefers_onednn() {

@@ -15,6 +15,9 @@ const char* cpu_isa_name();
 // Whether the processor, as far as it is used, has instructions that multiply bfloat16.
 bool cpu_has_bfloat16();
 
+// Whether it has a unit that multiplies whole tiles of bfloat16 (AMX).
+bool cpu_has_bfloat16_tiles();
+
 // Whether torch has a faster product of float32 matrices than its own choice. MKL, which it takes,
 // computes with half of a vector on AMD's processors, oneDNN with all of it; from Zen 5 on the
 // arithmetic units are as wide, too.

@@ -69,6 +69,7 @@ struct Limits {
 constexpr Limits kMklLimits = {64'000'000, 16'000'000, 16, 3'500'000};
 constexpr Limits kOnednnLimits = {32'000'000, 4'000'000'000, 4, 1'000'000'000};
 constexpr int64_t kCachedWeight = 3'500'000;  // elements; larger ones come from memory
+constexpr int64_t kSkinny = 32;  // rows, or outputs
 
 bool library_is_better(const Tensor* weight, ScalarType dtype, bool is_small, bool is_skinny) {
   // A transposed weight would have to be copied first; the library takes it as it is.
@@ -81,7 +82,7 @@ bool library_is_better(const Tensor* weight, ScalarType dtype, bool is_small, bo
 bool prefers_library_forward(const LinearReluShape& shape, const Tensor& weight) {
   const auto [M, K, N] = shape;
   const Limits& limits = is_for_onednn(weight.scalar_type()) ? kOnednnLimits : kMklLimits;
-  const bool is_skinny = std::min(M, N) <= (K * N > kCachedWeight ? limits.forward_rows : 32);
+  const bool is_skinny = std::min(M, N) <= (K * N > kCachedWeight ? limits.forward_rows : kSkinny);
   return library_is_better(&weight, weight.scalar_type(), M * K * N <= limits.forward, is_skinny);
 }
 
@@ -91,7 +92,7 @@ bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight
   const Limits& limits = is_for_onednn(dtype) ? kOnednnLimits : kMklLimits;
   const bool is_cached = K * N <= limits.backward_weight;
   return library_is_better(weight, dtype, is_cached && M * K * N <= limits.backward,
-                           is_cached && std::min(M, N) <= 32);
+                           is_cached && std::min(M, N) <= kSkinny);
 }
 
 // grad_z and, where wanted, grad_bias, in one pass over grad_out and out.
@@ -312,13 +313,17 @@ void cpu::linear_backward_out(const Tensor& grad_output, const Tensor& input, co
                memory(grad_input, M, K), M, K, N, /*adds=*/true);
 }
 
-bool cpu::prefers_linear(int64_t rows, int64_t in_features, int64_t out_features, bool is_float32) {
+bool cpu::prefers_linear(int64_t rows, int64_t in_features, int64_t out_features,
+                         ScalarType dtype) {
   constexpr int64_t kSmall = 16'000'000;  // multiply-adds
   // Elements of a weight whose gradient is fresh memory at every step, which lies in huge pages.
   constexpr int64_t kFreshWeight = 8 << 20;
   const int64_t weight = in_features * out_features;
+  if (dtype == ScalarType::BFloat16) {
+    return rows * weight <= kSmall && std::min(rows, out_features) <= kSkinny;
+  }
   return rows * weight <= kSmall ||
-         (is_float32 && (weight >= kFreshWeight || is_for_onednn(ScalarType::Float)));
+         (dtype == ScalarType::Float && (weight >= kFreshWeight || is_for_onednn(dtype)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {

@@ -36,7 +36,8 @@ void linear_backward_out(const Tensor& grad_output, const Tensor& input, const T
 
 // Whether a layer of that size is quicker by these two than by torch's product, with autograd's own
 // nodes around it.
-bool prefers_linear(int64_t rows, int64_t in_features, int64_t out_features, bool is_float32);
+bool prefers_linear(int64_t rows, int64_t in_features, int64_t out_features,
+                    torch::headeronly::ScalarType dtype);
 
 std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
                                                  const OptionalTensor& weight, int64_t reduction,
