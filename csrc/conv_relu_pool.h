@@ -149,10 +149,11 @@ inline void check_conv_relu_pool_backward(const ConvReluPoolShape& shape, const 
         "conv_relu_pool_backward: codes must be uint8, but are ", codes.scalar_type());
 }
 
-// Uninitialised (N, K, height, width), dense, in the output's memory format.
+// Uninitialised (N, K, height, width), dense, in the output's memory format. That of one channel
+// is both; torch's own operators give it the strides of a contiguous one.
 inline Tensor allocate_image(const Tensor& like, const ConvReluPoolShape& shape, int64_t height,
                              int64_t width, std::optional<ScalarType> dtype = std::nullopt) {
-  if (!shape.channels_last) {
+  if (!shape.channels_last || shape.K == 1) {
     const std::array<int64_t, 4> sizes{shape.N, shape.K, height, width};
     return allocate(like, sizes, dtype);
   }

@@ -52,6 +52,7 @@ inline LinearReluShape check_linear_relu_backward(const Tensor& grad_output, con
   LinearReluShape shape{1, 0, output.size(output.dim() - 1)};
   for (int64_t d = 0; d + 1 < output.dim(); ++d) shape.rows *= output.size(d);
   if (input) {
+    check(input->dim() >= 1, "linear_relu_backward: input must have at least one dimension");
     shape.in_features = input->size(input->dim() - 1);
     check(input->numel() == shape.rows * shape.in_features, "linear_relu_backward: input ",
           ShapeOf{*input}, " does not fit output ", ShapeOf{output});

@@ -1,4 +1,8 @@
 // The table of contents: every op's schema.
+//
+// Those that write to memory at hand are for this package alone: they write below autograd, which
+// does not count it as a new version, and expect that it overlaps neither itself nor, where nothing
+// else is said, what they read.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -508,6 +508,33 @@ def test_codes_that_are_none_are_taken_for_dead():
     assert not any(grad.any() for grad in grads)
 
 
+def test_an_infinite_gradient_leaves_the_padding_alone(device):
+    """Where it is at the border, the weight's gradient is infinite, or as it was; never NaN for the
+    zeros around the image."""
+    for C, K, kernel in ((1, 4, 3), (3, 17, 5), (3, 4, 3), (8, 8, 3)):
+        input, weight, bias, padding = sample((2, C, 8, 8, K, kernel, kernel // 2), torch.float32)
+        input, weight = input.abs() + 0.125, weight.abs() + 0.125
+        grad = torch.ones(2, K, 4, 4)
+        grad[1, 0, 0, 0] = float("inf")
+        grads = []
+        for function, on in ((native, "cpu"), (conv_relu_pool2d, device)):
+            leaves = [t.detach().to(on).requires_grad_() for t in (input, weight, bias)]
+            output = function(*leaves, padding=padding)
+            grads.append([g.cpu() for g in torch.autograd.grad(output, leaves, grad.to(on))])
+        for actual, expected in zip(*reversed(grads), strict=True):
+            assert torch.equal(actual.isnan(), expected.isnan())
+            assert torch.equal(actual.isinf(), expected.isinf())
+
+
+def test_an_output_of_one_channel_is_laid_out_as_torchs(device):
+    for K in (1, 2):
+        input, weight, bias, _ = sample((2, 3, 8, 8, K, 3, 1), torch.float32, device)
+        input = input.contiguous(memory_format=torch.channels_last)
+        output, expected = conv_relu_pool2d(input, weight, bias), native(input, weight, bias)
+        assert output.stride() == expected.stride()
+        torch.testing.assert_close(output, expected)
+
+
 def test_scratch_memory_has_a_limit():
     """Beyond it the library takes over; what a thread keeps stays below 10 MB."""
     setup = """

@@ -567,15 +567,25 @@ def test_large_logits_of_every_kind(dtype, reduction):
         cross_entropy(logits, target, reduction=reduction)
 
 
-def test_changed_logits_are_noticed(device):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_changed_logits_are_noticed_where_they_are_read(reduction, device):
     logits, target, _ = sample((20, 10), torch.float32, device)
-    for changed in (0, 1):
-        hidden = logits * 1
-        labels = target.clone()
-        loss = cross_entropy(hidden, labels)
-        (hidden, labels)[changed].mul_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+    logits.requires_grad_()
+    (expected,) = torch.autograd.grad(
+        cross_entropy(logits, target, reduction=reduction).sum(), logits
+    )
+    is_made = device.name == "cpu" and reduction == "mean"  # with the loss
+    for changed, factor in itertools.product((0, 1), (1.0, 2.0, float("inf"))):
+        hidden, labels = logits * 1, target.clone()
+        loss = cross_entropy(hidden, labels, reduction=reduction).sum()
+        (hidden, labels)[changed].mul_(0)
+        weight = torch.tensor(factor, device=logits.device)
+        if is_made and (factor == 1 or (factor == 2 and changed == 0)):
+            (actual,) = torch.autograd.grad(loss, logits, weight)
+            torch.testing.assert_close(actual, factor * expected)
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, logits, weight)
 
 
 @pytest.mark.parametrize("shape", [(5000, 10), (100, 1000), (8, 21, 33, 31)], ids=str)

@@ -83,6 +83,20 @@ def test_only_wanted_gradients(dtype):
         assert tuple(t.grad is not None for t in (x, w, b)) == needs
 
 
+@pytest.mark.usefixtures("_both_products")
+@pytest.mark.parametrize("transposed", ["input", "weight"])
+def test_any_strides(transposed):
+    x, w, b, target, _ = draw(torch.float32)
+    grads = []
+    for make in (torch.Tensor.contiguous, lambda t: t.t().contiguous().t()):
+        given = {"input": x.detach(), "weight": w.detach()}
+        given[transposed] = make(given[transposed])
+        leaves = [t.requires_grad_() for t in given.values()]
+        loss = linear_cross_entropy(*leaves, target, b)
+        grads.append(torch.autograd.grad(loss, leaves))
+    torch.testing.assert_close(*grads)
+
+
 def test_backward_twice_with_other_factors():
     x, w, b, target, _ = draw(torch.float64)
     loss = linear_cross_entropy(x, w, target, b)

@@ -416,6 +416,12 @@ def test_what_torch_rejects_is_rejected(make, words):
         assert word in str(caught.value)
 
 
+def test_raw_backward_rejects_scalars():
+    rows = torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match="linear_relu_backward: input must have"):
+        torch.ops.fastnet.linear_relu_backward(rows, rows, torch.randn(()), None, False)
+
+
 def test_devices_must_agree(device):
     if device != "cuda":
         pytest.skip("it takes two devices")

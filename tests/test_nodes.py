@@ -116,6 +116,25 @@ def test_hooks_and_freed_graphs():
         output.sum().backward()
 
 
+@pytest.mark.parametrize("call", [linear_relu, linear], ids=lambda call: call.__name__)
+def test_only_the_gradients_that_are_asked_for(call):
+    """What is not has no product, and what only it would read may have changed."""
+    x, weight, bias = leaves((6, 20), (5, 20), (5,))
+    given = {"x": x * 1, "weight": weight * 1, "bias": bias}
+    output = call(*given.values())
+    grads = torch.autograd.grad(output.sum(), given.values())
+    wanted = dict(zip(given, grads, strict=True))
+    for name, other in (("x", "x"), ("weight", "weight"), ("bias", "x")):
+        output = call(*given.values())
+        given[other].detach().mul_(1)
+        (actual,) = torch.autograd.grad(output.sum(), given[name])
+        torch.testing.assert_close(actual, wanted[name])
+    output = call(*given.values())
+    given["x"].detach().mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(output.sum(), given["weight"])
+
+
 def test_watchers_see_calls():
     """A profiler the ops, which are called past the dispatcher otherwise; a hook the nodes."""
     weight, bias = leaves((5, 20), (5,))

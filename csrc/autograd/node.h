@@ -30,7 +30,8 @@ using torch::autograd::variable_list;
 //   kSaved, the number of tensors that it saves, undefined ones among them;
 //   Options, a tuple of numbers and lists of numbers;
 //   backward(grad_output, saved, options, needs), which gives the gradients of the inputs, of which
-//   `needs` says whether they are wanted.
+//   `needs` says whether they are wanted. saved[i] is a tensor, or an error where it was written to
+//   since: only what is read is asked for.
 template <class Call>
 class Node final : public torch::autograd::Node {
  public:
@@ -48,7 +49,7 @@ class Node final : public torch::autograd::Node {
   variable_list apply(variable_list&& grad_outputs) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!grad_outputs[0].defined()) return variable_list(num_outputs());
-    return Call::backward(grad_outputs[0], unpacked(), options_, needs());
+    return Call::backward(grad_outputs[0], Saved{*this}, options_, needs());
   }
 
   std::string name() const override { return Call::kName; }
@@ -71,7 +72,9 @@ class Node final : public torch::autograd::Node {
     using namespace torch::dynamo::autograd;
     for (auto& each : saved_) swap.before(each);
     PackedArgs packed;
-    packed.pack(unpacked());
+    variable_list tensors;
+    for (size_t index = 0; index < saved_.size(); ++index) tensors.push_back(Saved{*this}[index]);
+    packed.pack(tensors);
     packed.pack(needs());
     std::apply([&](const auto&... option) { (packed.pack(option), ...); }, options_);
     const std::vector<at::IValue> args = std::move(packed).vec();
@@ -91,12 +94,10 @@ class Node final : public torch::autograd::Node {
   }
 
  private:
-  variable_list unpacked() {
-    variable_list tensors;
-    tensors.reserve(saved_.size());
-    for (const auto& each : saved_) tensors.push_back(each.unpack(getptr()));
-    return tensors;
-  }
+  struct Saved {
+    Node& node;
+    Tensor operator[](size_t index) const { return node.saved_[index].unpack(node.getptr()); }
+  };
 
   std::vector<bool> needs() const {
     std::vector<bool> wanted(num_outputs());

@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -70,16 +71,18 @@ struct LinearReLU {
   static constexpr size_t kSaved = 3;
   using Options = std::tuple<>;
 
-  static variable_list backward(const Tensor& grad_output, const variable_list& saved,
-                                const Options&, const std::vector<bool>& needs) {
+  template <class Saved>
+  static variable_list backward(const Tensor& grad_output, const Saved& saved, const Options&,
+                                const std::vector<bool>& needs) {
     static const Op<&cpu::Ops::linear_relu_backward> backward_op("fastnet::linear_relu_backward");
+    const Tensor output = saved[0];
+    const OptionalTensor input = needs[1] ? given(saved[1]) : std::nullopt;
+    const OptionalTensor weight = needs[0] ? given(saved[2]) : std::nullopt;
     if (is_differentiated(grad_output)) {
-      return differentiable("linear_relu", grad_output, saved[0], saved[1], saved[2],
-                            bool(needs[2]));
+      return differentiable("linear_relu", grad_output, output, input, weight, bool(needs[2]));
     }
-    auto [input, weight, bias] =
-        backward_op(grad_output, saved[0], given(saved[1]), given(saved[2]), needs[2]);
-    return {input, weight, bias};
+    auto [of_input, of_weight, of_bias] = backward_op(grad_output, output, input, weight, needs[2]);
+    return {of_input, of_weight, of_bias};
   }
 };
 
@@ -105,18 +108,19 @@ struct Linear {
   static constexpr size_t kSaved = 2;
   using Options = std::tuple<>;
 
-  static variable_list backward(const Tensor& grad_output, const variable_list& saved,
-                                const Options&, const std::vector<bool>& needs) {
+  template <class Saved>
+  static variable_list backward(const Tensor& grad_output, const Saved& saved, const Options&,
+                                const std::vector<bool>& needs) {
     static const Op<&cpu::Ops::linear_backward> backward_op("fastnet::linear_backward");
-    const Tensor &input = saved[0], &weight = saved[1];
+    const OptionalTensor input = needs[1] ? given(saved[0]) : std::nullopt;
+    const OptionalTensor weight = needs[0] ? given(saved[1]) : std::nullopt;
     if (is_differentiated(grad_output)) {  // by native operators, which torch knows how to
       const Tensor rows = grad_output.reshape({-1, grad_output.size(-1)});
-      return {weight.defined() ? at::matmul(grad_output, weight) : Tensor(),
-              input.defined() ? at::mm(rows.t(), input.reshape({-1, input.size(-1)})) : Tensor(),
+      return {weight ? at::matmul(grad_output, *weight) : Tensor(),
+              input ? at::mm(rows.t(), input->reshape({-1, input->size(-1)})) : Tensor(),
               needs[2] ? at::sum(rows, 0) : Tensor()};
     }
-    auto [of_input, of_weight, of_bias] =
-        backward_op(grad_output, given(input), given(weight), needs[2]);
+    auto [of_input, of_weight, of_bias] = backward_op(grad_output, input, weight, needs[2]);
     return {of_input, of_weight, of_bias};
   }
 };
@@ -232,22 +236,28 @@ struct CrossEntropy {
   static constexpr size_t kSaved = 5;
   using Options = std::tuple<int64_t, int64_t, double>;  // reduction, ignore_index, label_smoothing
 
-  static variable_list backward(const Tensor& grad_loss, const variable_list& saved,
-                                const Options& options, const std::vector<bool>&) {
-    const Tensor &logits = saved[0], &target = saved[1], &statistics = saved[3];
-    const Tensor& gradient = saved[4];
-    const OptionalTensor weight = given(saved[2]);
+  template <class Saved>
+  static variable_list backward(const Tensor& grad_loss, const Saved& saved, const Options& options,
+                                const std::vector<bool>&) {
+    const Tensor gradient = saved[4];
     const auto [reduction, ignore_index, label_smoothing] = options;
     const bool is_usual = !is_differentiated(grad_loss) && !is_traced(grad_loss);
-    if (is_usual && gradient.defined() && is_plain(grad_loss) && grad_loss.item().toDouble() == 1 &&
-        !torch::autograd::get_current_graph_task_keep_graph()) {
-      return {gradient};
+    // The logits may have been written to since: they are read only where there is no gradient yet,
+    // or another one is wanted.
+    bool has_gradient = is_usual && gradient.defined();
+    if (has_gradient && is_plain(grad_loss)) {
+      const double factor = grad_loss.item().toDouble();
+      if (factor == 1 && !torch::autograd::get_current_graph_task_keep_graph()) return {gradient};
+      has_gradient = std::isfinite(factor);
     }
+    const Tensor logits = has_gradient ? Tensor() : Tensor(saved[0]);
+    const Tensor target = saved[1], statistics = saved[3];
+    const OptionalTensor weight = given(saved[2]);
     if (is_usual && !gradient.defined()) {
       return {cross_entropy_backward(grad_loss, logits, target, weight, statistics, reduction,
                                      ignore_index, label_smoothing)};
     }
-    return from_python("cross_entropy", "gradient_of", grad_loss, logits, target, weight,
+    return from_python("cross_entropy", "gradient_of", grad_loss, given(logits), target, weight,
                        given(statistics), given(gradient), reduction, ignore_index,
                        label_smoothing);
   }
@@ -302,11 +312,12 @@ struct ConvReLUPool {
   static constexpr size_t kSaved = 3;
   using Options = std::tuple<Sizes, Sizes, Sizes, int64_t>;  // stride, padding, dilation, groups
 
-  static variable_list backward(const Tensor& grad_output, const variable_list& saved,
+  template <class Saved>
+  static variable_list backward(const Tensor& grad_output, const Saved& saved,
                                 const Options& options, const std::vector<bool>& needs) {
     static const Op<&cpu::Ops::conv_relu_pool_backward> backward_op(
         "fastnet::conv_relu_pool_backward");
-    const Tensor &codes = saved[0], &input = saved[1], &weight = saved[2];
+    const Tensor codes = saved[0], input = saved[1], weight = saved[2];
     const auto& [stride, padding, dilation, groups] = options;
     if (is_differentiated(grad_output)) {
       return differentiable("conv_relu_pool", grad_output, codes, input, weight, stride, padding,

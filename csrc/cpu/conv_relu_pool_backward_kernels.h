@@ -154,8 +154,8 @@ void collect_weight_kernel(const ConvBackward<T>& call, acc_t<T>* sums, acc_t<T>
 
 // ---------------------------------------------------------------------------------------------
 // grad_weight and grad_bias of filters [k_begin, k_end) from images [n_begin, n_end), added to sums
-// and bias_sums. Returns false where the input is not finite: an infinity times the gradient of a
-// dead window would be NaN, which this leaves out.
+// and bias_sums. Returns false where the input or a gradient is not finite: an infinity times the
+// gradient of a dead window would be NaN, which this leaves out.
 
 template <class T>
 bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, int64_t n_end,
@@ -239,8 +239,10 @@ bool conv_backward_weight_kernel(const ConvBackward<T>& call, int64_t n_begin, i
         }
       }
       const int64_t count = end - entries;
-      bias_sums[k] += sum_of_gradients(entries, count);
+      const A sum = sum_of_gradients(entries, count);
+      bias_sums[k] += sum;
       if (!call.needs_weight) continue;
+      if (!(sum - sum == 0)) return false;  // an infinite one times the padding would be NaN
       for (int64_t block = 0; block < plan.blocks; ++block) {
         add(entries, count, input + block * plan.strips * plan.strip_size, plan.row,
             sums + (k * plan.blocks + block) * plan.patch, plan.patch_row, lanes);

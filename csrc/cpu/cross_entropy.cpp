@@ -117,13 +117,19 @@ int64_t check_classes(const int64_t* classes, int64_t rows, int64_t C, int64_t i
   const auto is_out = [=](int64_t y) {
     return (static_cast<uint64_t>(y) >= static_cast<uint64_t>(C)) & (y != ignore_index);
   };
-  int64_t counted = 0;
-  bool any = false;
-  for (int64_t row = 0; row < rows; ++row) {
-    counted += classes[row] != ignore_index;
-    any |= is_out(classes[row]);
-  }
-  for (int64_t row = 0; any && row < rows; ++row) {
+  std::atomic<int64_t> counted = 0;
+  std::atomic<bool> any_is_out = false;
+  parallel(rows, 1, [&](int64_t begin, int64_t end) {
+    int64_t count = 0;
+    bool any = false;
+    for (int64_t row = begin; row < end; ++row) {
+      count += classes[row] != ignore_index;
+      any |= is_out(classes[row]);
+    }
+    counted += count;
+    if (any) any_is_out = true;
+  });
+  for (int64_t row = 0; any_is_out && row < rows; ++row) {
     const int64_t y = classes[row];
     if (is_out(y)) {
       throw std::out_of_range(text("cross_entropy: target ", y, " at position ", row,

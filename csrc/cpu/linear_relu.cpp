@@ -69,7 +69,7 @@ struct Limits {
 constexpr Limits kMklLimits = {64'000'000, 16'000'000, 16, 3'500'000};
 constexpr Limits kOnednnLimits = {32'000'000, 4'000'000'000, 4, 1'000'000'000};
 constexpr int64_t kCachedWeight = 3'500'000;  // elements; larger ones come from memory
-constexpr int64_t kSkinny = 32;  // rows, or outputs
+constexpr int64_t kSkinny = 32;               // rows, or outputs
 
 bool library_is_better(const Tensor* weight, ScalarType dtype, bool is_small, bool is_skinny) {
   // A transposed weight would have to be copied first; the library takes it as it is.
@@ -95,22 +95,28 @@ bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight
                            is_cached && std::min(M, N) <= kSkinny);
 }
 
-// grad_z and, where wanted, grad_bias, in one pass over grad_out and out.
+// grad_z and grad_bias, in one pass over grad_out and out; either may be null.
 template <bool kRelu, class T, class Z>
 void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
                  Tensor* grad_bias, int64_t M, int64_t N) {
   using A = acc_t<T>;
   // Fixed chunks of rows, whatever the number of threads: the sums come out the same, bit by bit.
   const int64_t chunk = std::max<int64_t>(64, 32768 / std::max<int64_t>(1, N));
-  const int64_t chunks = divide_up(M, chunk);
-  const std::unique_ptr<A[]> sums(new A[std::max<int64_t>(1, chunks) * N]);
-  std::fill_n(sums.get(), N, A(0));
-  parallel(chunks, chunk * N * 4, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t first = c * chunk * N;
-      FASTNET_BEST_ISA(masked_grad_kernel<kRelu>(grad_out + first, kRelu ? out + first : nullptr,
-                                                 grad_z + first, sums.get() + c * N,
-                                                 std::min(chunk, M - c * chunk), N));
+  constexpr int64_t kColumns = 1024;
+  const int64_t chunks = divide_up(M, chunk), parts = divide_up(N, kColumns);
+  std::unique_ptr<A[]> sums;
+  if (grad_bias) {
+    sums.reset(new A[std::max<int64_t>(1, chunks) * N]);
+    std::fill_n(sums.get(), N, A(0));
+  }
+  parallel(chunks * parts, 4 * chunk * std::min(N, kColumns), [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t c = part / parts, n = part % parts * kColumns;
+      const int64_t first = c * chunk * N + n;
+      FASTNET_BEST_ISA(masked_grad_kernel<kRelu>(
+          grad_out + first, kRelu ? out + first : nullptr, grad_z ? grad_z + first : nullptr,
+          sums ? sums.get() + c * N + n : nullptr, std::min(chunk, M - c * chunk),
+          std::min(kColumns, N - n), N));
     }
   });
   if (!grad_bias) return;
@@ -220,12 +226,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   if (needs_bias) grad_bias = allocate(output, {N});
   const Tensor g = dense(grad_output), out = kRelu ? dense(output) : output;
 
+  Tensor* const wanted_bias = needs_bias ? &grad_bias : nullptr;
   if (prefers_library_backward({M, K, N}, weight ? &*weight : nullptr, output.scalar_type())) {
-    Tensor grad_z = allocate(output, {M, N});
+    Tensor grad_z = kRelu ? allocate(output, {M, N}) : torch::stable::view(g, {M, N});
     dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, N = N](auto type) {
       using T = decltype(type);
-      masked_grad<kRelu, T>(data<T>(g), data<T>(out), mutable_data<T>(grad_z),
-                            needs_bias ? &grad_bias : nullptr, M, N);
+      auto* const z = kRelu ? mutable_data<T>(grad_z) : nullptr;
+      if (z || wanted_bias) masked_grad<kRelu, T>(data<T>(g), data<T>(out), z, wanted_bias, M, N);
     });
     if (input) {
       grad_weight = library_product(torch::stable::transpose(grad_z, 0, 1),
@@ -243,11 +250,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, K = K, N = N](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
-    const std::unique_ptr<A[]> grad_z(new A[std::max<int64_t>(1, M * N)]);
-    masked_grad<kRelu, T>(data<T>(g), data<T>(out), grad_z.get(), needs_bias ? &grad_bias : nullptr,
-                          M, N);
-
-    own_products(grad_z.get(), x ? data<T>(*x) : nullptr, weight ? data<T>(*weight) : nullptr,
+    // Without a ReLU the gradient is taken as it is, but that half types are widened.
+    constexpr bool kIsMade = kRelu || sizeof(T) != sizeof(A);
+    const std::unique_ptr<A[]> made(kIsMade ? new A[std::max<int64_t>(1, M * N)] : nullptr);
+    if (made || wanted_bias) {
+      masked_grad<kRelu, T>(data<T>(g), data<T>(out), made.get(), wanted_bias, M, N);
+    }
+    const A* const grad_z = made ? made.get() : static_cast<const A*>(g.const_data_ptr());
+    own_products(grad_z, x ? data<T>(*x) : nullptr, weight ? data<T>(*weight) : nullptr,
                  input ? mutable_data<T>(grad_weight) : nullptr,
                  weight ? mutable_data<T>(grad_input) : nullptr, M, K, N);
   });
@@ -289,9 +299,8 @@ void cpu::linear_forward_out(const Tensor& input, const Tensor& weight,
   check(out.dim() == 2 && out.size(0) == M && out.size(1) == N && out.is_contiguous() &&
             out.scalar_type() == ScalarType::Float,
         "linear_forward.out: out must be a dense float32 ", M, "x", N, ", but is ", ShapeOf{out});
-  const Tensor x = dense(input), w = dense(weight);
-  const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
-  own_forward<false>(data<float>(x), data<float>(w), b ? data<float>(*b) : nullptr,
+  const Tensor x = dense(input), w = dense(weight), b = bias ? dense(*bias) : Tensor();
+  own_forward<false>(data<float>(x), data<float>(w), bias ? data<float>(b) : nullptr,
                      mutable_data<float>(out), M, K, N);
 }
 

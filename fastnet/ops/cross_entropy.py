@@ -127,14 +127,15 @@ def run_forward(
 
 def gradient_of(
     grad_loss: Tensor,
-    logits: Tensor,
+    logits: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
     statistics: Tensor | None,
     gradient: Tensor | None,
     *options,
 ) -> tuple[Tensor]:
-    """The logits' gradient, from what the forward pass has left."""
+    """The logits' gradient, from what the forward pass has left. Where that is the gradient, and
+    the loss's own is finite, it is without the logits."""
     if _library.is_differentiated():
         return differentiate(grad_loss, logits, target, weight, *options)
     if gradient is None:
@@ -150,7 +151,7 @@ def gradient_of(
         return (gradient * factor,)
     if factor == 1:
         return (gradient,)
-    return (gradient.mul_(factor) if logits.nbytes >= LARGE else gradient * factor,)
+    return (gradient.mul_(factor) if gradient.nbytes >= LARGE else gradient * factor,)
 
 
 class CrossEntropy(torch.autograd.Function):

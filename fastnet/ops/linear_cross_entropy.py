@@ -67,7 +67,7 @@ def sweep(
     if grad_loss is not None:
         # Sums over chunks; half types would lose a little at each.
         gradients = [
-            torch.empty_like(input) if needs[0] else None,
+            torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None,
             torch.zeros_like(weight, dtype=wide) if needs[1] else None,
             torch.zeros(C, dtype=wide, device=weight.device) if needs[2] else None,
         ]
