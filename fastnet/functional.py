@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastnet import _library, ops
@@ -47,15 +49,20 @@ def _built_for(device_index: int) -> bool:
     return False
 
 
-def _are_flops_counted() -> bool:
-    """Whether torch.utils.flop_counter is at work. It counts the operations of torch's own
-    operators; to tell it of others it has to be imported, and is slower to than fastnet."""
+def _are_operators_watched() -> bool:
+    """Whether somebody looks at torch's own functions or operators: a mode of torch.overrides, but
+    for a default device's, or torch.utils.flop_counter. (To tell that one of others it has to be
+    imported, which takes longer than to import fastnet.)"""
+    if torch.compiler.is_compiling():
+        return False
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_function_stack() > 0
+        and any(type(m) is not DeviceContext for m in _get_current_function_mode_stack())
+    ) or (
+        torch._C._len_torch_dispatch_stack() > 0
         and any(
-            type(mode).__module__ == "torch.utils.flop_counter"
-            for mode in _get_current_dispatch_mode_stack()
+            type(m).__module__ == "torch.utils.flop_counter"
+            for m in _get_current_dispatch_mode_stack()
         )
     )
 
@@ -83,7 +90,7 @@ def _has_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         )
         and (input.is_cpu or _built_for(input.device.index))
         and not input.is_nested
-        and not _are_flops_counted()
+        and not _are_operators_watched()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._get_tracing_state()
         and forward_ad._current_level < 0
@@ -253,6 +260,8 @@ def conv_relu_pool2d(
 def _pair(value: int | tuple[int, int]) -> tuple[int, ...]:
     if type(value) is int:
         return (value, value)
+    if isinstance(value, bool):
+        return ()  # which the native functions refuse
     try:
         pair = tuple(map(operator.index, value))
     except TypeError:
@@ -290,6 +299,8 @@ def _is_convolution(
     native functions' to compute, or to refuse."""
     if (
         any(len(pair) != 2 for pair in (stride, padding, dilation))
+        or isinstance(groups, bool)
+        or not isinstance(ceil_mode, bool)
         or min(*stride, *dilation, groups) < 1
         or min(padding) < 0
         or 0 in weight.shape
@@ -342,7 +353,7 @@ def cross_entropy(
         >>> logits = torch.randn(64, 10, requires_grad=True)
         >>> cross_entropy(logits, torch.randint(10, (64,))).backward()
     """
-    number = REDUCTIONS.get(reduction)
+    number = REDUCTIONS.get(reduction) if type(reduction) is str else None
     if (
         _library.NODES is not None
         and weight is None
@@ -354,6 +365,17 @@ def cross_entropy(
         )
         if loss is not None:
             return loss
+    native = functools.partial(
+        F.cross_entropy,
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if number is None or not _are_plain(input, target, weight, ignore_index):
+        return native()
     wants_gradient = input.requires_grad and torch.is_grad_enabled()
     is_small = input.is_cpu and input.numel() < (
         SMALL_LOGITS if wants_gradient else SMALL_LOGITS_FORWARD
@@ -371,8 +393,7 @@ def cross_entropy(
         if target.is_floating_point() and target.dtype is not dtype:
             input, target = input.to(wide), target.to(wide)
     if (
-        number is not None
-        and not is_small
+        not is_small
         and 0 <= label_smoothing <= 1
         and _has_kernels(input, target, None)
         and _is_target(target, input, ignore_index)
@@ -387,13 +408,20 @@ def cross_entropy(
         else:
             loss = evaluate(input, target, weight, number, ignore_index, float(label_smoothing))
         return loss if loss_dtype is wide else loss.to(loss_dtype)
-    return F.cross_entropy(
-        input,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
+    return native()
+
+
+def _are_plain(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int = -100
+) -> bool:
+    """Whether these are what they are said to be, and not what stands for them in a trace. All else
+    is the native function's, to take or to refuse."""
+    return (
+        type(input) in _PLAIN_TYPES
+        and type(target) in _PLAIN_TYPES
+        and (weight is None or type(weight) in _PLAIN_TYPES)
+        and type(ignore_index) is int
+        and -(1 << 63) <= ignore_index < 1 << 63
     )
 
 
@@ -459,22 +487,35 @@ def linear_cross_entropy(
         ValueError: for an input of other dimensions.
         IndexError, RuntimeError, ValueError: as the two functions do.
     """
-    if input.dim() not in (1, 2):
+    if isinstance(input, Tensor) and input.dim() not in (1, 2):
         raise ValueError(
             "linear_cross_entropy: input must be (N, in_features) or (in_features), but is "
             f"{tuple(input.shape)}; flatten the leading dimensions, and those of target"
         )
-    number = REDUCTIONS.get(reduction)
-    given_class_weight = class_weight
+
+    def two_ops() -> Tensor:
+        return cross_entropy(
+            F.linear(input, weight, bias),
+            target,
+            class_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+
+    number = REDUCTIONS.get(reduction) if type(reduction) is str else None
+    are_plain = _are_plain(input, weight, bias)
+    if number is None or not are_plain or not _are_plain(input, target, class_weight, ignore_index):
+        return two_ops()
     autocast = torch._C._is_any_autocast_enabled()
     x, w, b = _autocast(input, weight, bias) if autocast else (input, weight, bias)
     wide = accumulate_dtype(x.dtype)
     under_autocast = autocast and _is_autocast(x.device.type)
-    if class_weight is not None and under_autocast:
-        class_weight = class_weight.to(wide)
+    factors = class_weight
+    if factors is not None and under_autocast:
+        factors = factors.to(wide)
     if (
-        number is not None
-        and input.dim() == 2
+        input.dim() == 2
         and 0 <= label_smoothing <= 1
         and w.dim() == 2
         and x.shape[1] == w.shape[1]
@@ -486,26 +527,18 @@ def linear_cross_entropy(
         # On logits that are not there yet, of which shape and dtype are known.
         and _is_target(target, x.new_empty(()).expand(x.shape[0], w.shape[0]), ignore_index)
         and (
-            class_weight is None
-            or _is_class_weight(class_weight, w.t(), wide if under_autocast else x.dtype)
+            factors is None or _is_class_weight(factors, w.t(), wide if under_autocast else x.dtype)
         )
     ):
-        if class_weight is not None:
-            class_weight = class_weight.to(wide)
+        if factors is not None:
+            factors = factors.to(wide)
         wants_gradient = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, w, b)
         )
         function = LinearCrossEntropy.apply if wants_gradient else evaluate_linear
-        loss = function(x, w, target, b, class_weight, number, ignore_index, float(label_smoothing))
+        loss = function(x, w, target, b, factors, number, ignore_index, float(label_smoothing))
         return loss if under_autocast else loss.to(x.dtype)
-    return cross_entropy(
-        F.linear(input, weight, bias),
-        target,
-        given_class_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    return two_ops()
 
 
 def _is_autocast(device: str) -> bool:

@@ -97,8 +97,18 @@ def check_apart(parameters: list[nn.Parameter]) -> None:
 
 
 def signature(model: nn.Module) -> list[tuple]:
-    """What changes when a module is replaced, or given hooks."""
-    return [(name, id(m), type(m), chains.has_hooks(m)) for name, m in model.named_modules()]
+    """What changes when a module is replaced, given hooks, or told to do otherwise by a number, a
+    word or a flag of its own."""
+    return [
+        (name, id(m), type(m), chains.has_hooks(m), _flags(m)) for name, m in model.named_modules()
+    ]
+
+
+def _flags(module: nn.Module) -> dict[str, object]:
+    kinds = (bool, int, float, str, tuple, type(None))
+    flags = {name: value for name, value in vars(module).items() if type(value) in kinds}
+    del flags["training"]  # in which both do the same
+    return flags
 
 
 def _operations(module: nn.Module) -> Iterator[nn.Linear | str]:

@@ -498,6 +498,15 @@ def test_infinity_in_a_row_that_no_window_touches(channels, device):
         torch.testing.assert_close(*grads, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups"])
+def test_a_truth_is_no_number(name):
+    input, weight, _, _ = sample((2, 3, 8, 8, 4, 3, 1), torch.float32)
+    with pytest.raises(TypeError, match=name):
+        conv_relu_pool2d(input, weight, **{name: True})
+    with pytest.raises(TypeError, match="ceil_mode"):
+        conv_relu_pool2d(input, weight, ceil_mode=1)
+
+
 def test_codes_that_are_none_are_taken_for_dead():
     input, weight, _, _ = sample((2, 8, 8, 8, 4, 3, 1), torch.float32)
     convolution = ([1, 1], [1, 1], [1, 1], 1)

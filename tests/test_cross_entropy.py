@@ -732,6 +732,14 @@ def test_export():
     torch.testing.assert_close(exported(*inputs), module(*inputs))
 
 
+def test_symbolic_trace():
+    loss = torch.fx.symbolic_trace(fastnet.CrossEntropyLoss(label_smoothing=0.1))
+    logits, target, _ = sample((6, 10), torch.float32)
+    torch.testing.assert_close(
+        loss(logits, target), F.cross_entropy(logits, target, label_smoothing=0.1)
+    )
+
+
 def functional_cases():
     from torch.func import grad, hessian, jvp, vmap
 
@@ -858,9 +866,18 @@ def test_what_torch_takes_is_taken(arguments, options):
         ((LOGITS, LABELS, torch.rand(5, requires_grad=True)), {}, "weight"),
         ((LOGITS, LOGITS.softmax(1)), {"ignore_index": 2}, "ignore_index"),
         ((LOGITS, torch.ones(3, 5, dtype=torch.int64)), {}, "Long"),
+        ((None, LABELS), {}, "NoneType"),
+        ((LOGITS, [1, 2, 3]), {}, "list"),
+        ((LOGITS, LABELS, [1.0] * 5), {}, "list"),
+        ((LOGITS, LABELS), {"ignore_index": None}, "NoneType"),
+        ((LOGITS, LABELS), {"ignore_index": True}, "bool"),
+        ((LOGITS, LABELS), {"ignore_index": 1 << 70}, "Overflow"),
+        ((LOGITS, LABELS), {"reduction": ["mean"]}, "mean"),
     ],
     ids=["class 5 of 5", "class -1", "smoothed", "batch", "int32 target", "smoothing", "reduction",
-         "weight dtype", "weight size", "weight gradient", "ignored probability", "2-d labels"],
+         "weight dtype", "weight size", "weight gradient", "ignored probability", "2-d labels",
+         "no logits", "a list of labels", "a list of weights", "nothing ignored", "a truth ignored",
+         "too large", "a list of words"],
 )  # fmt: skip
 def test_what_torch_rejects_is_rejected(arguments, options, words):
     expected, actual = native_and_fused(*arguments, **options)

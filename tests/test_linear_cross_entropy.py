@@ -109,6 +109,30 @@ def test_backward_twice_with_other_factors():
     assert gradients[1].data_ptr() != gradients[2].data_ptr()
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_batched_gradients(reduction):
+    x, w, b, target, _ = draw(torch.float64)
+    jacobians = [
+        torch.autograd.functional.jacobian(f, (x.detach(), w.detach()), vectorize=True)
+        for f in (
+            lambda x, w: linear_cross_entropy(x, w, target, b, reduction=reduction),
+            lambda x, w: F.cross_entropy(F.linear(x, w, b), target, reduction=reduction),
+        )
+    ]
+    torch.testing.assert_close(*jacobians)
+
+
+def test_a_gradient_that_is_not_finite_leaves_ignored_rows_alone():
+    x, w, b, target, _ = draw(torch.float32)
+    target[0] = -100
+    for factor in (float("inf"), float("nan")):
+        loss = linear_cross_entropy(x, w, target, b)
+        (gradient,) = torch.autograd.grad(loss, x, torch.tensor(factor))
+        assert torch.equal(gradient.isnan().all(1), target != -100)
+        assert not gradient[target == -100].any()
+        assert not gradient.requires_grad
+
+
 def test_tied_weights_and_hooks_under_create_graph():
     """As in torch: what the input owes to the weight counts once, and hooks run once."""
     ids = torch.tensor([0, 3, 5, 3])
@@ -184,6 +208,10 @@ def test_takes_and_rejects_as_the_two_ops_do():
         linear_cross_entropy(half[0], half[1], target, half[2]),
         F.cross_entropy(F.linear(*half), target),
     )
+    for wrong in ({"input": None}, {"weight": [1.0]}, {"ignore_index": None}, {"target": [1]}):
+        given = {"input": x, "weight": w, "target": target} | wrong
+        with pytest.raises(TypeError):
+            linear_cross_entropy(**given)
     with pytest.raises(ValueError, match=r"\(2, 50, 16\)"):
         linear_cross_entropy(x.view(2, 50, 16), w, target.view(2, 50))
     with pytest.raises(IndexError, match="37"):

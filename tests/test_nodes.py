@@ -340,6 +340,33 @@ def test_a_weight_is_cast_once():
     assert casts[0] is casts[1]
 
 
+def test_function_modes_see_torchs_functions():
+    """And a default device, which is one, too, leaves the kernels where they are."""
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(getattr(function, "__name__", ""))
+            return function(*args, **(kwargs or {}))
+
+    x, w, b = leaves((6, 20), (5, 20), (5,))
+    images, filters = leaves((2, 4, 9, 8), (6, 4, 3, 3))
+    calls = {
+        "linear": lambda: linear(x, w, b),
+        "relu": lambda: linear_relu(x, w, b),
+        "max_pool2d": lambda: conv_relu_pool2d(images, filters),
+        "cross_entropy": lambda: cross_entropy(x, torch.arange(6)),
+    }
+    for name, call in calls.items():
+        with Mode():
+            call()
+        assert name in seen
+        seen.clear()
+    with torch.device("cpu"):
+        assert calls["relu"]().grad_fn.name() == "LinearReLUBackward"
+        assert calls["max_pool2d"]().grad_fn.name() == "ConvReLUPoolBackward"
+
+
 def test_flops_are_counted():
     x, w, b = leaves((6, 20), (5, 20), (5,))
     images, filters = leaves((2, 4, 9, 8), (6, 4, 3, 3))

@@ -779,6 +779,33 @@ def test_models_that_change_between_calls():
         trainer.fit(images, targets)
 
 
+class Switched(nn.Module):
+    def __init__(self, relu):
+        super().__init__()
+        self.first, self.last, self.relu = nn.Linear(12, 6), nn.Linear(6, 3), relu
+
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        if self.relu:
+            x = torch.relu(x)
+        return self.last(x)
+
+
+def test_flags_that_change_between_calls():
+    images, _ = data(20, 12, 3, torch.float32)
+    module = nn.Sequential(fastnet.Linear(12, 6, activation="relu"), nn.Linear(6, 3))
+    for model, changed in (
+        (module, (module[0], "activation")),
+        ((m := Switched(True)), (m, "relu")),
+    ):
+        trainer = fastnet.MLPTrainer(model, "sgd")
+        with_relu = trainer.predict(images)
+        model.eval()
+        setattr(*changed, None)
+        assert torch.equal(trainer.predict(images), model(images).argmax(1))
+        assert not torch.equal(trainer.predict(images), with_relu)
+
+
 @pytest.mark.parametrize("network", [networks.SoftmaxRegression, networks.MnistNet])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_bits_do_not_depend_on_how_batches_fall_into_calls(network, sparse):

@@ -5,6 +5,7 @@
 // It serves the torch that it was compiled with (see fastnet/_library.py); under any other one, and
 // wherever torch.compile is at work, the Functions in Python do the same.
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -21,9 +22,10 @@ namespace {
 // not of the plain kind, and leave it to that file.
 
 // Whether calls are answered here at all. Not where forward-mode derivatives are taken, of whatever
-// tensor: what comes later may have a tangent.
+// tensor: what comes later may have a tangent. Nor where somebody watches Python's functions.
 bool is_quick() {
-  return is_quiet() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
+  return is_quiet() && !torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
+         at::impl::PythonTorchFunctionTLS::stack_len() == 0;
 }
 
 // Of Python's objects: torch.Tensor and torch.nn.Parameter, and no class that may know better.

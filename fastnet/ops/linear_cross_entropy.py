@@ -175,18 +175,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         input, weight, target, bias, class_weight, by, *saved = ctx.saved_tensors
         options = Options(class_weight, *ctx.options)
+        made, ctx.made = ctx.made, None
+        is_batched = _library.is_batched(grad_loss)
+        native = (input, weight, target, bias, options, ctx.needs, grad_loss)
         if _library.is_differentiated():
-            gradients = _native_gradients(
-                input, weight, target, bias, options, ctx.needs, grad_loss
-            )
+            gradients = _native_gradients(*native, create_graph=True)
         elif saved:
             gradients = [None if g is None else (g * grad_loss).to(g.dtype) for g in saved]
-        elif ctx.made is not None:
-            gradients, ctx.made = ctx.made, None
-            if _library.is_batched(grad_loss):
-                gradients = [None if g is None else g * grad_loss for g in gradients]
-            elif not grad_loss.is_cpu or grad_loss.item() != 1:
-                gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
+        elif made is not None and is_batched:
+            gradients = [None if g is None else g * grad_loss for g in made]
+        elif is_batched or (made is not None and grad_loss.is_cpu and not grad_loss.isfinite()):
+            # A factor that is not finite would not leave alone the rows that are ignored.
+            gradients = _native_gradients(*native, create_graph=False)
+        elif made is not None:
+            gradients = made
+            if not grad_loss.is_cpu or grad_loss.item() != 1:
+                gradients = [None if g is None else g.mul_(grad_loss) for g in made]
         else:
             by_row = grad_loss if by is None else grad_loss / by
             _, gradients = sweep(input, weight, target, bias, options, by_row, ctx.needs)
@@ -194,7 +198,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_input, grad_weight, None, grad_bias, None, None, None, None
 
 
-def _native_gradients(input, weight, target, bias, options, needs, grad_loss):
+def _native_gradients(input, weight, target, bias, options, needs, grad_loss, *, create_graph):
     """By operators that torch can differentiate again, or map over."""
     with torch.enable_grad():
         # Aliases: each one's own hooks and history, maybe through one another, are for whoever
@@ -210,5 +214,5 @@ def _native_gradients(input, weight, target, bias, options, needs, grad_loss):
             label_smoothing=options.label_smoothing,
         )
         leaves = [t for t, wanted in zip((x, w, b), needs, strict=True) if wanted]
-        made = iter(torch.autograd.grad(loss, leaves, grad_loss, create_graph=True))
+        made = iter(torch.autograd.grad(loss, leaves, grad_loss, create_graph=create_graph))
     return [next(made) if wanted else None for wanted in needs]
