@@ -210,13 +210,13 @@ def _ours(rows: Iterable[Row]) -> list[Row]:
 
 
 def of_a_training(rows: list[Row]) -> list[Row]:
-    """Of every series the row whose batch is nearest to 64, and all that are in no series."""
-    nearest: dict[tuple[str, ...], Row] = {}
+    """Of every series and dtype the row whose batch is nearest to 64, and all that are in none."""
+    nearest: dict[tuple[str | bool, ...], Row] = {}
     for row in rows:
         if row["series"] in (LADDER, WIDTH):
             continue
         own = row["series"] or row["case"]
-        key = row["op"], row["mode"], row["threads"], own
+        key = row["op"], row["mode"], row["threads"], own, "bfloat16" in row["case"]
         other = nearest.setdefault(key, row)
         if row["series"] and abs(float(row["x"]) - 64) < abs(float(other["x"]) - 64):
             nearest[key] = row

@@ -102,6 +102,7 @@ class Table:
         op, mode: which rows.
         columns: heading → what stands in a cell.
         cases: a pattern of those it has; by default those whose bars `benchmarks.plot` draws.
+        bfloat16: those of bfloat16; by default those of float32.
     """
 
     heading: str
@@ -109,6 +110,7 @@ class Table:
     mode: str
     columns: dict[str, Cell] = field(default_factory=dict)
     cases: str = ""
+    bfloat16: bool = False
 
     def text(self, figures: Figures) -> str:
         rows = [
@@ -116,6 +118,7 @@ class Table:
             for row in figures.rows
             if (row["op"], row["mode"], row["side"]) == (self.op, self.mode, results.FASTNET)
             and row["threads"] == figures.most
+            and ("bfloat16" in row["case"]) == self.bfloat16
         ]
         if self.cases:
             rows = [row for row in rows if re.search(self.cases, row["case"])]
@@ -132,25 +135,32 @@ class Table:
 
 def shown(case: str) -> str:
     """A case's name as the README writes it."""
-    case = re.sub(r", \d+ steps$", "", case)
+    case = re.sub(r", (\d+ steps|bfloat16)$", "", case)
     return re.sub(r"(?<=\d)x(?=\d)", "×", case).replace("->", "→")  # noqa: RUF001
 
 
 SIDES = {"eager": time("eager"), "torch.compile": time("compile"), "fastnet": time("fastnet")}
 ONE = {"ratio, 1 thread": ratio(threads="1")}
+PASSES = {
+    "ratio": ratio(),
+    "forward alone": ratio("forward"),
+    "backward alone": ratio("backward"),
+}
+KERNELS = {"kernels alone": ratio("operators")}
+PEAKS = {"peak, eager, MB": peak("eager"), "peak, fastnet, MB": peak("fastnet")}
 TABLES = {
     "linear_relu": Table(
         "linear+ReLU, float32",
         "linear_relu",
         BOTH,
-        {
-            **SIDES,
-            "ratio": ratio(),
-            "forward alone": ratio("forward"),
-            "backward alone": ratio("backward"),
-            "kernels alone": ratio("operators"),
-            **ONE,
-        },
+        {**SIDES, **PASSES, **KERNELS, **ONE},
+    ),
+    "linear_relu_bfloat16": Table(
+        "linear+ReLU, bfloat16",
+        "linear_relu",
+        BOTH,
+        {**SIDES, **PASSES, **KERNELS, **ONE},
+        bfloat16=True,
     ),
     "linear": Table(
         "linear, float32",
@@ -163,31 +173,28 @@ TABLES = {
         "cross-entropy, float32",
         "cross_entropy",
         BOTH,
-        {
-            **SIDES,
-            "ratio": ratio(),
-            "forward alone": ratio("forward"),
-            "backward alone": ratio("backward"),
-            "kernels alone": ratio("operators"),
-            **ONE,
-            "peak, eager, MB": peak("eager"),
-            "peak, fastnet, MB": peak("fastnet"),
-        },
+        {**SIDES, **PASSES, **KERNELS, **ONE, **PEAKS},
         r"^\d+x(2|10|100|1000|131072|32000|21x64x64)$",
+    ),
+    "cross_entropy_bfloat16": Table(
+        "cross-entropy, bfloat16",
+        "cross_entropy",
+        BOTH,
+        {**SIDES, **PASSES, **KERNELS, **ONE},
+        bfloat16=True,
     ),
     "conv_relu_pool": Table(
         "conv+ReLU+pool, float32",
         "conv_relu_pool",
         BOTH,
-        {
-            **SIDES,
-            "ratio": ratio(),
-            "forward alone": ratio("forward"),
-            "backward alone": ratio("backward"),
-            **ONE,
-            "peak, eager, MB": peak("eager"),
-            "peak, fastnet, MB": peak("fastnet"),
-        },
+        {**SIDES, **PASSES, **ONE, **PEAKS},
+    ),
+    "conv_relu_pool_bfloat16": Table(
+        "conv+ReLU+pool, bfloat16",
+        "conv_relu_pool",
+        BOTH,
+        {**SIDES, **PASSES, **ONE},
+        bfloat16=True,
     ),
     "accelerate": Table(
         "network", "accelerate", "step", {**SIDES, "ratio": ratio(), **ONE}, cases="."

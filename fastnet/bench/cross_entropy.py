@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from fastnet.bench import machine
 from fastnet.bench.harness import FASTNET, Case
-from fastnet.bench.passes import BATCHES, compiled, dtypes, passes, rotation, suffix
+from fastnet.bench.passes import BATCHES, DTYPES, compiled, is_timed, passes, rotation, suffix
 from fastnet.functional import cross_entropy, linear_cross_entropy
 
 # Of cats and dogs, of digits, of CIFAR-100, of ImageNet.
@@ -34,14 +34,13 @@ QUICK = ((64, 10), (1024, 1000), (2048, 32000), (8192, 32000))
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    """On the GPU where there is one, in float32 and bfloat16, each case also as a CUDA graph."""
-    for dtype in dtypes():
+    """On the GPU where there is one, each case also as a CUDA graph; on the CPU in bfloat16 those
+    of the important shapes only."""
+    for dtype in DTYPES:
         for shape, series, x in _shapes(dtype):
-            if not quick or shape in QUICK:
+            if is_timed(dtype, shape in QUICK, quick):
                 yield from cases_of(shape, dtype, series, x)
     if not quick:
-        if not torch.cuda.is_available():
-            yield from cases_of((1024, 1000), torch.bfloat16)
         yield _linear_case(2048, 512, 32_000)
 
 

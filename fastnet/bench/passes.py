@@ -32,9 +32,13 @@ def rotation(make: Callable[[], T], nbytes: int) -> list[T]:
     return [make() for _ in range(max(1, min(8, ROTATION // nbytes)))]
 
 
-def dtypes() -> tuple[torch.dtype, ...]:
-    """What ops are timed in: on a GPU bfloat16, too."""
-    return (torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def is_timed(dtype: torch.dtype, is_important: bool, quick: bool) -> bool:
+    """Whether a shape is: in bfloat16 on the CPU the important ones only."""
+    has_time = not quick and (dtype is torch.float32 or torch.cuda.is_available())
+    return has_time or is_important
 
 
 def suffix(dtype: torch.dtype) -> str:
