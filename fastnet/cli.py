@@ -31,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+OWN = "the training's own"  # the default of an option
 OF_DATA, OF_SPEED, OF_RATE = "Data", "Device and speed", "Learning rate"
 OF_MODEL = "A network of yours"
 
@@ -38,8 +39,13 @@ OF_MODEL = "A network of yours"
 @app.command("train")
 def train_command(
     name: Annotated[str, typer.Argument(help="The training; `fastnet list` names them.")],
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes through the data.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples in a batch.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes through the data.", show_default=OWN),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples in a batch.", show_default=OWN)
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same run.")
     ] = 0,
@@ -117,22 +123,31 @@ def train_command(
         str | None,
         typer.Option(
             help="none, StepLR, MultiStepLR, ExponentialLR or ReduceLROnPlateau.",
-            show_default="the training's own",
+            show_default=OWN,
             rich_help_panel=OF_RATE,
         ),
     ] = None,
     step_size: Annotated[
-        int | None, typer.Option(min=1, help="Epochs, of StepLR.", rich_help_panel=OF_RATE)
+        int | None,
+        typer.Option(min=1, help="Epochs, of StepLR.", show_default="7", rich_help_panel=OF_RATE),
     ] = None,
     milestones: Annotated[
         str | None, typer.Option(help="Epochs, of MultiStepLR: 10,20.", rich_help_panel=OF_RATE)
     ] = None,
     gamma: Annotated[
-        float | None, typer.Option(help="What a rate is multiplied by.", rich_help_panel=OF_RATE)
+        float | None,
+        typer.Option(
+            help="What a rate is multiplied by.", show_default="0.1", rich_help_panel=OF_RATE
+        ),
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(min=0, help="Epochs, of ReduceLROnPlateau.", rich_help_panel=OF_RATE),
+        typer.Option(
+            min=0,
+            help="Epochs, of ReduceLROnPlateau.",
+            show_default="10",
+            rich_help_panel=OF_RATE,
+        ),
     ] = None,
 ) -> None:
     """Run a named training."""
@@ -218,14 +233,19 @@ def list_command() -> None:
     """Name the trainings."""
     from fastnet.recipes import COMPARISONS, RECIPES
 
-    rows = {
-        "numpy-forward": "a network of 2-2-2-1 units by hand in NumPy, and the same from torch",
-        **{recipe.name: recipe.summary for recipe in RECIPES.values()},
-        **{name: f"{_names(recipes)} in one figure" for name, recipes in COMPARISONS.items()},
-    }
-    width = max(map(len, rows))
-    for name, summary in rows.items():
-        print(f"{name:{width}}  {summary}")
+    by_hand = "a network of 2-2-2-1 units by hand in NumPy, and the same from torch"
+    rows = [
+        ("training", "epochs", "batch", ""),
+        ("numpy-forward", "", "", by_hand),
+        *((r.name, str(r.epochs), str(r.batch_size), r.summary) for r in RECIPES.values()),
+        *(
+            (name, "", "", f"{_names(recipes)} in one figure")
+            for name, recipes in COMPARISONS.items()
+        ),
+    ]
+    width = max(len(name) for name, *_ in rows)
+    for name, epochs, batch, summary in rows:
+        print(f"{name:{width}}  {epochs:>6}  {batch:>5}  {summary}".rstrip())
 
 
 @app.command("export")

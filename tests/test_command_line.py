@@ -271,6 +271,7 @@ def test_configuration_of_a_run(tmp_path):
 
 def test_list_and_info(tmp_path):
     listed = command("list", cwd=tmp_path).stdout.splitlines()
-    names = [line.split()[0] for line in listed]
+    names = [line.split()[0] for line in listed[1:]]
     assert names == ["numpy-forward", *RECIPES, *COMPARISONS]
+    assert next(line for line in listed if "mnist-net " in line).split()[1:3] == ["10", "64"]
     assert "cpu_isa" in command("info", cwd=tmp_path).stdout

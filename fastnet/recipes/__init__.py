@@ -18,10 +18,10 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         LINEAR_REGRESSION,
-        SOFTMAX_REGRESSION_SCRATCH,
         SOFTMAX_REGRESSION,
-        LOGISTIC_REGRESSION_SCRATCH,
+        SOFTMAX_REGRESSION_SCRATCH,
         LOGISTIC_REGRESSION,
+        LOGISTIC_REGRESSION_SCRATCH,
         MNIST_NET,
         SIMPLE_NET,
         ACTIVATION_NET,

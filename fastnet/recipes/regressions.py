@@ -62,7 +62,7 @@ def _regression(std: Callable[[int], float]) -> Callable[..., nn.Sequential]:
 
 LINEAR_REGRESSION = Recipe(
     name="linear-regression",
-    summary="a line through synthetic points, all by hand; batches of 10, SGD, lr 0.03",
+    summary="a line through synthetic points, all by hand; SGD, lr 0.03",
     task=Regression,
     model=lambda shape, classes, backend: scratch.LinearRegression(*shape),  # noqa: ARG005
     optimizer=partial(scratch.SGD, lr=0.03),
@@ -95,7 +95,7 @@ SOFTMAX_REGRESSION_SCRATCH = replace(
 LOGISTIC_REGRESSION = replace(
     SOFTMAX_REGRESSION,
     name="logistic-regression",
-    summary="784-10 on MNIST, one epoch; SGD, lr 0.1",
+    summary="784-10 on MNIST; SGD, lr 0.1",
     datasets=(DIGITS,),
     model=_regression(lambda features: 1 / math.sqrt(features)),
     epochs=1,
