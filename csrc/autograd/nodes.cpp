@@ -12,6 +12,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
+
 #include "ops_with_gradients.h"
 
 namespace fastnet::autograd {
@@ -28,6 +30,30 @@ bool is_quick() {
          at::impl::PythonTorchFunctionTLS::stack_len() == 0;
 }
 
+// The GPUs that the CUDA kernels are for, a bit each.
+std::atomic<uint64_t> cuda_devices = 0;
+
+// As is_plain, of a GPU's memory.
+template <bool kInInferenceMode>
+c10::DispatchKeySet keys_of_plain_on_cuda() {
+  static const c10::DispatchKeySet keys = [] {
+    const c10::InferenceMode mode(kInInferenceMode);
+    c10::Storage nothing(c10::Storage::use_byte_size_t{}, 0, at::DataPtr(nullptr, at::kCUDA));
+    return at::detail::make_tensor<c10::TensorImpl>(std::move(nothing),
+                                                    c10::DispatchKeySet(c10::DispatchKey::CUDA),
+                                                    caffe2::TypeMeta::Make<float>())
+        .key_set();
+  }();
+  return keys;
+}
+
+bool is_plain_on_cuda(const Tensor& tensor) {
+  const auto devices = cuda_devices.load(std::memory_order_relaxed);
+  if (devices == 0 || !tensor.is_cuda() || !(devices >> tensor.get_device() & 1)) return false;
+  const c10::DispatchKeySet keys = tensor.key_set();
+  return keys == keys_of_plain_on_cuda<false>() || keys == keys_of_plain_on_cuda<true>();
+}
+
 // Of Python's objects: torch.Tensor and torch.nn.Parameter, and no class that may know better.
 PyTypeObject* parameter_class = nullptr;
 
@@ -38,7 +64,8 @@ OptionalTensor plain(const pybind11::handle& object) {
     return std::nullopt;
   }
   const Tensor& tensor = THPVariable_Unpack(object.ptr());
-  return is_plain(tensor) ? OptionalTensor(tensor) : std::nullopt;
+  const bool is_ours = is_plain(tensor) || is_plain_on_cuda(tensor);
+  return is_ours ? OptionalTensor(tensor) : std::nullopt;
 }
 
 template <class Call>
@@ -51,35 +78,40 @@ pybind11::object wrapped(const Call& call) {
   return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(std::move(result)));
 }
 
-bool has_kernels(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16;
+bool has_kernels(at::ScalarType dtype, const Tensor& tensor) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+         (dtype == at::kHalf && tensor.is_cuda());
 }
 
-bool is_autocast() {
-  return at::autocast::is_autocast_enabled(at::kCPU);
+bool is_autocast(const Tensor& tensor) {
+  return at::autocast::is_autocast_enabled(tensor.device().type());
 }
 
 // What autocast makes of a tensor before a product or a convolution.
 at::ScalarType autocast_dtype(const Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
-  const bool is_cast = is_autocast() && tensor.is_floating_point() && dtype != at::kDouble;
-  return is_cast ? at::autocast::get_autocast_dtype(at::kCPU) : dtype;
+  const bool is_cast = is_autocast(tensor) && tensor.is_floating_point() && dtype != at::kDouble;
+  return is_cast ? at::autocast::get_autocast_dtype(tensor.device().type()) : dtype;
 }
 Tensor autocast(const Tensor& tensor) {
   const auto dtype = autocast_dtype(tensor);
-  return tensor.scalar_type() == dtype ? tensor
-                                       : at::autocast::cached_cast(dtype, tensor, at::kCPU);
+  return tensor.scalar_type() == dtype
+             ? tensor
+             : at::autocast::cached_cast(dtype, tensor, tensor.device().type());
 }
 OptionalTensor autocast(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(autocast(*tensor)) : std::nullopt;
 }
 
-// Whether these have one dtype in the end, which the kernels take.
+// Whether these are on one device, and have one dtype in the end, which the kernels take.
 bool fit_together(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   const auto dtype = autocast_dtype(input);
-  return has_kernels(dtype) && autocast_dtype(weight) == dtype &&
-         (!bias || (autocast_dtype(*bias) == dtype && bias->dim() == 1 && weight.dim() > 0 &&
-                    bias->size(0) == weight.size(0)));
+  const auto fits = [&](const Tensor& tensor) {
+    return tensor.device() == input.device() && autocast_dtype(tensor) == dtype;
+  };
+  return has_kernels(dtype, input) && fits(weight) &&
+         (!bias ||
+          (fits(*bias) && bias->dim() == 1 && weight.dim() > 0 && bias->size(0) == weight.size(0)));
 }
 
 // Calls call(input, weight, bias), three tensors that make a linear layer.
@@ -106,7 +138,7 @@ pybind11::object quick_linear(const pybind11::handle& input, const pybind11::han
                               const pybind11::handle& bias) {
   return quick_layer(
       input, weight, bias, [](const auto& x, const auto& w, const auto& b) -> pybind11::object {
-        if (!prefers_own_linear(x, w, autocast_dtype(x))) return pybind11::none();
+        if (!x.is_cpu() || !prefers_own_linear(x, w, autocast_dtype(x))) return pybind11::none();
         return wrapped([&] { return own_linear(autocast(x), autocast(w), autocast(b)); });
       });
 }
@@ -180,15 +212,15 @@ pybind11::object quick_cross_entropy(const pybind11::handle& input, const pybind
   }
   const auto smoothing = label_smoothing.cast<double>();
   const OptionalTensor x = plain(input), t = plain(target);
-  if (!is_quick() || !x || !t || !has_kernels(x->scalar_type()) || x->dim() != 2 ||
-      x->numel() == 0 || t->scalar_type() != at::kLong || t->dim() != 1 ||
+  if (!is_quick() || !x || !t || t->device() != x->device() || !has_kernels(x->scalar_type(), *x) ||
+      x->dim() != 2 || x->numel() == 0 || t->scalar_type() != at::kLong || t->dim() != 1 ||
       t->size(0) != x->size(0) || !(smoothing >= 0 && smoothing <= 1)) {
     return pybind11::none();
   }
   return wrapped([&] {
     const Tensor loss = cross_entropy(*x, *t, std::nullopt, reduction, ignored, smoothing);
     // The kernels sum half types in float32, which is what autocast wants.
-    return is_autocast() ? loss : loss.to(x->scalar_type());
+    return is_autocast(*x) ? loss : loss.to(x->scalar_type());
   });
 }
 
@@ -206,6 +238,9 @@ PYBIND11_MODULE(_nodes, module) {
   module.def("linear_relu", &fastnet::autograd::linear_relu, Unlocked());
   module.def("cross_entropy", &fastnet::autograd::cross_entropy, Unlocked());
   module.def("conv_relu_pool", &fastnet::autograd::conv_relu_pool, Unlocked());
+  module.def("take_cuda", [](int device) {
+    if (device >= 0 && device < 64) fastnet::autograd::cuda_devices |= uint64_t{1} << device;
+  });
   module.def("release_memory", [] { fastnet::autograd::kept_memory().release(); });
   module.def("quick_linear_relu", &fastnet::autograd::quick_linear_relu);
   module.def("quick_linear", &fastnet::autograd::quick_linear);
