@@ -169,6 +169,8 @@ def test_a_linear_alone_runs_on_its_kernel_wherever_another_layer_is_fused(monke
 class Calls(nn.Module):
     """Runs a function on itself: a forward to be written in a test."""
 
+    calls = 0
+
     def __init__(self, function, **children):
         super().__init__()
         self.function = function
@@ -591,6 +593,52 @@ def _of_a_function(value):
     return lambda m, x: F.relu(m.fc(x)) * value["scale"]
 
 
+def _counts_on_a_class(m, x):
+    Config.calls += 1
+    return F.relu(m.fc(x))
+
+
+def _counts_on_its_class(m, x):
+    m.__class__.calls += 1
+    return F.relu(m.fc(x))
+
+
+def _sets_on_a_class(m, x):
+    Config.last = F.relu(m.fc(x))
+    return Config.last
+
+
+def _keeps_on_a_class(m, x):
+    Config.kept["h"] = x
+    return F.relu(m.fc(x))
+
+
+def _keeps_below(m, x):
+    m.fc.cache["h"] = x
+    return F.relu(m.fc(x))
+
+
+def _read_in(config):
+    return config.scale
+
+
+class Config:
+    """Used as a namespace."""
+
+    scale = 2.0
+    calls = 0
+    kept: dict = {}  # noqa: RUF012
+
+
+class Scaler:
+    def __init__(self):
+        self.by = 2.0
+
+    def __call__(self, x):
+        return x * self.by
+
+
+SCALER = Scaler()
 LOGGER = logging.getLogger("fastnet.tests")
 SEEN: list = []
 SETTINGS = types.SimpleNamespace(scale=2)
@@ -599,9 +647,19 @@ SCALE = 2
 REFUSED = {
     "logs": (_logs, "of logging"),
     "warns": (_warns, "warn"),
-    "appends below": (_appends_below, "append of a list"),
+    "appends below": (_appends_below, "self.fc.history, a list"),
     "appends to a global": (_appends_to_a_global, "SEEN, a list"),
-    "sets in a global": (_sets_in_a_global, "SETTINGS, a SimpleNamespace"),
+    "counts on a class": (_counts_on_a_class, "sets calls"),
+    "counts on its class": (_counts_on_its_class, "sets calls"),
+    "sets on a class": (_sets_on_a_class, "sets last"),
+    "keeps on a class": (_keeps_on_a_class, "Config.kept, a dict"),
+    "keeps below": (_keeps_below, "self.fc.cache, a dict"),
+    "its class": (lambda m, x: F.relu(m.fc(x)) + m.__class__.calls, "self.__class__, a type"),
+    "class given away": (lambda m, x: F.relu(m.fc(x)) * _read_in(Config), "Config, a type"),
+    "callable with a state": (lambda m, x: SCALER(F.relu(m.fc(x))), "SCALER, a Scaler"),
+    "its own callable": (lambda m, x: m.scaler(F.relu(m.fc(x))), "self.scaler, a Scaler"),
+    "package": (lambda m, x: F.relu(m.fc(x)) * getattr(support, "FACTOR", 1), "a module"),
+    "sets in a global": (_sets_in_a_global, "sets last"),
     "global settings": (lambda m, x: F.relu(m.fc(x)) * SETTINGS.scale, "SETTINGS"),
     "a function's settings": (_of_a_function({"scale": 3}), "value, a dict"),
     "gradient": (lambda m, x: F.relu(m.fc(x)) * (m.fc.weight.grad is None), "asks for grad"),
@@ -610,17 +668,17 @@ REFUSED = {
     "compiles": (lambda m, x: F.relu(m.fc(x)) * (1 + torch.compiler.is_compiling()), "is_comp"),
     "environment": (lambda m, x: F.relu(m.fc(x)) * float(os.getenv("FACTOR", "2")), "getenv"),
     "the time": (lambda m, x: F.relu(m.fc(x)) * (datetime.now().year > 0), "now"),
-    "no_grad": (_without_gradients, "switches gradients"),
+    "no_grad": (_without_gradients, "a `with`"),
     "autocast": (_never_autocast, "autocast"),
-    "no_grad, decorated": (torch.no_grad()(lambda m, x: F.relu(m.fc(x))), "switches gradients"),
+    "no_grad, decorated": (torch.no_grad()(lambda m, x: F.relu(m.fc(x))), "_contextlib"),
     "prints": (_prints, "calls print"),
     "keeps": (_keeps, "self.kept, a dict"),
     "appends": (_appends, "self.seen_inputs, a list"),
     "random": (_draws, "random numbers"),
     "noise": (lambda m, x: F.relu(m.fc(x)) + torch.randn(8), "tensor"),
     "constant": (lambda m, x: F.relu(m.fc(x)) + torch.arange(8), "tensor"),
-    "sets": (_sets, "sets self.seen"),
-    "counts": (_counts, "sets self.count"),
+    "sets": (_sets, "sets seen"),
+    "counts": (_counts, "sets count"),
     "type": (lambda m, x: F.relu(m.fc(x)) if isinstance(x, torch.Tensor) else x, "type"),
     "length": (lambda m, x: F.relu(m.fc(x)) * len(x), "len"),
     "values": (lambda m, x: F.relu(m.fc(x)) if x.max() > 0 else x, "control flow"),
@@ -633,9 +691,12 @@ def test_refused(case):
     function, reason = REFUSED[case]
     model = Calls(function, fc=linear())
     model.count, model.kept, model.seen_inputs, model.fc.history = 0, {"y": 1}, [2], []
+    model.fc.cache, model.scaler = {}, SCALER
     accelerated = fastnet.accelerate(model)
     assert type(accelerated) is Calls
     assert model.count == accelerated.count == 0
+    kept = (*SEEN, *Config.kept.values(), *model.fc.history, *model.fc.cache.values())
+    assert all(type(one) is torch.Tensor for one in kept)
     report = fastnet.accelerate_report(accelerated)
     assert reason in report.untraceable["Calls"]
     assert "runs as written" in str(report)
@@ -649,18 +710,31 @@ def test_refused(case):
 
 
 class Scaled(nn.Module):
+    factor = 1
+
     def __init__(self):
         super().__init__()
         self.fc = linear()
 
     def forward(self, x):
-        return F.relu(self.fc(x)) * SCALE + support.SHIFT
+        x = F.relu(self.fc(x)) * SCALE + support.SHIFT
+        return x * self.factor * Config.scale + fastnet.bench.networks.SHIFT
 
 
-@pytest.mark.parametrize(("owner", "name"), [(sys.modules[__name__], "SCALE"), (support, "SHIFT")])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (sys.modules[__name__], "SCALE"),
+        (support, "SHIFT"),
+        (networks, "SHIFT"),
+        (Config, "scale"),
+        (Scaled, "factor"),
+    ],
+)
 def test_globals_may_change(owner, name, calls, monkeypatch):
     """The numbers that stand in a trace are looked at in each call."""
     monkeypatch.setattr(support, "SHIFT", 1, raising=False)
+    monkeypatch.setattr(networks, "SHIFT", 1, raising=False)
     model, x = Scaled(), torch.randn(5, 8)
     accelerated = fastnet.accelerate(model)
     for one in (accelerated, _pickled(accelerated)):
@@ -674,6 +748,35 @@ def test_globals_may_change(owner, name, calls, monkeypatch):
     for value in (getattr(owner, name), 5):
         monkeypatch.setattr(owner, name, value)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        torch.are_deterministic_algorithms_enabled,
+        torch.is_autocast_cpu_enabled,
+        torch.is_anomaly_enabled,
+        torch.get_default_dtype,
+        torch.get_num_threads,
+        torch.jit.is_tracing,
+        torch.backends.cuda.flash_sdp_enabled,
+    ],
+)
+def test_questions_about_the_moment_are_asked_in_each_call(ask):
+    def asks(m, x):
+        return F.relu(m.fc(x)) + (ask() in (True, torch.float32))
+
+    report = fastnet.accelerate_report(fastnet.accelerate(Calls(asks, fc=linear())))
+    assert ask.__name__ in report.untraceable["Calls"]
+
+
+def test_flags_of_torch_may_change(monkeypatch, calls):
+    model = Calls(lambda m, x: F.relu(m.fc(x)) + torch.backends.cudnn.enabled, fc=linear())
+    accelerated, x = fastnet.accelerate(model), torch.randn(5, 8)
+    for value in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "enabled", value)
+        torch.testing.assert_close(accelerated(x), model(x))
+    assert calls == ["linear_relu"]
 
 
 def test_falls_back_to_submodules(calls):
@@ -869,6 +972,247 @@ def test_later_changes():
         torch.testing.assert_close(accelerated(x), model(x), msg=name)
 
 
+def _in_turn(layers, x):
+    for layer in layers:
+        x = layer(x)
+    return F.relu(x)
+
+
+# A forward, and what is done to the model after it was accelerated.
+LATER = {
+    "mode of a child": (
+        lambda m, x: F.dropout(F.relu(m.fc(x)), 0.5, m.drop.training),
+        lambda m: m.drop.eval(),
+    ),
+    "mode of a norm": (
+        lambda m, x: F.batch_norm(
+            F.relu(m.fc(x)), m.norm.running_mean, m.norm.running_var, training=m.norm.training
+        ),
+        lambda m: m.norm.eval(),
+    ),
+    "number of a child": (
+        lambda m, x: F.dropout(F.relu(m.fc(x)), m.drop.p),
+        lambda m: setattr(m.drop, "p", 0.1),
+    ),
+    "child to None": (
+        lambda m, x: F.relu(m.fc(x)) if m.act is None else m.act(F.relu(m.fc(x))),
+        lambda m: setattr(m, "act", None),
+    ),
+    "child of a child to None": (
+        lambda m, x: F.relu(m.fc(x)) if m.seq.act is None else m.seq.act(F.relu(m.fc(x))),
+        lambda m: setattr(m.seq, "act", None),
+    ),
+    "parameter to None": (
+        lambda m, x: F.relu(m.fc(x)) + (0 if m.shift is None else m.shift),
+        lambda m: setattr(m, "shift", None),
+    ),
+    "child deleted": (
+        lambda m, x: m.act(F.relu(m.fc(x))) if hasattr(m, "act") else F.relu(m.fc(x)),
+        lambda m: delattr(m, "act"),
+    ),
+    "child of another type": (
+        lambda m, x: F.relu(m.fc(x)) * (2 if isinstance(m.act, nn.ReLU) else 3),
+        lambda m: setattr(m, "act", nn.Tanh()),
+    ),
+    "child of another class": (
+        lambda m, x: F.relu(m.fc(x)) * (2 if m.act.__class__ == nn.ReLU else 3),
+        lambda m: setattr(m, "act", nn.Tanh()),
+    ),
+    "Sequential longer": (
+        lambda m, x: _in_turn(m.seq, x),
+        lambda m: m.seq.append(nn.Tanh()),
+    ),
+    "Sequential shorter": (
+        lambda m, x: _in_turn(m.seq, x),
+        lambda m: m.seq.__delitem__(0),
+    ),
+    "last of a Sequential": (
+        lambda m, x: m.seq[-1](F.relu(m.fc(x))),
+        lambda m: m.seq.append(nn.Tanh()),
+    ),
+    "length": (
+        lambda m, x: F.relu(m.fc(x)) * len(m.seq),
+        lambda m: m.seq.append(nn.Tanh()),
+    ),
+    "slice": (
+        lambda m, x: _in_turn(m.seq[1:], x),
+        lambda m: m.seq.append(nn.Tanh()),
+    ),
+    "list in a list": (
+        lambda m, x: _in_turn([layer for layers in m.lists for layer in layers], x),
+        lambda m: m.lists[0].append(nn.Tanh()),
+    ),
+    "children, one more": (
+        lambda m, x: _in_turn(m.seq.children(), x),
+        lambda m: m.seq.add_module("more", nn.Tanh()),
+    ),
+    "children, one less": (
+        lambda m, x: _in_turn(m.seq.children(), x),
+        lambda m: delattr(m.seq, "act"),
+    ),
+    "children, one None": (
+        lambda m, x: _in_turn(m.seq.children(), x),
+        lambda m: setattr(m.seq, "act", None),
+    ),
+    "its own children": (
+        lambda m, x: F.relu(m.fc(x)) * sum(1 for _ in m.children()),
+        lambda m: m.add_module("more", nn.Tanh()),
+    ),
+    "another key": (
+        lambda m, x: _in_turn(m.dict.values(), x),
+        lambda m: (m.dict.pop("b"), m.dict.update({"c": nn.Tanh()})),
+    ),
+    "module registered": (
+        lambda m, x: F.relu(m.fc(x)) if m.none is None else m.none(m.fc(x)),
+        lambda m: m.add_module("none", nn.Tanh()),
+    ),
+    "buffer registered": (
+        lambda m, x: F.relu(m.fc(x)) + (0 if m.no_buffer is None else m.no_buffer),
+        lambda m: m.register_buffer("no_buffer", torch.ones(8)),
+    ),
+    "parameter registered": (
+        lambda m, x: F.relu(m.fc(x)) + (0 if m.no_shift is None else m.no_shift),
+        lambda m: m.register_parameter("no_shift", nn.Parameter(torch.ones(8))),
+    ),
+    "module added": (
+        lambda m, x: F.relu(m.fc(x)) * (2 if hasattr(m, "more") else 3),
+        lambda m: m.add_module("more", nn.Tanh()),
+    ),
+}
+# What forward never looks at may change: it is fused still.
+UNSEEN = {
+    "unused list to None": lambda m: setattr(m, "lists", None),
+    "unused list deleted": lambda m: delattr(m, "lists"),
+    "unused list longer": lambda m: m.lists.append(nn.Tanh()),
+}
+
+
+def _of_many_parts(function):
+    model = Calls(
+        function,
+        fc=linear(),
+        act=nn.ReLU(),
+        drop=nn.Dropout(0.5),
+        norm=nn.BatchNorm1d(8),
+        seq=nn.Sequential(OrderedDict(act=nn.Tanh(), fc=linear())),
+        lists=nn.ModuleList([nn.ModuleList([nn.Tanh()]), nn.ModuleList([linear()])]),
+        dict=nn.ModuleDict({"b": nn.Sigmoid(), "a": linear()}),
+        shift=nn.Parameter(torch.randn(8)),
+    )
+    model.register_module("none", None)
+    model.register_buffer("no_buffer", None)
+    model.register_parameter("no_shift", None)
+    return model
+
+
+@pytest.mark.parametrize("case", [*LATER, *UNSEEN])
+def test_what_forward_read_is_looked_at_in_each_call(case, calls):
+    function, change = LATER.get(case) or (lambda m, x: F.relu(m.fc(x)), UNSEEN.get(case))
+    model, x = _of_many_parts(function), torch.randn(5, 8)
+    accelerated = fastnet.accelerate(model)
+    copied = copy.deepcopy(accelerated)
+    assert_same(model, accelerated, x)
+    assert calls == ["linear_relu"]
+    for one in (model, accelerated, copied):
+        change(one)
+    copied.load_state_dict(model.state_dict())
+    assert_same(model, accelerated, x)
+    assert_same(model, copied, x)
+    assert len(calls) == (3 if case in UNSEEN else 1)
+    assert_same(model, fastnet.accelerate(accelerated), x)
+
+
+def test_what_was_set_is_looked_at_anew(calls):
+    model = fastnet.accelerate(Optional())
+    x = torch.randn(5, 8)
+    with pytest.warns(UserWarning, match=r"Optional\.scale was 2\.0"):
+        model.scale = 3.0
+    model(x)
+    assert not calls
+    assert fastnet.accelerate(model, inplace=True) is model
+    torch.testing.assert_close(model(x), 3 * F.relu(model.fc(x)))
+    assert calls == ["linear_relu"]
+    assert fastnet.accelerate_report(model).fused == 1
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.MaxPool2d, nn.Conv2d])
+def test_classes_of_layers_may_be_patched(kind, sequential, calls, monkeypatch):
+    """As for guided backpropagation."""
+    layers = OrderedDict(conv=conv(), relu=nn.ReLU(), pool=nn.MaxPool2d(2))
+    model = nn.Sequential(layers) if sequential else Calls(CONV_STYLES["modules"], **layers)
+    accelerated, x = fastnet.accelerate(model), torch.randn(2, 3, 8, 8)
+    monkeypatch.setattr(kind, "forward", lambda _self, input: input * 2)
+    assert torch.equal(accelerated(x), model(x))
+    assert not calls
+
+
+class OwnSequential(nn.Sequential):
+    pass
+
+
+@pytest.mark.parametrize("name", ["forward", "act"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_its_own_class_may_be_patched(name, sequential, calls, monkeypatch):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = linear()
+
+        def act(self, x):
+            return F.relu(x)
+
+        def forward(self, x):
+            return self.act(self.fc(x))
+
+    model = OwnSequential(linear(), nn.ReLU()) if sequential else Own()
+    accelerated, x = fastnet.accelerate(model), torch.randn(5, 8)
+    accelerated(x)
+    monkeypatch.setattr(type(model), name, lambda _self, input: input * 2, raising=False)
+    assert torch.equal(accelerated(x), model(x)) or (name, sequential) == ("act", True)
+    assert calls == ["linear_relu"] * (1 + (name == "act" and sequential))
+
+
+@pytest.mark.parametrize(
+    "relu",
+    [
+        lambda x: F.relu(x, inplace=True),
+        lambda x: F.relu(x, True),
+        torch.relu_,
+        lambda x: x.relu_(),
+        F.relu,
+    ],
+)
+def test_what_is_in_place_stays_so_where_it_is_not_fused(relu):
+    results = []
+    for accelerate in (False, True):
+        torch.manual_seed(1)
+        model = Calls(lambda m, x: relu(m.fc(x)), fc=linear())
+        if accelerate:
+            model = fastnet.accelerate(model, inplace=True)
+        kept, x = [], torch.randn(5, 8)
+        handle = model.fc.register_forward_hook(lambda *call, kept=kept: kept.append(call[-1]))
+        with torch.no_grad():
+            output = model(x)
+            handle.remove()
+            model.fc = nn.Identity()
+            model(x)
+        results.append((output, *kept, x))
+    torch.testing.assert_close(*results)
+
+
+class OwnReduce(nn.Sequential):
+    def __reduce__(self):
+        return type(self), tuple(self)
+
+
+def test_what_has_its_own_way_of_being_copied():
+    model = OwnReduce(linear(), nn.ReLU())
+    accelerated, x = fastnet.accelerate(model, inplace=True), torch.randn(5, 8)
+    assert torch.equal(copy.deepcopy(accelerated)(x), model(x))
+    assert "pickled" in fastnet.accelerate_report(accelerated).untraceable["OwnReduce"]
+
+
 def test_what_is_no_tensor_runs_as_written(calls):
     def masked(m, x, mask):
         mask = torch.zeros(()) if mask is None else mask
@@ -990,6 +1334,21 @@ def test_other_tracers():
     graph = torch.fx.symbolic_trace(accelerated)
     torch.testing.assert_close(graph(x), model(x))
     torch.testing.assert_close(fastnet.accelerate(graph, inplace=True)(x), model(x))
+
+
+def test_features_are_found_by_name():
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = Calls(
+        lambda m, x: F.relu(m.fc(m.features(x).flatten(1))),
+        features=nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2)),
+        fc=nn.Linear(64, 8),
+    )
+    x = torch.randn(2, 3, 8, 8)
+    outputs = [
+        extraction.create_feature_extractor(one, {"features.1": "y", "fc": "z"})(x)
+        for one in (model, fastnet.accelerate(model))
+    ]
+    torch.testing.assert_close(*outputs)
 
 
 def test_tracing_leaves_random_numbers_alone():

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastnet import modules
 from fastnet.acceleration.classes import TRACED, class_for
-from fastnet.acceleration.guards import Untraceable
+from fastnet.acceleration.conditions import Untraceable
 from fastnet.acceleration.report import Report, accelerate_report
 
 __all__ = ["Report", "accelerate", "accelerate_report"]
@@ -38,10 +38,11 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     A `forward` is traced only where a trace says it all: with no `with`, `try`, `print` or log, no
     random numbers of its own, nothing set or appended to, no question about an input's type or the
-    state of the moment. What it read from attributes is kept; setting one of them later brings the
-    written `forward` back, with a warning, and so does, without one and for as long, another value
-    of a global. Attributes of submodules that it read are kept as they were. While this runs no
-    other thread may run a model: torch.fx takes hold of `nn.Module` meanwhile.
+    state of the moment. What else it read is looked at in each call: attributes of its own, of its
+    class and of submodules, which of these there are and in which mode, and globals. While any of
+    it is another than it was, the written `forward` runs. Setting a number so warns of it; calling
+    this again traces it anew. While this runs no other thread may run a model: tracing takes hold
+    of `nn.Module` meanwhile.
 
     Args:
         model: any module.

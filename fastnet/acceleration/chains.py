@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnet import functional, modules
+from fastnet.acceleration.conditions import written_class
 
-# A step is a module; or RELU, for a ReLU called as a function; or, for max-pooling called as one,
-# (kernel_size, stride, padding, dilation, ceil_mode).
-RELU = "relu"
+# A step is a module; or, for a ReLU called as a function, RELU or RELU_IN_PLACE; or, for pooling
+# called as one, (kernel_size, stride, padding, dilation, ceil_mode).
+RELU, RELU_IN_PLACE = "relu", "relu_"
 Pool = tuple
 Step = nn.Module | str | Pool
 
 
 # As long as nobody has put another there.
-FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d)}
+FORWARDS = {
+    kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
+}
 
 
 class Fused(NamedTuple):
@@ -60,6 +63,8 @@ def run(steps: Iterable[Step], input: Tensor) -> Tensor:
                 continue
         if step == RELU:
             input = torch.relu(input)
+        elif step == RELU_IN_PLACE:
+            input = torch.relu_(input)
         elif isinstance(step, tuple):
             kernel_size, stride, padding, dilation, ceil_mode = step
             input = F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
@@ -71,6 +76,10 @@ def run(steps: Iterable[Step], input: Tensor) -> Tensor:
 
 def sequential_forward(self: nn.Sequential, input: Tensor) -> Tensor:
     """`nn.Sequential.forward` as a chain."""
+    written = self._fastnet_written.forward
+    # Tools that trace with stand-ins look for the modules.
+    if written is not FORWARDS[nn.Sequential] or not isinstance(input, Tensor):
+        return written(self, input)
     return run(self._modules.values(), input)
 
 
@@ -80,7 +89,8 @@ def is_sequential(module: object) -> bool:
         return False
     kind = type(module)
     return (
-        kind.forward in (nn.Sequential.forward, sequential_forward)
+        kind.forward in (FORWARDS[nn.Sequential], sequential_forward)
+        and written_class(module).forward is FORWARDS[nn.Sequential]
         and kind.__call__ is nn.Module.__call__
         and kind.__iter__ is nn.Sequential.__iter__
     )
@@ -151,13 +161,17 @@ def fuse(steps: Sequence[Step], at: int, end: str = "nothing follows it") -> Fus
     return Fused(3, pool)
 
 
+def _is_plain(step: Step, kind: type[nn.Module]) -> bool:
+    return type(step) is kind and kind.forward is FORWARDS[kind] and not has_hooks(step)
+
+
 def _is_relu(steps: Sequence[Step], at: int) -> bool:
     if at >= len(steps):
         return False
     step = steps[at]
     if isinstance(step, nn.Module):
-        return type(step) is nn.ReLU and not has_hooks(step)
-    return step == RELU
+        return _is_plain(step, nn.ReLU)
+    return step in (RELU, RELU_IN_PLACE)
 
 
 def _pool(steps: Sequence[Step], at: int) -> Pool | None:
@@ -167,7 +181,7 @@ def _pool(steps: Sequence[Step], at: int) -> Pool | None:
     step = steps[at]
     if isinstance(step, tuple):
         return step
-    if type(step) is not nn.MaxPool2d or has_hooks(step) or step.return_indices:
+    if not _is_plain(step, nn.MaxPool2d) or step.return_indices:
         return None
     return (step.kernel_size, step.stride, step.padding, step.dilation, step.ceil_mode)
 
@@ -180,4 +194,4 @@ def name_of(step: Step) -> str:
     """For people."""
     if isinstance(step, nn.Module):
         return type(step).__name__
-    return "ReLU" if step == RELU else "MaxPool2d"
+    return "MaxPool2d" if isinstance(step, tuple) else "ReLU"

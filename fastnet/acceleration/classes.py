@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastnet.acceleration import chains, tracing
 from fastnet.acceleration.chains import sequential_forward
+from fastnet.acceleration.conditions import find, is_plain, look_up, value_of, written_class
 from fastnet.acceleration.guards import Unregistered, subclass
 from fastnet.acceleration.tracing import Code, required_arguments
 
@@ -24,14 +25,13 @@ TRACED = "_fastnet_traced"
 
 
 class Forward(NamedTuple):
-    """A traced `forward`: its code in training and in evaluation, the attributes and the globals
-    whose values stand in it, and the lengths of the lists of modules."""
+    """A traced `forward`: its code in training and in evaluation; and what it read, as expressions
+    in `self` and as globals, of a module and by name, each with the value that it had."""
 
     training: Code
     evaluation: Code
-    reads: frozenset[str]
-    globals: frozenset[tuple[str, str, object]]  # module, name, value
-    lengths: tuple[tuple[str, int], ...]
+    conditions: tuple[tuple[str, object], ...]
+    globals: tuple[tuple[tuple[str, str], object], ...]
 
 
 class Accelerated(Unregistered):
@@ -48,26 +48,29 @@ class Accelerated(Unregistered):
         return (_new, (self._fastnet_written, self._fastnet_forward), *reduced[2:])
 
     def __setattr__(self, name, value):
-        self._fastnet_changes(name, value)
-        super().__setattr__(name, value)
+        self._fastnet_change(name, functools.partial(super().__setattr__, name, value))
 
     def __delattr__(self, name):
-        self._fastnet_changes(name, None)
-        super().__delattr__(name)
+        self._fastnet_change(name, functools.partial(super().__delattr__, name))
 
-    def _fastnet_changes(self, name, value):
+    def _fastnet_change(self, name, change):
+        """Says so where `forward` is no longer fused for it."""
         forward = self._fastnet_forward
-        if forward is None or name not in forward.reads or TRACED not in self.__dict__:
-            return
-        old = getattr(self, name, None)
-        if old is value or (type(old) is type(value) and callable(old) is False and old == value):
-            return
-        del self.__dict__[TRACED]
-        warnings.warn(
-            f"fastnet: {type(self).__name__}.{name} was {old!r} when its forward was fused, and is "
-            f"now {value!r}: it runs as written from here on. Set it before accelerate(model).",
-            stacklevel=3,
-        )
+        reads = dict(forward.conditions) if forward else {}
+        is_fused = value_of("self", name) in reads and not self._fastnet_changed()
+        old = getattr(self, name, None) if is_fused else None
+        change()
+        if is_fused and self._fastnet_changed():
+            warnings.warn(
+                f"fastnet: {type(self).__name__}.{name} was {old!r} when its forward was fused, "
+                f"and is now {getattr(self, name, None)!r}: it runs as written until it is that "
+                "again, or accelerate(model) looks at it anew.",
+                stacklevel=3,
+            )
+
+    def _fastnet_changed(self):
+        """Whether something that `forward` read is not what it was."""
+        return False
 
 
 def _new(written: type[nn.Module], forward: Forward | None) -> nn.Module:
@@ -83,8 +86,12 @@ def accelerated(written: type[nn.Module], forward: Forward | None) -> type[nn.Mo
         "__doc__": written.__doc__,
         "_fastnet_written": written,
         "_fastnet_forward": forward,
-        "forward": sequential_forward if forward is None else _function(written, forward),
+        "forward": sequential_forward,
     }
+    if forward is not None:
+        changed = _changed(written, forward)
+        members["_fastnet_changed"] = changed
+        members["forward"] = _function(written, forward, changed)
     return subclass(written, Accelerated, members)
 
 
@@ -94,38 +101,67 @@ def class_for(module: nn.Module) -> type[nn.Module] | None:
     Raises:
         Untraceable: where its `forward` must stay as it is.
     """
+    kind = written_class(module)
     if isinstance(module, Accelerated):
-        return None
-    kind = type(module)
+        is_somebodys_subclass = type(module) is not accelerated(kind, module._fastnet_forward)
+        if is_somebodys_subclass or not module._fastnet_changed():
+            return None
     if chains.is_sequential(module):
         flat = chains.flatten(module._modules.values())
         gains = any(chains.fuse(flat, at).count > 1 for at in chains.layers(flat))
+        if gains:
+            tracing.check_is_pickled_plainly(kind)
         return accelerated(kind, None) if gains else None
     tracing.check_is_ours(module)
     traces = [tracing.trace(module, kind, training) for training in (True, False)]
     if not any([tracing.rewrite(trace) for trace in traces]):  # noqa: C419  both are rewritten
         return None
-    lists = (nn.ModuleList, nn.ModuleDict)
-    lengths = tuple((n, len(m)) for n, m in module.named_children() if isinstance(m, lists))
     codes = [tracing.code(trace.graph) for trace in traces]
-    reads = traces[0].reads | traces[1].reads
+    conditions = traces[0].conditions | traces[1].conditions
     around = traces[0].globals | traces[1].globals
-    return accelerated(kind, Forward(*codes, reads, around, lengths))
+    return accelerated(kind, Forward(*codes, tuple(conditions.items()), tuple(around.items())))
 
 
-def _function(written: type[nn.Module], forward: Forward) -> types.FunctionType:
+def _changed(written: type[nn.Module], forward: Forward) -> types.FunctionType:
+    """Whether one of the values that `forward` read is another one: a function of the module."""
+    names = {"written_class": written_class, "find": find, "look_up": look_up}
+    names |= {"written": written, "forward": written.forward}
+    differs = [f"{TRACED!r} not in self.__dict__", "written.forward is not forward"]
+    conditions = list(forward.conditions)
+    for (home, path), value in forward.globals:
+        names[f"home_{len(names)}"] = importlib.import_module(home)
+        conditions.append((f"look_up(home_{len(names) - 1}, {path!r})", value))
+    for expression, value in conditions:
+        if value is None or type(value) is bool:
+            differs.append(f"({expression}) is not {value}")
+            continue
+        known = f"value_{len(names)}"
+        names[known] = value
+        differs.append(
+            f"type(now := {expression}) is not type({known}) or now != {known}"
+            if is_plain(value)
+            else f"{expression} is not {known}"
+        )
+    text = f"def changed(self):\n    return {' or '.join(differs)}\n"
+    return _execute(f"{written.__name__}, what forward read", text, names, "changed")
+
+
+def _function(
+    written: type[nn.Module], forward: Forward, changed: types.FunctionType
+) -> types.FunctionType:
     """A `forward` of the written one's signature. It is the written one where a call gives
     something else than a tensor, or an optional argument, for which nothing was traced, and where
-    a global has another value than it had."""
+    something that it read has changed."""
     names = {
+        "_changed": changed,
         "_Tensor": Tensor,
-        "_written": written.forward,
+        "_kind": written,
         "_training": _compiled(written, "training", forward.training),
         "_evaluation": _compiled(written, "evaluation", forward.evaluation),
     }
     signature = inspect.signature(written.forward)
     module, *_ = signature.parameters
-    shown, passed, differs = [], [], [f"{TRACED!r} not in {module}.__dict__"]
+    shown, passed, differs = [], [], [f"_changed({module})"]
     for name, parameter in signature.parameters.items():
         parameter = parameter.replace(annotation=parameter.empty)
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -140,16 +176,10 @@ def _function(written: type[nn.Module], forward: Forward) -> types.FunctionType:
         passed.append(stars.get(parameter.kind, keyword) + name)
     required = required_arguments(written.forward)
     differs += [f"not isinstance({name}, _Tensor)" for name in required]
-    differs += [f"len({module}.{name}) != {length}" for name, length in forward.lengths]
-    for count, (home, name, value) in enumerate(sorted(forward.globals, key=lambda g: g[:2])):
-        names[f"_home_{count}"] = importlib.import_module(home)
-        names[f"_type_{count}"], names[f"_value_{count}"] = type(value), value
-        now = f"getattr(_home_{count}, {name!r}, None)"
-        differs.append(f"type({now}) is not _type_{count} or {now} != _value_{count}")
     given = ", ".join([module, *required])
     text = f"""def forward{inspect.Signature(shown)}:
     if {" or ".join(differs)}:
-        return _written({", ".join(passed)})
+        return _kind.forward({", ".join(passed)})
     if {module}.training:
         return _training({given})
     return _evaluation({given})
@@ -170,9 +200,11 @@ def _compiled(written: type[nn.Module], mode: str, code: Code) -> types.Function
 _count = itertools.count()
 
 
-def _execute(title: str, text: str, names: dict[str, object]) -> types.FunctionType:
+def _execute(
+    title: str, text: str, names: dict[str, object], function: str = "forward"
+) -> types.FunctionType:
     title = f"<{title} {next(_count)}>"
     # Kept for tracebacks, which show the lines.
     linecache.cache[title] = (len(text), None, text.splitlines(keepends=True), title)
     exec(compile(text, title, "exec"), names)
-    return names["forward"]
+    return names[function]

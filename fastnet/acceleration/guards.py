@@ -12,15 +12,28 @@ import contextlib
 import dis
 import functools
 import gc
+import itertools
 import logging
 import operator
 import random
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
+
+from fastnet.acceleration.conditions import (
+    Conditions,
+    Untraceable,
+    is_constant,
+    is_library,
+    is_own,
+    is_plain,
+    look_up,
+)
 
 # Builtins that depend on nothing but their arguments, and ask no stand-in for what it is not. Of a
 # stand-in's type isinstance asks by `__class__`, which stand-ins answer.
@@ -35,12 +48,11 @@ HARMLESS = {
 WRAPPERS = {"torch.utils._contextlib", "torch.amp.autocast_mode", "torch.utils.checkpoint"}
 # Questions about the moment, whose answer would be kept.
 MOMENTARY = {
-    "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "time",
-    "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns",
+    "time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns",
     "process_time", "now", "utcnow", "today",
-    "is_compiling", "is_dynamo_compiling", "is_exporting",
-    "is_initialized", "get_rank", "get_world_size", "get_num_threads",
 }
+# torch's, but for the one that Python always answers alike.
+MOMENTARY_OF_TORCH = re.compile(r"(?!is_scripting$)((is|are|get|has|current)_|.*_enabled$)")
 # And about parameters.
 MOMENTARY_ATTRIBUTES = {"grad", "requires_grad", "is_leaf", "grad_fn"}
 # Of Python's own modules those that are called for what they do or find outside.
@@ -51,27 +63,6 @@ MUTATING = {
     "setdefault", "popitem", "add", "discard", "appendleft", "extendleft", "popleft", "rotate",
 }
 # fmt: on
-PLAIN_TYPES = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
-
-
-class Untraceable(Exception):  # noqa: N818  it is a verdict
-    """A `forward` stays as it is written; the text says why."""
-
-
-def _is_own(module: str) -> bool:
-    return module.startswith("fastnet.acceleration")
-
-
-def _is_library(module: str) -> bool:
-    """Whether this is Python's or torch's, or what traces."""
-    package = module.partition(".")[0]
-    return package == "torch" or package in sys.stdlib_module_names or _is_own(module)
-
-
-def is_plain(value: object) -> bool:
-    """Whether it can be told later that something still has this value."""
-    parts = value if type(value) is tuple else (value,)
-    return all(type(part) in PLAIN_TYPES or callable(part) for part in parts)
 
 
 @functools.cache
@@ -88,8 +79,10 @@ def _objection(code: types.CodeType) -> str | None:
             return f"there is a `try` in {code.co_name}"
         if name.startswith("MATCH_"):
             return f"there is a `match` in {code.co_name}"
-        if name in ("STORE_GLOBAL", "DELETE_GLOBAL", "DELETE_ATTR"):
-            return f"{code.co_name} sets or deletes {step.argval}"
+        if name in ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR"):
+            return f"{code.co_name} {'sets' if 'STORE' in name else 'deletes'} {step.argval}"
+        if name == "IMPORT_NAME" and not is_library(step.argval):
+            return f"{code.co_name} imports {step.argval}"
         if name == "LOAD_ATTR" and step.argval in MOMENTARY_ATTRIBUTES:
             return f"{code.co_name} asks for {step.argval}"
         if name == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
@@ -98,14 +91,17 @@ def _objection(code: types.CodeType) -> str | None:
 
 
 @functools.cache
-def _names_of_globals(code: types.CodeType) -> list[tuple[str, str | None]]:
-    """Those in a function, each with the attribute that is read of it, if one is."""
-    steps = list(dis.get_instructions(code))
-    return [
-        (step.argval, after.argval if after and after.opname.startswith("LOAD_ATTR") else None)
-        for step, after in zip(steps, [*steps[1:], None], strict=True)
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    ]
+def _names_of_globals(code: types.CodeType) -> list[tuple[str, tuple[str, ...]]]:
+    """Those in a function, each with the attributes that are read of it, one of the other."""
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    found = []
+    for at, step in enumerate(steps):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            reads = itertools.takewhile(
+                lambda after: after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")), steps[at + 1 :]
+            )
+            found.append((step.argval, tuple(read.argval for read in reads)))
+    return found
 
 
 def _forbidden_builtin(code: types.CodeType, names: dict) -> str | None:
@@ -121,25 +117,36 @@ def _objection_to_globals(
     """What a function reads that is not its own, and may be another thing the next time. What can
     be compared then is added to `reads`, by module and name."""
     code, names = frame.f_code, frame.f_globals
-    for name, attribute in _names_of_globals(code):
+    for name, attributes in _names_of_globals(code):
         if name not in names:  # one of the builtins
             continue
-        owner, value, shown = sys.modules.get(names.get("__name__", "")), names[name], name
-        if isinstance(value, types.ModuleType):
-            if attribute is None or _is_library(value.__name__):
-                continue
-            owner, name, value = value, attribute, getattr(value, attribute, None)
-            shown = f"{shown}.{name}"
-        if callable(value) or isinstance(value, (Tensor, types.ModuleType, logging.Logger)):
+        home, path, value, shown = names.get("__name__", ""), name, names[name], name
+        for attribute in attributes:
+            if isinstance(value, types.ModuleType):
+                home, path = value.__name__, attribute
+            elif isinstance(value, (type, types.FunctionType)):
+                path += f".{attribute}"
+            else:
+                break
+            value, shown = getattr(value, attribute, None), f"{shown}.{attribute}"
+        if is_plain(value):
+            if look_up(sys.modules.get(home), path) is not value:
+                return f"{code.co_name} reads {shown}, which cannot be imported"
+            reads[home, path] = value
             continue
-        if not is_plain(value):
+        if isinstance(value, types.ModuleType):
+            home = value.__name__
+        if is_library(home) and not home.startswith("torch.backends"):
+            continue
+        if not is_constant(value) and not isinstance(value, (Tensor, logging.Logger)):
             return f"{code.co_name} reads {shown}, a {type(value).__name__}"
-        if owner is None or vars(owner).get(name, reads) is not value:
-            return f"{code.co_name} reads {shown}, which cannot be imported"
-        reads[owner.__name__, name] = value
     for name in code.co_freevars:
         value = frame.f_locals.get(name)
-        if not is_plain(value) and not isinstance(value, (Tensor, types.ModuleType)):
+        is_library_module = isinstance(value, types.ModuleType) and is_library(value.__name__)
+        # `__class__` is there for super().
+        if name != "__class__" and not (
+            is_constant(value) or is_library_module or isinstance(value, Tensor)
+        ):
             return (
                 f"{code.co_name} reads {name}, a {type(value).__name__} of the function around it"
             )
@@ -176,79 +183,122 @@ def _restore(states: tuple) -> bool:
     return bool(drawn)
 
 
+def _is_asked_by_forward(frame: types.FrameType | None) -> bool:
+    """Whether it is a `forward` that looks at a module, or what it has called of torch, but not
+    what traces it."""
+    while frame is not None:
+        home = frame.f_globals.get("__name__") or ""
+        if not is_library(home):
+            return True
+        if home.startswith("torch.fx.") or is_own(home):
+            return False
+        frame = frame.f_back
+    return False
+
+
+@dataclass
+class Reads:
+    """What was read during a trace: conditions, and globals, by module and name."""
+
+    conditions: dict[str, object] = field(default_factory=dict)
+    globals: dict[tuple[str, str], object] = field(default_factory=dict)
+
+
 @contextlib.contextmanager
-def watch_python(shell: nn.Module) -> Iterator[dict[tuple[str, str], object]]:
+def watch_python(module: nn.Module, shell: nn.Module) -> Iterator[Reads]:
     """Runs a trace of `shell.forward`, and refuses what a graph would not do again.
 
-    Yields the globals that were read, by module and name, when it is over.
+    Yields what was read, which is complete when it is over.
 
     Raises:
-        Untraceable: for that.
+        Untraceable: for that; at once, before anything is changed, where it can.
     """
     children = list(shell.modules())[1:]
-    attributes = [(module, dict(vars(module))) for module in (shell, *children)]
+    attributes = [(owner, dict(vars(owner))) for owner in (shell, *children)]
     kept = {id(value) for _, values in attributes[1:] for value in values.values()}
     states = _random_states()
-    reads: dict[tuple[str, str], object] = {}
+    reads, conditions = Reads(), Conditions(module, shell)
+    asks_types = False
     refused: list[str] = []
 
-    def profile(frame, event, called):
-        module = frame.f_globals.get("__name__") or ""
-        if event == "call":
-            refused.extend(filter(None, (objection_to_call(frame, module),)))
-        elif event == "c_call" and not _is_library(module):
-            refused.extend(filter(None, (objection_to_builtin(called),)))
+    def refuse(reason):
+        refused.append(reason)
+        raise Untraceable(reason)
 
-    def objection_to_call(frame, module):
+    def profile(frame, event, called):
+        nonlocal asks_types
+        home = frame.f_globals.get("__name__") or ""
+        reason = None
+        if event == "call":
+            reason = objection_to_call(frame, home)
+            asks_types |= not is_library(home) and "isinstance" in frame.f_code.co_names
+        elif event == "c_call" and not is_library(home):
+            reason = objection_to_builtin(called)
+        if reason:
+            refuse(reason)
+
+    def objection_to_call(frame, home):
         code = frame.f_code
-        if not _is_library(module):
+        if not is_library(home):
             return (
                 _objection(code)
                 or _forbidden_builtin(code, frame.f_globals)
-                or _objection_to_globals(frame, reads)
+                or _objection_to_globals(frame, reads.globals)
             )
-        if module in WRAPPERS:
-            return f"it goes through {module}, which a graph leaves out"
-        caller = frame.f_back.f_globals.get("__name__") or ""
-        is_outside = module.partition(".")[0] in OUTSIDE or code.co_name in MOMENTARY
-        return (
-            f"it calls {code.co_name} of {module}"
-            if is_outside and not _is_library(caller)
-            else None
+        if home in WRAPPERS:
+            return f"it goes through {home}, which a graph leaves out"
+        if is_library(frame.f_back.f_globals.get("__name__") or ""):
+            return None
+        package = home.partition(".")[0]
+        is_momentary = code.co_name in MOMENTARY or (
+            package == "torch"
+            and not home.startswith(("torch.nn.", "torch.fx."))
+            and MOMENTARY_OF_TORCH.match(code.co_name)
         )
+        return f"it calls {code.co_name} of {home}" if is_momentary or package in OUTSIDE else None
 
     def objection_to_builtin(called):
         name, owner = getattr(called, "__name__", ""), getattr(called, "__self__", None)
-        if name in MOMENTARY:
-            return f"it calls {name}"
         if isinstance(owner, Tensor):
             return f"it calls {name} of a tensor that is no input"
+        if name in MOMENTARY or MOMENTARY_OF_TORCH.match(name):
+            return f"it calls {name}"
         if name in MUTATING and id(owner) in kept:
             return f"it calls {name} of a {type(owner).__name__} that a module keeps"
         home = owner.__name__ if isinstance(owner, types.ModuleType) else type(owner).__module__
         return f"it calls {name} of {home}" if home in OUTSIDE else None
 
+    def watch(self, name):
+        if _is_asked_by_forward(sys._getframe(1)):
+            try:
+                conditions.read(self, name)
+            except Untraceable as reason:
+                refuse(str(reason))
+        return super(nn.Module, self).__getattribute__(name)
+
     outer = sys.getprofile()
     # Or what runs when garbage is collected would be taken for a part of forward.
     collects = gc.isenabled()
     gc.disable()
+    nn.Module.__getattribute__ = watch
     sys.setprofile(profile)
     try:
         yield reads
     finally:
         sys.setprofile(outer)
+        del nn.Module.__getattribute__
         if collects:
             gc.enable()
-        for module, before in attributes:
-            now = vars(module)
+        for owner, before in attributes:
+            now = vars(owner)
             for name in {**before, **now}:
-                if name == "training" and module is not shell:
+                if name == "training" and owner is not shell:
                     continue
                 if name.startswith("_tensor_constant"):
                     refused.append("it makes a tensor from no input of its own")
                 elif name not in now or name not in before or now[name] is not before[name]:
-                    refused.append(f"it sets {'self' if module is shell else '…'}.{name}")
-            if module is not shell:
+                    refused.append(f"it sets {'self' if owner is shell else '…'}.{name}")
+            if owner is not shell:
                 before["training"] = now["training"]
                 now.clear()
                 now.update(before)
@@ -256,6 +306,7 @@ def watch_python(shell: nn.Module) -> Iterator[dict[tuple[str, str], object]]:
             refused.append("it draws random numbers for no input")
     if refused:
         raise Untraceable(refused[0])
+    reads.conditions = {**conditions.holds, **(conditions.types if asks_types else {})}
 
 
 class Unregistered:
@@ -281,7 +332,7 @@ class Input(fx.Proxy):
 
     def _ask(self, question: str) -> None:
         caller = sys._getframe(2).f_globals.get("__name__") or ""
-        if _is_own(caller) or caller.startswith(ASKERS):
+        if is_own(caller) or caller.startswith(ASKERS):
             return
         raise fx.proxy.TraceError(f"it asks for {question} of an input")
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from fastnet import modules
 from fastnet.acceleration import chains, tracing
-from fastnet.acceleration.classes import TRACED, Accelerated, class_for
-from fastnet.acceleration.guards import Untraceable
+from fastnet.acceleration.classes import Accelerated, class_for
+from fastnet.acceleration.conditions import Untraceable
 
 FUSED_MODULES = (modules.Linear, modules.ConvReLUPool2d, modules.CrossEntropyLoss)
 LAYERS = (nn.Linear, nn.Conv2d, nn.CrossEntropyLoss)
@@ -99,8 +99,8 @@ def _chains(module: nn.Module) -> list[tuple[list[chains.Step], str]]:
     if chains.is_sequential(module):
         return [(chains.flatten(module._modules.values()), "nothing follows it")]
     tracing.check_is_ours(module)
-    if isinstance(module, Accelerated) and TRACED not in vars(module):
-        raise Untraceable("an attribute that it reads was set after accelerate(model)")
+    if isinstance(module, Accelerated) and module._fastnet_changed():
+        raise Untraceable("something that it reads was set after accelerate(model)")
     found = tracing.trace(module, tracing.written_class(module), module.training).chains
     return [(chains.flatten(chain.steps), chain.end) for chain in found]
 

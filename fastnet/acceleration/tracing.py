@@ -13,22 +13,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fastnet import functional
 from fastnet.acceleration import chains
-from fastnet.acceleration.guards import (
-    Tracer,
-    Unregistered,
-    Untraceable,
-    is_plain,
-    subclass,
-    watch_python,
-)
+from fastnet.acceleration.conditions import Untraceable, written_class
+from fastnet.acceleration.guards import Tracer, Unregistered, subclass, watch_python
 
 RELUS = {torch.relu, torch.relu_, F.relu, F.relu_}
 MAX_POOLS = {torch.max_pool2d, F.max_pool2d}
-PLAIN_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -61,19 +54,14 @@ class Trace:
     Attributes:
         graph: its operations, with calls of submodules.
         chains: the layers in it and what follows them.
-        reads: the attributes that `forward` read, whose values stand in the graph.
-        globals: and the globals, as module, name and value.
+        conditions: expressions in `self` and their values, of what `forward` read.
+        globals: and the globals that it read, by module and name, with their values.
     """
 
     graph: fx.Graph
     chains: list[Chain]
-    reads: frozenset[str]
-    globals: frozenset[tuple[str, str, object]]
-
-
-def written_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class, of an accelerated one the class as it was written."""
-    return getattr(module, "_fastnet_written", type(module))
+    conditions: dict[str, object]
+    globals: dict[tuple[str, str], object]
 
 
 def check_is_ours(module: nn.Module) -> None:
@@ -89,11 +77,15 @@ def check_is_ours(module: nn.Module) -> None:
         raise Untraceable("it has none")
     if kind.__module__.startswith("torch.nn."):
         raise Untraceable("it is one of torch's own")
+    check_is_pickled_plainly(kind)
+    if any(type(child).__call__ is not nn.Module.__call__ for child in module.modules()):
+        raise Untraceable("something in it has a __call__ of its own")
+
+
+def check_is_pickled_plainly(kind: type[nn.Module]) -> None:
     reduces = (kind.__reduce__, object.__reduce__), (kind.__reduce_ex__, object.__reduce_ex__)
     if any(own is not plain for own, plain in reduces):
         raise Untraceable("it has a way of its own to be pickled")
-    if any(type(child).__call__ is not nn.Module.__call__ for child in module.modules()):
-        raise Untraceable("something in it has a __call__ of its own")
 
 
 def required_arguments(forward: types.FunctionType) -> list[str]:
@@ -118,23 +110,9 @@ def trace(module: nn.Module, written: type[nn.Module], training: bool) -> Trace:
         Untraceable: where the graph would not be, or may not be, what `forward` does.
     """
     names = ", ".join(required_arguments(written.forward))
-    reads: dict[str, object] = {}
-
-    def watch(self, name):
-        try:
-            value = written.__getattribute__(self, name)
-        except AttributeError:
-            # A parameter or a submodule, perhaps; or what was not there, and may be some day.
-            reads[name] = MISSING
-            raise
-        if not name.startswith("__") and name not in PLAIN_ATTRIBUTES:
-            reads[name] = value
-        return value
-
     body = {"written": written.forward}
     exec(f"def forward(self, {names}): return written(self, {names})", body)
-    members = {"forward": body["forward"], "__getattribute__": watch}
-    watched = subclass(written, Unregistered, members)
+    watched = subclass(written, Unregistered, {"forward": body["forward"]})
     # A shell around the same parameters and submodules, on which forward may do what it likes.
     shell = object.__new__(watched)
     vars(shell).update(vars(module))
@@ -142,41 +120,22 @@ def trace(module: nn.Module, written: type[nn.Module], training: bool) -> Trace:
         vars(shell)[name] = dict(vars(module)[name])
     modes = [(child, child.training) for child in module.modules()]
     vars(shell)["training"] = training
-    with watch_python(shell) as global_reads:
+    with watch_python(module, shell) as reads:
         try:
             for child, _ in modes:
                 child.training = training
             graph = Tracer().trace(shell)
             if any(child.training is not training for child, _ in modes):
                 raise fx.proxy.TraceError("it switches between training and evaluation")
+        except Untraceable:
+            raise
         except Exception as error:
             first_line = next(iter(str(error).splitlines()), "")
             raise Untraceable(f"{type(error).__name__}: {first_line}") from error
         finally:
             for child, mode in modes:
                 child.training = mode
-    fixed = frozenset(name for name, value in reads.items() if _is_fixed(module, name, value))
-    around = frozenset((*where, value) for where, value in global_reads.items())
-    return Trace(graph, find_chains(graph, module), fixed, around)
-
-
-MISSING = object()
-
-
-def _is_fixed(module: nn.Module, name: str, value: object) -> bool:
-    """Whether an attribute that forward read stands in the graph with its value.
-
-    Raises:
-        Untraceable: where it cannot be told later whether it still has that value.
-    """
-    if value is MISSING:
-        return getattr(module, name, None) is None
-    is_method = isinstance(value, types.MethodType) and name not in vars(module)
-    if isinstance(value, (Tensor, nn.Module)) or is_method:
-        return False
-    if is_plain(value):
-        return True
-    raise Untraceable(f"it reads self.{name}, a {type(value).__name__}")
+    return Trace(graph, find_chains(graph, module), reads.conditions, reads.globals)
 
 
 NO_CALLS = ("placeholder", "get_attr")
@@ -257,10 +216,7 @@ def rewrite(trace: Trace) -> bool:
             nodes, steps = chain.nodes[first : last + 1], chain.steps[first : last + 1]
             # Where the first one stood: nothing that might follow it has happened yet.
             with graph.inserting_before(nodes[0]):
-                called = tuple(
-                    graph.get_attr(node.target) if isinstance(step, nn.Module) else step
-                    for node, step in zip(nodes, steps, strict=True)
-                )
+                called = tuple(map(_as_written, nodes, steps))
                 run = graph.call_function(chains.run, (called, nodes[0].args[0]))
             nodes[-1].replace_all_uses_with(run)
             for node in reversed(nodes):
@@ -273,6 +229,16 @@ def rewrite(trace: Trace) -> bool:
                 node.target, node.kwargs = functional.cross_entropy, options
                 changed = True
     return changed
+
+
+def _as_written(node: fx.Node, step: chains.Step) -> fx.Node | chains.Step:
+    """A step as it is called in the graph; where it is not fused after all, it shows whether a ReLU
+    writes to its input."""
+    if isinstance(step, nn.Module):
+        return node.graph.get_attr(node.target)
+    given = node.args[1:] or (node.kwargs.get("inplace", False),)
+    is_in_place = node.target in (torch.relu_, F.relu_, "relu_") or given[0]
+    return chains.RELU_IN_PLACE if step == chains.RELU and is_in_place else step
 
 
 def _fused_spans(chain: Chain) -> list[tuple[int, int]]:
