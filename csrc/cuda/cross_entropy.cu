@@ -145,18 +145,16 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
         parts = allocate(logits, std::array{4 * rows * shares}, wide);
         part = static_cast<Sums<A>*>(parts.mutable_data_ptr());
       }
+      const auto kernel =
+          call.needs_dot
+              ? (packed ? block_row_kernel<E, kCount, true> : block_row_kernel<E, 1, true>)
+              : (packed ? block_row_kernel<E, kCount, false> : block_row_kernel<E, 1, false>);
       // The grid's second dimension holds 65,535 rows.
       constexpr int64_t kGridRows = 65'535;
       for (int64_t first = 0; first < rows; first += kGridRows) {
         const auto count = static_cast<unsigned>(std::min(kGridRows, rows - first));
         const dim3 grid(static_cast<unsigned>(shares), count);
-        if (packed) {
-          launch(block_row_kernel<E, kCount>, grid, dim3(kRowThreads), 0, stream, call, part, share,
-                 first);
-        } else {
-          launch(block_row_kernel<E, 1>, grid, dim3(kRowThreads), 0, stream, call, part, share,
-                 first);
-        }
+        launch(kernel, grid, dim3(kRowThreads), 0, stream, call, part, share, first);
       }
       if (part) {
         launch(finish_rows_kernel<E>, dim3(blocks_for(rows, 128)), dim3(128), 0, stream, call, part,

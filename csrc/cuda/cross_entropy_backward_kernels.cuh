@@ -41,7 +41,7 @@ __device__ __forceinline__ Slopes<acc_t<T>> slopes_of(const CrossEntropyCall<T>&
 
 // Threads along the classes, kCount to each at a time: blockDim.y rows, a share of the classes.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
     row_gradient_kernel(CrossEntropyCall<T> call, int64_t share) {
   using A = acc_t<T>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -53,19 +53,20 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   const int64_t x_step = kCount > 1 ? 1 : call.logits_at.cls;
   const int64_t g_step = kCount > 1 ? 1 : call.gradient_at.cls;
   const int64_t step = static_cast<int64_t>(blockDim.x) * kCount;
+  const T* const target = call.target_of(row);
   const Slopes<A> slopes = slopes_of(call, row);
   for (int64_t c = begin + static_cast<int64_t>(threadIdx.x) * kCount; c < end;
-       c += kPacks<kCount> * step) {
-    Pack<T, kCount> packs[kPacks<kCount>];
+       c += kPacks<T, kCount> * step) {
+    Pack<T, kCount> packs[kPacks<T, kCount>];
     load_packs(x, c, end, step, x_step, packs);
 #pragma unroll
-    for (int p = 0; p < kPacks<kCount>; ++p) {
+    for (int p = 0; p < kPacks<T, kCount>; ++p) {
       const int64_t at = c + p * step;
       if (at >= end) break;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         A value = slopes.at(widen(packs[p].elements[i]), at + i);
-        if (call.needs_dot) value -= slopes.offset * call.q(row, at + i);
+        if (call.needs_dot) value -= slopes.offset * call.q(target, at + i);
         narrow(value, &packs[p].elements[i]);
       }
       *reinterpret_cast<Pack<T, kCount>*>(g + at * g_step) = packs[p];
@@ -83,10 +84,11 @@ __global__ void position_gradient_kernel(CrossEntropyCall<T> call, int64_t share
   const int64_t end = begin + share < call.C ? begin + share : call.C;
   const T* const x = call.logits + call.first(call.logits_at, row);
   T* const g = call.gradient + call.first(call.gradient_at, row);
+  const T* const target = call.target_of(row);
   const Slopes<A> slopes = slopes_of(call, row);
   for (int64_t c = begin; c < end; ++c) {
     A value = slopes.at(widen(x[c * call.logits_at.cls]), c);
-    if (call.needs_dot) value -= slopes.offset * call.q(row, c);
+    if (call.needs_dot) value -= slopes.offset * call.q(target, c);
     narrow(value, g + c * call.gradient_at.cls);
   }
 }
