@@ -185,6 +185,23 @@ __device__ __forceinline__ void narrow(const acc_t<T> (&values)[kCount], Pack<T,
   }
 }
 
+// Stores a pack, which must be aligned there, by one instruction where it is kVectorBytes: of an
+// assignment the compiler may make a store for every word.
+template <class T, int kCount>
+__device__ __forceinline__ void store(const Pack<T, kCount>& pack, T* to) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof pack == sizeof(uint4)) {
+    uint4 words;
+    std::memcpy(&words, &pack, sizeof words);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+}
+
 // Stops the kernel, as torch's own operators do: the next call on the card reports a device-side
 // assertion. (assert() itself is compiled out of release builds.)
 __device__ __forceinline__ void device_assert(bool holds, const char* what) {

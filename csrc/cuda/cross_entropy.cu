@@ -213,11 +213,11 @@ void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits, c
       const int64_t unit = static_cast<int64_t>(width) * (packed ? kCount : 1);
       const int64_t share = share_of(shape.C, blocks, 4 * unit, kFullBlocks);
       const dim3 grid(blocks, blocks_for(shape.C, share)), block(width, height);
-      if (packed) {
-        launch(row_gradient_kernel<E, kCount>, grid, block, 0, stream, call, share);
-      } else {
-        launch(row_gradient_kernel<E, 1>, grid, block, 0, stream, call, share);
-      }
+      const auto kernel =
+          call.needs_dot
+              ? (packed ? row_gradient_kernel<E, kCount, true> : row_gradient_kernel<E, 1, true>)
+              : (packed ? row_gradient_kernel<E, kCount, false> : row_gradient_kernel<E, 1, false>);
+      launch(kernel, grid, block, 0, stream, call, share);
     }
     if (!has_strides) {
       Tensor to = gradient;
