@@ -137,10 +137,13 @@ __global__ void product_kernel(const T* __restrict__ a, int64_t a_row, int64_t a
 inline constexpr int kForwardCols = 4, kForwardWarps = 4;
 inline constexpr int kProductRows = 4, kProductThreads = 128;
 
-// Multiply-adds up to which launch and tail outweigh the arithmetic. A transposed weight would have
-// to be copied first.
-bool prefers_own_kernel(const LinearReluShape& shape, const Tensor* weight) {
-  return (!weight || weight->is_contiguous()) &&
+// Terms of one result that our kernels add at most, a warp in the forward pass, one thread in the
+// backward: longer sums are for the library, which splits them, however small all else is.
+inline constexpr int64_t kForwardTerms = 4096, kProductTerms = 256;
+
+// Multiply-adds up to which launch and tail outweigh the arithmetic.
+bool prefers_own_kernel(const LinearReluShape& shape, int64_t terms, int64_t most_terms) {
+  return terms <= most_terms &&
          shape.rows * shape.in_features * shape.out_features <= (int64_t{1} << 22);
 }
 
@@ -205,7 +208,8 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
   const std::vector<int64_t> output_shape = with_last(input, N);
   if (M * N == 0) return allocate(input, output_shape);
 
-  if (!prefers_own_kernel({M, K, N}, &weight)) {
+  // A transposed weight would have to be copied first.
+  if (!weight.is_contiguous() || !prefers_own_kernel({M, K, N}, K, kForwardTerms)) {
     const Tensor rows = torch::stable::reshape(input, {M, K});
     const Tensor weight_t = torch::stable::transpose(weight, 0, 1);
     if (bias) {
@@ -262,20 +266,21 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
       });
   if (K == 0) return {grad_input, grad_weight, grad_bias};
 
-  if (!prefers_own_kernel({M, K, N}, weight ? &*weight : nullptr)) {
-    library_products(grad_z, input, weight, grad_weight, grad_input);
-    return {grad_input, grad_weight, grad_bias};
-  }
-
-  const std::optional<Tensor> x = input ? std::optional(dense(*input)) : std::nullopt;
+  // Each product as its own sums are: over the rows, or over the output's features.
+  const bool owns_weight = input && prefers_own_kernel({M, K, N}, M, kProductTerms);
+  const bool owns_input =
+      weight && weight->is_contiguous() && prefers_own_kernel({M, K, N}, N, kProductTerms);
+  library_products(grad_z, owns_weight ? std::nullopt : input, owns_input ? std::nullopt : weight,
+                   grad_weight, grad_input);
+  const std::optional<Tensor> x = owns_weight ? std::optional(dense(*input)) : std::nullopt;
   dispatch_float_and_half(
       "linear_relu_backward", output.scalar_type(), [&, M = M, K = K, N = N](auto type) {
         using T = decltype(type);
-        if (x) {
+        if (owns_weight) {
           launch_product(data<T>(grad_z), 1, N, data<T>(*x), mutable_data<T>(grad_weight), N, M, K,
                          on_device.stream());
         }
-        if (weight) {
+        if (owns_input) {
           launch_product(data<T>(grad_z), N, 1, data<T>(*weight), mutable_data<T>(grad_input), M, N,
                          K, on_device.stream());
         }
