@@ -157,8 +157,8 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
         launch(kernel, grid, dim3(kRowThreads), 0, stream, call, part, share, first);
       }
       if (part) {
-        launch(finish_rows_kernel<E>, dim3(blocks_for(rows, 128)), dim3(128), 0, stream, call, part,
-               shares);
+        launch(finish_rows_kernel<E>, dim3(blocks_for(rows, kFinishThreads / kWarp)),
+               dim3(kFinishThreads), 0, stream, call, part, shares);
       }
     }
     launch(sum_losses_kernel<A>, dim3(1), dim3(kSumThreads), 0, stream, call.losses, call.counts,

@@ -158,15 +158,22 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
   }
 }
 
-// parts (rows, count) → the rows' ends.
+inline constexpr int kFinishThreads = 128;
+
+// parts (rows, count) → the rows' ends. A warp to a row, each lane with every 32nd part: the order
+// is fixed.
 template <class T>
 __global__ void finish_rows_kernel(CrossEntropyCall<T> call, const Sums<acc_t<T>>* parts,
                                    int64_t count) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= call.rows) return;
-  Sums<acc_t<T>> sums = parts[row * count];
-  for (int64_t i = 1; i < count; ++i) sums.add(parts[row * count + i]);
-  finish_row(call, row, sums);
+  using A = acc_t<T>;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (kFinishThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= call.rows) return;  // the whole warp leaves
+  Sums<A> sums{minus_infinity<A>(), 0, 0, 0};
+  for (int64_t i = lane; i < count; i += kWarp) sums.add(parts[row * count + i]);
+  sums = warp_add(sums);
+  if (lane == 0) finish_row(call, row, sums);
 }
 
 // A thread per row, where neighbouring rows lie side by side.
