@@ -488,3 +488,14 @@ def test_module_without_activation_is_linear():
 def test_module_rejects_other_activations():
     with pytest.raises(ValueError, match="'gelu'"):
         fastnet.Linear(9, 4, activation="gelu")
+
+
+def test_what_torch_said_is_passed_on(device):
+    if device.name == "cpu":
+        pytest.skip("who fails there first depends on the processor")
+    input = torch.zeros(1, 1, device=device).expand(1 << 24, 1)
+    weight = torch.zeros(1 << 22, 1, device=device)
+    with pytest.raises(RuntimeError, match="could not allocate a tensor of 2 dimensions") as raised:
+        device.ops.linear_relu_forward(input, weight, None)
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
+        assert "memory" in str(raised.value)

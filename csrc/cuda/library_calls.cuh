@@ -22,8 +22,8 @@ inline Tensor addmm_relu(const Tensor& bias, const Tensor& a, const Tensor& b) {
   const auto addmm_activation = aoti_torch_cuda__addmm_activation;
 #endif
   AtenTensorHandle result = nullptr;
-  check(addmm_activation(bias.get(), a.get(), b.get(), 1.0, 1.0, /*use_gelu=*/0, &result) == 0,
-        "fastnet: torch's _addmm_activation failed");
+  check_torch(addmm_activation(bias.get(), a.get(), b.get(), 1.0, 1.0, /*use_gelu=*/0, &result),
+              "fastnet: torch's _addmm_activation failed");
   return Tensor(result);
 }
 
