@@ -57,6 +57,20 @@ inline void check(bool holds, const Parts&... parts) {
   }
 }
 
+// What torch said last in this thread. The C interface has it from torch 2.13 on; null before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+// A check of a call into torch, whose own words follow: those of memory that is not there, above
+// all.
+template <class... Parts>
+inline void check_torch(AOTITorchError error, const Parts&... parts) {
+  if (__builtin_expect(error == 0, 1)) return;
+  const char* said = torch_exception_get_what_without_backtrace
+                         ? torch_exception_get_what_without_backtrace()
+                         : nullptr;
+  check(false, parts..., said ? ": " : "", said ? said : "");
+}
+
 // ---------------------------------------------------------------------------------------------
 // Dtypes
 
@@ -122,7 +136,7 @@ Tensor call_native(const char* name, const char* overload, const Arguments&... a
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
   const AOTITorchError error =
       torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION);
-  check(error == 0, name, ".", overload, " failed");
+  check_torch(error, name, ".", overload, " failed");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -147,9 +161,9 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
     like_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   }
   AtenTensorHandle result = nullptr;
-  check(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-                                 like_dtype, device_type, device_index, &result) == 0,
-        "fastnet: torch could not allocate a tensor of ", sizes.size(), " dimensions");
+  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                       like_dtype, device_type, device_index, &result),
+              "fastnet: torch could not allocate a tensor of ", sizes.size(), " dimensions");
   return Tensor(result);
 }
 

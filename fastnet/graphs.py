@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class GraphedStep:
-    """Steps on batches like the first through a graph, others as they are.
+    """Steps on batches like the first, in shapes, dtypes and devices, through a graph, others as
+    they are.
 
     The first steps run as they are, so that libraries have made their workspaces and optimizers
     their state. Another learning rate, which a graph holds as a number, makes another graph.
@@ -34,7 +35,7 @@ class GraphedStep:
 
     def __call__(self, *batch: Any) -> Any:
         """What the step returns; of a graph, in memory that the next call writes to."""
-        likeness = [value.shape if isinstance(value, Tensor) else value for value in batch]
+        likeness = [(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in batch]
         if self.first is None:
             self.first = likeness
         if likeness != self.first:

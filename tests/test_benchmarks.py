@@ -479,6 +479,23 @@ def test_parts_that_fail_are_reported_and_stop_nothing(tmp_path, monkeypatch):
         assert words in text
     assert "| linear_relu | a | forward | 10.0 | 1.50 | 3 | 10.0% | 50.0% |" in text
     assert "| 10.0% | 10.0% |" in text  # bfloat16, against its own rate
+    assert "The end of what tests printed:\n\n```\nhalf way\n```" in text
+
+
+def test_a_report_takes_the_better_memory_format():
+    rows = [
+        row("conv_relu_pool", "a", "forward", side, median_us=time, ratio=ratio)
+        for side, time, ratio in (
+            ("eager", "30", "nan"),
+            ("compile, channels_last", "20", "nan"),
+            ("fastnet", "25", "0.8"),
+            ("fastnet, channels_last", "10", "nan"),
+        )
+    ]
+    (best,) = gpu_report.in_best_format(rows)
+    assert (best["median_us"], best["ratio"], best["format"]) == ("10", "2.0", ", channels_last")
+    (plain,) = gpu_report.in_best_format(rows[:3])
+    assert (plain["median_us"], plain["ratio"], plain["format"]) == ("25", "0.8", "")
 
 
 def row(op, case, mode, side, threads="2", series="", x="0", **more) -> dict[str, str]:

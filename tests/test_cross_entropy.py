@@ -328,6 +328,27 @@ def test_nan_and_infinity_pass_as_in_torch(shape, smoothing, device):
                 )  # fmt: skip
 
 
+@pytest.mark.parametrize("C", [2048, 4104], ids=str)
+def test_every_place_of_a_pack(C, device):
+    """Kernels that take several logits at once: the class, NaN and -inf in each of them, where all
+    packs of a thread are there and where the last ones are not."""
+    places = [*range(16), *range(C - 16, C)]
+    rows, columns = torch.arange(len(places)), torch.tensor(places)
+    for dtype in device.dtypes:
+        plain = torch.randn(len(places), C).to(dtype)
+        check(plain.to(device).requires_grad_(), columns.to(device), None, dtype)
+        for value, spoils in ((math.nan, True), (-math.inf, False)):
+            logits = plain.clone()
+            logits[rows, columns] = value
+            logits = logits.to(device).requires_grad_()
+            target = (columns + 1).remainder(C).to(device)
+            loss = cross_entropy(logits, target, reduction="none")
+            (gradient,) = torch.autograd.grad(loss.sum(), logits)
+            at = gradient.cpu()[rows, columns]
+            assert loss.isnan().all() if spoils else loss.isfinite().all()
+            assert at.isnan().all() if spoils else not at.any()
+
+
 def test_nothing_counts(device):
     """As in torch: the mean of nothing is NaN, its gradient is not."""
     logits = torch.randn(4, 6, device=device, requires_grad=True)

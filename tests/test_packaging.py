@@ -150,6 +150,33 @@ def test_build_info_tells_what_runs_here():
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnet::{name}", "CUDA")
 
 
+@pytest.mark.parametrize(
+    ("listed", "card", "is_built"),
+    [
+        ("9.0", (9, 0), True),
+        ("7.5;9.0+PTX", (8, 6), False),  # between the two: PTX is for cards to come
+        ("8.0", (8, 6), True),  # a generation's code runs on its later cards
+        ("8.6", (8, 0), False),
+        ("8.0 9.0", (12, 0), False),
+        ("8.0 9.0+PTX", (12, 0), True),
+        ("9.0a", (9, 0), True),
+        ("10.0a+PTX", (10, 3), False),  # what has an a runs on that card alone
+        ("Hopper", (9, 0), True),
+        ("Hopper", (8, 9), False),
+        ("Ampere;Hopper", (8, 6), True),
+        ("Ampere+Tegra", (8, 7), True),
+        ("Ampere+Tegra", (9, 0), False),  # without PTX
+        ("native", (9, 0), True),
+        (None, (9, 0), False),
+    ],
+)
+def test_cards_that_kernels_were_built_for(listed, card, is_built, monkeypatch):
+    functional = fastnet.functional
+    monkeypatch.setattr(functional, "build_info", lambda: {"cuda_architectures": listed})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card)
+    assert functional._built_for.__wrapped__(0) == is_built
+
+
 def test_kernels_import_without_the_extras():
     program = (
         "import sys\n"

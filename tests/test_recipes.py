@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -411,6 +412,24 @@ def test_best_weights_are_kept(digits, tmp_path, monkeypatch):
     # It is of this run: a new one begins without.
     train(RECIPES["mnist-net"], settings(RECIPES["mnist-net"], epochs=1), *digits, tmp_path)
     assert not (tmp_path / "best.pt").exists()
+
+
+def test_batches_unlike_the_first_go_past_the_graph(monkeypatch):
+    """Copied into the graph's own memory, they would be cast without a word."""
+
+    def capture(self, batch):
+        self.graph = types.SimpleNamespace(replay=lambda: None)
+        self.batch, self.rates, self.result = [v.clone() for v in batch], [], "graph"
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(GraphedStep, "WARM_UP", 0)
+    monkeypatch.setattr(GraphedStep, "_capture", capture)
+    step = GraphedStep(lambda _: "step", [])
+    first = torch.zeros(4, 3)
+    assert step(first) == "graph"
+    assert step(first + 1) == "graph"
+    for other in (first[:2], first.double(), first.to("meta")):
+        assert step(other) == "step"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")

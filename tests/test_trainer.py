@@ -496,6 +496,23 @@ def test_what_a_cluster_holds(widths, batch_size, blocks):
     assert cluster(torch.empty(0), list(widths), batch_size, fastnet.ops.mlp.ADAM) == blocks
 
 
+@pytest.mark.parametrize(
+    ("room", "widths", "batch_size", "blocks"),
+    [
+        (4, (784, 28, 10), 64, 4),  # which would rather have eight
+        (1, (784, 28, 10), 8, 1),
+        (1, (784, 28, 10), 64, 0),  # whose memory takes more than one
+        (0, (7, 3), 8, 0),
+    ],
+)
+def test_a_device_with_room_for_less(room, widths, batch_size, blocks, monkeypatch):
+    if not load_emulated():
+        pytest.skip("`make emulation` builds what this needs")
+    monkeypatch.setenv("FASTNET_EMULATED_CLUSTER", str(room))
+    cluster = EMULATED.mlp_cluster
+    assert cluster(torch.empty(0), list(widths), batch_size, fastnet.ops.mlp.ADAM) == blocks
+
+
 def test_a_cluster_refuses_what_it_cannot_hold(monkeypatch):
     if not load_emulated():
         pytest.skip("`make emulation` builds what this needs")

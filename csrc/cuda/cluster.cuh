@@ -16,6 +16,12 @@ size_t cluster_shared_bytes(const Tensor&, Kernel*) {
   return emulation::kClusterSharedBytes;
 }
 
+// Whether the device has room for a cluster of so many blocks.
+template <class Kernel>
+bool cluster_fits(const Tensor&, Kernel*, int blocks, dim3, size_t) {
+  return blocks <= emulation::most_cluster_blocks();
+}
+
 // One cluster of `blocks`.
 template <class... Parameters, class... Arguments>
 void launch_cluster(void (*kernel)(Parameters...), int blocks, dim3 block, size_t shared_bytes,
@@ -55,23 +61,53 @@ size_t cluster_shared_bytes(const Tensor& tensor, Kernel* kernel) {
   return clusters ? static_cast<size_t>(bytes) : 0;
 }
 
+// A launch of one cluster.
+struct ClusterLaunch {
+  cudaLaunchAttribute shape{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(int blocks, dim3 block, size_t shared_bytes, cudaStream_t stream = nullptr) {
+    shape.id = cudaLaunchAttributeClusterDimension;
+    shape.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    config.gridDim = dim3(blocks);
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &shape;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+};
+
+template <class Kernel>
+void allow_shared_bytes(Kernel* kernel, size_t bytes) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)),
+             "fastnet: cudaFuncSetAttribute");
+}
+
+// A cluster's blocks run on neighbouring multiprocessors, of which part of a device, or one that
+// has lost some, may have too few together.
+template <class Kernel>
+bool cluster_fits(const Tensor& tensor, Kernel* kernel, int blocks, dim3 block,
+                  size_t shared_bytes) {
+  const OnDeviceOf device(tensor);
+  allow_shared_bytes(kernel, shared_bytes);
+  const ClusterLaunch launch(blocks, block, shared_bytes);
+  int clusters = 0;
+  const bool is_told =
+      cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess;
+  if (!is_told) cudaGetLastError();  // which is no error of the next launch
+  return is_told && clusters > 0;
+}
+
 template <class... Parameters, class... Arguments>
 void launch_cluster(void (*kernel)(Parameters...), int blocks, dim3 block, size_t shared_bytes,
                     cudaStream_t stream, Arguments... arguments) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared_bytes)),
-             "fastnet: cudaFuncSetAttribute");
-  cudaLaunchAttribute shape{};
-  shape.id = cudaLaunchAttributeClusterDimension;
-  shape.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &shape;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
+  allow_shared_bytes(kernel, shared_bytes);
+  const ClusterLaunch launch(blocks, block, shared_bytes, stream);
+  check_cuda(cudaLaunchKernelEx(&launch.config, kernel, static_cast<Parameters>(arguments)...),
              "fastnet: kernel launch failed");
 }
 

@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
+#include <cstring>
 
 #include "../common.h"
 #if defined(FASTNET_EMULATION)
@@ -145,6 +147,60 @@ template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {
   T elements[kCount];
 };
+
+// A pack in the accumulate type, and back. Elements of two bytes go two at a time: of a register
+// with two bfloat16, each is widened by one instruction, and two are narrowed by one.
+template <class T, int kCount>
+__device__ __forceinline__ void widen(const Pack<T, kCount>& pack, acc_t<T> (&values)[kCount]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && kCount % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      uint32_t two;
+      std::memcpy(&two, &pack.elements[i], sizeof two);
+      values[i] = std::bit_cast<float>(two << 16);
+      values[i + 1] = std::bit_cast<float>(two & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = widen(pack.elements[i]);
+  }
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void narrow(const acc_t<T> (&values)[kCount], Pack<T, kCount>* pack) {
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(values[i], values[i + 1]);
+        std::memcpy(static_cast<void*>(&pack->elements[i]), &two, sizeof two);
+      } else {
+        const __half2 two = __floats2half2_rn(values[i], values[i + 1]);
+        std::memcpy(static_cast<void*>(&pack->elements[i]), &two, sizeof two);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) narrow(values[i], &pack->elements[i]);
+  }
+}
+
+// Stores a pack, which must be aligned there, by one instruction where it is kVectorBytes: of an
+// assignment the compiler may make a store for every word.
+template <class T, int kCount>
+__device__ __forceinline__ void store(const Pack<T, kCount>& pack, T* to) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof pack == sizeof(uint4)) {
+    uint4 words;
+    std::memcpy(&words, &pack, sizeof words);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+}
 
 // Stops the kernel, as torch's own operators do: the next call on the card reports a device-side
 // assertion. (assert() itself is compiled out of release builds.)

@@ -145,22 +145,20 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
         parts = allocate(logits, std::array{4 * rows * shares}, wide);
         part = static_cast<Sums<A>*>(parts.mutable_data_ptr());
       }
+      const auto kernel =
+          call.needs_dot
+              ? (packed ? block_row_kernel<E, kCount, true> : block_row_kernel<E, 1, true>)
+              : (packed ? block_row_kernel<E, kCount, false> : block_row_kernel<E, 1, false>);
       // The grid's second dimension holds 65,535 rows.
       constexpr int64_t kGridRows = 65'535;
       for (int64_t first = 0; first < rows; first += kGridRows) {
         const auto count = static_cast<unsigned>(std::min(kGridRows, rows - first));
         const dim3 grid(static_cast<unsigned>(shares), count);
-        if (packed) {
-          launch(block_row_kernel<E, kCount>, grid, dim3(kRowThreads), 0, stream, call, part, share,
-                 first);
-        } else {
-          launch(block_row_kernel<E, 1>, grid, dim3(kRowThreads), 0, stream, call, part, share,
-                 first);
-        }
+        launch(kernel, grid, dim3(kRowThreads), 0, stream, call, part, share, first);
       }
       if (part) {
-        launch(finish_rows_kernel<E>, dim3(blocks_for(rows, 128)), dim3(128), 0, stream, call, part,
-               shares);
+        launch(finish_rows_kernel<E>, dim3(blocks_for(rows, kFinishThreads / kWarp)),
+               dim3(kFinishThreads), 0, stream, call, part, shares);
       }
     }
     launch(sum_losses_kernel<A>, dim3(1), dim3(kSumThreads), 0, stream, call.losses, call.counts,
@@ -215,11 +213,11 @@ void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& logits, c
       const int64_t unit = static_cast<int64_t>(width) * (packed ? kCount : 1);
       const int64_t share = share_of(shape.C, blocks, 4 * unit, kFullBlocks);
       const dim3 grid(blocks, blocks_for(shape.C, share)), block(width, height);
-      if (packed) {
-        launch(row_gradient_kernel<E, kCount>, grid, block, 0, stream, call, share);
-      } else {
-        launch(row_gradient_kernel<E, 1>, grid, block, 0, stream, call, share);
-      }
+      const auto kernel =
+          call.needs_dot
+              ? (packed ? row_gradient_kernel<E, kCount, true> : row_gradient_kernel<E, 1, true>)
+              : (packed ? row_gradient_kernel<E, kCount, false> : row_gradient_kernel<E, 1, false>);
+      launch(kernel, grid, block, 0, stream, call, share);
     }
     if (!has_strides) {
       Tensor to = gradient;

@@ -6,15 +6,17 @@
 namespace fastnet {
 namespace {
 
-// A row's gradient is slope · softmax - offset · q, less `hit` at its class.
+// A row's gradient is slope · softmax - offset · q, less `hit` at its class. The maximum is taken
+// off by itself, which is exact near it; what is left, and log Σ, are small, and go into the
+// exponent in one step.
 template <class A>
 struct Slopes {
-  A slope, offset, hit, maximum, log_sum;
+  A slope, offset, hit, maximum, scaled_log_sum;
   int64_t y;
 
-  __device__ __forceinline__ A at(A x, int64_t c) const {
-    const A value = slope * exp((x - maximum) - log_sum);
-    return c == y ? value - hit : value;
+  __device__ __forceinline__ A at(A x) const {
+    const A scaled = fma(x - maximum, kExpScale<A>, -scaled_log_sum);
+    return slope * scaled_exp(scaled);
   }
 };
 
@@ -24,7 +26,7 @@ __device__ __forceinline__ Slopes<acc_t<T>> slopes_of(const CrossEntropyCall<T>&
   using A = acc_t<T>;
   A scale = call.grad_loss[call.per_row ? row : 0];
   if (call.is_mean) scale *= 1 / *call.divisor;
-  Slopes<A> slopes{0, 0, 0, call.maximum[row], call.log_sum[row], -1};
+  Slopes<A> slopes{0, 0, 0, call.maximum[row], call.log_sum[row] * kExpScale<A>, -1};
   if (!call.classes) {
     slopes.slope = scale * call.target_sum[row];
     slopes.offset = scale;
@@ -40,8 +42,8 @@ __device__ __forceinline__ Slopes<acc_t<T>> slopes_of(const CrossEntropyCall<T>&
 }
 
 // Threads along the classes, kCount to each at a time: blockDim.y rows, a share of the classes.
-template <class T, int kCount>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+template <class T, int kCount, bool kNeedsDot>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
     row_gradient_kernel(CrossEntropyCall<T> call, int64_t share) {
   using A = acc_t<T>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -53,22 +55,33 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   const int64_t x_step = kCount > 1 ? 1 : call.logits_at.cls;
   const int64_t g_step = kCount > 1 ? 1 : call.gradient_at.cls;
   const int64_t step = static_cast<int64_t>(blockDim.x) * kCount;
+  const T* const target = kNeedsDot ? call.target_of(row) : nullptr;
   const Slopes<A> slopes = slopes_of(call, row);
   for (int64_t c = begin + static_cast<int64_t>(threadIdx.x) * kCount; c < end;
-       c += kPacks<kCount> * step) {
-    Pack<T, kCount> packs[kPacks<kCount>];
+       c += kPacks<T, kCount> * step) {
+    Pack<T, kCount> packs[kPacks<T, kCount>];
     load_packs(x, c, end, step, x_step, packs);
 #pragma unroll
-    for (int p = 0; p < kPacks<kCount>; ++p) {
+    for (int p = 0; p < kPacks<T, kCount>; ++p) {
       const int64_t at = c + p * step;
       if (at >= end) break;
+      A values[kCount];
+      widen(packs[p], values);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        A value = slopes.at(widen(packs[p].elements[i]), at + i);
-        if (call.needs_dot) value -= slopes.offset * call.q(row, at + i);
-        narrow(value, &packs[p].elements[i]);
+      for (int i = 0; i < kCount; ++i) values[i] = slopes.at(values[i]);
+      // Only one pack of a row has its class; y = -1 is in none.
+      const int64_t hit_at = slopes.y - at;
+      if (hit_at >= 0 && hit_at < kCount) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+          values[i] -= static_cast<int>(hit_at) == i ? slopes.hit : 0;
       }
-      *reinterpret_cast<Pack<T, kCount>*>(g + at * g_step) = packs[p];
+      if constexpr (kNeedsDot) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) values[i] -= slopes.offset * call.q(target, at + i);
+      }
+      narrow(values, &packs[p]);
+      store(packs[p], g + at * g_step);
     }
   }
 }
@@ -83,10 +96,12 @@ __global__ void position_gradient_kernel(CrossEntropyCall<T> call, int64_t share
   const int64_t end = begin + share < call.C ? begin + share : call.C;
   const T* const x = call.logits + call.first(call.logits_at, row);
   T* const g = call.gradient + call.first(call.gradient_at, row);
+  const T* const target = call.target_of(row);
   const Slopes<A> slopes = slopes_of(call, row);
   for (int64_t c = begin; c < end; ++c) {
-    A value = slopes.at(widen(x[c * call.logits_at.cls]), c);
-    if (call.needs_dot) value -= slopes.offset * call.q(row, c);
+    A value = slopes.at(widen(x[c * call.logits_at.cls]));
+    if (c == slopes.y) value -= slopes.hit;
+    if (call.needs_dot) value -= slopes.offset * call.q(target, c);
     narrow(value, g + c * call.gradient_at.cls);
   }
 }

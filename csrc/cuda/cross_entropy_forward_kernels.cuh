@@ -21,33 +21,43 @@ __global__ void __launch_bounds__(kWarp* kRowWarpsAlone<T, kPerLane>)
   using A = acc_t<T>;
   __shared__ double loss_sums[kMaxWarps], count_sums[kMaxWarps];
   const int lane = threadIdx.x, warps = blockDim.y;
+  const int classes = static_cast<int>(call.C);  // at most 32 · kPerLane
+  const int64_t step = kWarp * call.logits_at.cls;
   double loss_sum = 0, count_sum = 0;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.y; row < call.rows;
        row += static_cast<int64_t>(gridDim.x) * warps) {
-    const T* const x = call.logits + call.first(call.logits_at, row);
+    const T* const x = call.logits + call.first(call.logits_at, row) + lane * call.logits_at.cls;
     A values[kPerLane];
     Sums<A> sums{minus_infinity<A>(), 0, 0, 0};
+    // Of classes side by side every load has its address but for a constant.
+    if (step == kWarp) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int64_t c = lane + i * kWarp;
-      values[i] = c < call.C ? widen(x[c * call.logits_at.cls]) : minus_infinity<A>();
-      if (sums.maximum < values[i]) sums.maximum = values[i];
+      for (int i = 0; i < kPerLane; ++i) {
+        values[i] = lane + i * kWarp < classes ? widen(x[i * kWarp]) : minus_infinity<A>();
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        values[i] = lane + i * kWarp < classes ? widen(x[i * step]) : minus_infinity<A>();
+      }
     }
 #pragma unroll
+    for (int i = 0; i < kPerLane; ++i) sums.maximum = fmax(sums.maximum, values[i]);
+#pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      const A other = __shfl_xor_sync(0xffffffffu, sums.maximum, offset);
-      if (sums.maximum < other) sums.maximum = other;
+      sums.maximum = fmax(sums.maximum, __shfl_xor_sync(0xffffffffu, sums.maximum, offset));
     }
     const A shift = shift_of(sums.maximum);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) sums.exps += exp(values[i] - shift);
+    for (int i = 0; i < kPerLane; ++i) sums.exps += exp_of(values[i] - shift);
     sums.exps = warp_sum(sums.exps);
     if (call.needs_dot) {
+      const T* const target = call.target_of(row);
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        const int64_t c = lane + i * kWarp;
-        if (c >= call.C) continue;
-        const A q = call.q(row, c);
+        const int c = lane + i * kWarp;
+        if (c >= classes) continue;
+        const A q = call.q(target, c);
         sums.q += q;
         sums.dot += q * (values[i] - shift);
       }
@@ -76,51 +86,66 @@ __global__ void __launch_bounds__(kWarp* kRowWarpsAlone<T, kPerLane>)
   }
 }
 
-// gridDim.x blocks per row, each for a share of `share` classes, kCount of them at a time. A block
-// that has a row for itself finishes it; else what it summed goes to parts (rows, gridDim.x).
-template <class T, int kCount>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    block_row_kernel(CrossEntropyCall<T> call, Sums<acc_t<T>>* parts, int64_t share,
-                     int64_t first_row) {
+// Adds to a row's sums the packs from c on, `step` classes apart, x from its first class on.
+// kWhole: all of them begin before `end`; else only the first is sure to.
+//
+// The maximum passes over NaN, which comes into the sum of exponentials all the same.
+template <bool kWhole, bool kNeedsDot, int kCount, class T>
+__device__ __forceinline__ void add_packs(const CrossEntropyCall<T>& call, const T* x,
+                                          const T* target, int64_t c, int64_t end, int64_t step,
+                                          int64_t x_step, Sums<acc_t<T>>& sums) {
   using A = acc_t<T>;
-  constexpr int64_t kStep = int64_t{kRowThreads} * kCount;
-  __shared__ Sums<A> warps[kRowThreads / kWarp];
-  const int64_t row = first_row + blockIdx.y;
-  const int64_t begin = blockIdx.x * share;
-  const int64_t end = begin + share < call.C ? begin + share : call.C;
-  const T* const x = call.logits + call.first(call.logits_at, row);
-  const int64_t x_step = kCount > 1 ? 1 : call.logits_at.cls;
-  Sums<A> sums{minus_infinity<A>(), 0, 0, 0};
-  for (int64_t c = begin + static_cast<int64_t>(threadIdx.x) * kCount; c < end;
-       c += kPacks<kCount> * kStep) {
-    Pack<T, kCount> packs[kPacks<kCount>];
-    load_packs(x, c, end, kStep, x_step, packs);
-    A values[kPacks<kCount>][kCount];
-    A most = minus_infinity<A>();
+  constexpr int kThere = kPacks<T, kCount>;
+  Pack<T, kCount> packs[kThere];
+  load_packs(x, c, kWhole ? c + kThere * step : end, step, x_step, packs);
+  A values[kThere][kCount];
+  A most = minus_infinity<A>();
 #pragma unroll
-    for (int p = 0; p < kPacks<kCount>; ++p) {
-      const bool is_there = c + p * kStep < end;
+  for (int p = 0; p < kThere; ++p) {
+    if (!kWhole && c + p * step >= end) break;
+    widen(packs[p], values[p]);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        values[p][i] = is_there ? widen(packs[p].elements[i]) : minus_infinity<A>();
-        most = most < values[p][i] ? values[p][i] : most;
-      }
-    }
-    sums.raise(most);
-    const A shift = shift_of(sums.maximum);
+    for (int i = 0; i < kCount; ++i) most = fmax(most, values[p][i]);
+  }
+  sums.raise(most);
+  const A shift = shift_of(sums.maximum);
 #pragma unroll
-    for (int p = 0; p < kPacks<kCount>; ++p) {
+  for (int p = 0; p < kThere; ++p) {
+    if (!kWhole && c + p * step >= end) break;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sums.exps += exp(values[p][i] - shift);
-      if (!call.needs_dot || c + p * kStep >= end) continue;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const A q = call.q(row, c + p * kStep + i);
+    for (int i = 0; i < kCount; ++i) {
+      sums.exps += exp_of(values[p][i] - shift);
+      if constexpr (kNeedsDot) {
+        const A q = call.q(target, c + p * step + i);
         sums.q += q;
         sums.dot += q * (values[p][i] - shift);
       }
     }
   }
+}
+
+// gridDim.x blocks per row, each for a share of `share` classes, kCount of them at a time. A block
+// that has a row for itself finishes it; else what it summed goes to parts (rows, gridDim.x).
+template <class T, int kCount, bool kNeedsDot>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
+    block_row_kernel(CrossEntropyCall<T> call, Sums<acc_t<T>>* parts, int64_t share,
+                     int64_t first_row) {
+  using A = acc_t<T>;
+  constexpr int64_t kStep = int64_t{kRowThreads} * kCount;
+  constexpr int64_t kTurn = kPacks<T, kCount> * kStep;
+  __shared__ Sums<A> warps[kRowThreads / kWarp];
+  const int64_t row = first_row + blockIdx.y;
+  const int64_t begin = blockIdx.x * share;
+  const int64_t end = begin + share < call.C ? begin + share : call.C;
+  const T* const x = call.logits + call.first(call.logits_at, row);
+  const T* const target = kNeedsDot ? call.target_of(row) : nullptr;
+  const int64_t x_step = kCount > 1 ? 1 : call.logits_at.cls;
+  Sums<A> sums{minus_infinity<A>(), 0, 0, 0};
+  int64_t c = begin + static_cast<int64_t>(threadIdx.x) * kCount;
+  for (; c + (kTurn - kStep) < end; c += kTurn) {
+    add_packs<true, kNeedsDot, kCount>(call, x, target, c, end, kStep, x_step, sums);
+  }
+  if (c < end) add_packs<false, kNeedsDot, kCount>(call, x, target, c, end, kStep, x_step, sums);
   sums = warp_add(sums);
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sums;
   __syncthreads();  // the first thread reads what every warp has written
@@ -133,15 +158,22 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   }
 }
 
-// parts (rows, count) → the rows' ends.
+inline constexpr int kFinishThreads = 128;
+
+// parts (rows, count) → the rows' ends. A warp to a row, each lane with every 32nd part: the order
+// is fixed.
 template <class T>
 __global__ void finish_rows_kernel(CrossEntropyCall<T> call, const Sums<acc_t<T>>* parts,
                                    int64_t count) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= call.rows) return;
-  Sums<acc_t<T>> sums = parts[row * count];
-  for (int64_t i = 1; i < count; ++i) sums.add(parts[row * count + i]);
-  finish_row(call, row, sums);
+  using A = acc_t<T>;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (kFinishThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= call.rows) return;  // the whole warp leaves
+  Sums<A> sums{minus_infinity<A>(), 0, 0, 0};
+  for (int64_t i = lane; i < count; i += kWarp) sums.add(parts[row * count + i]);
+  sums = warp_add(sums);
+  if (lane == 0) finish_row(call, row, sums);
 }
 
 // A thread per row, where neighbouring rows lie side by side.
@@ -152,6 +184,7 @@ __global__ void position_kernel(CrossEntropyCall<T> call) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kPositionThreads + threadIdx.x;
   if (row >= call.rows) return;
   const T* const x = call.logits + call.first(call.logits_at, row);
+  const T* const target = call.target_of(row);
   Sums<A> sums{minus_infinity<A>(), 0, 0, 0};
   for (int64_t c = 0; c < call.C; c += kAtOnce) {
     A values[kAtOnce];
@@ -159,16 +192,16 @@ __global__ void position_kernel(CrossEntropyCall<T> call) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       values[i] = c + i < call.C ? widen(x[(c + i) * call.logits_at.cls]) : minus_infinity<A>();
-      if (most < values[i]) most = values[i];
+      most = fmax(most, values[i]);
     }
     sums.raise(most);
     const A shift = shift_of(sums.maximum);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (c + i >= call.C) continue;
-      sums.exps += exp(values[i] - shift);
+      sums.exps += exp_of(values[i] - shift);
       if (call.needs_dot) {
-        const A q = call.q(row, c + i);
+        const A q = call.q(target, c + i);
         sums.q += q;
         sums.dot += q * (values[i] - shift);
       }

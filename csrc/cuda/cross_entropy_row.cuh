@@ -37,11 +37,12 @@ struct CrossEntropyCall {
   __device__ __forceinline__ int64_t first(const ClassStrides& at, int64_t row) const {
     return D == 1 ? row * at.outer : row / D * at.outer + row % D * at.inner;
   }
-  __device__ __forceinline__ A q(int64_t row, int64_t c) const {
-    A value = 1;
-    if (probabilities) {
-      value = widen(probabilities[first(target_at, row) + c * target_at.cls]) * keep + spread;
-    }
+  // Of a row whose probabilities begin at `target`: null where there are none.
+  __device__ __forceinline__ const T* target_of(int64_t row) const {
+    return probabilities ? probabilities + first(target_at, row) : nullptr;
+  }
+  __device__ __forceinline__ A q(const T* target, int64_t c) const {
+    const A value = target ? widen(target[c * target_at.cls]) * keep + spread : A(1);
     return weight ? value * weight[c] : value;
   }
 };
@@ -58,6 +59,32 @@ __device__ __forceinline__ A shift_of(A maximum) {
   return maximum == minus_infinity<A>() ? A(0) : maximum;
 }
 
+// Exponentials in float are the device's own power of two, one instruction, good to 2⁻²²:
+// exp(x) = 2^(x · log2 e). In double they are the library's exp. Their argument is a difference
+// times kExpScale, never a difference of products: those of logits of 1e4 would be rounded to
+// 1/2000, those of the largest logits overflow.
+template <class A>
+inline constexpr A kExpScale = std::is_same_v<A, double> ? A(1) : A(1.4426950408889634);
+
+// exp(scaled / kExpScale). Of float, what would be subnormal is zero.
+__device__ __forceinline__ float scaled_exp(float scaled) {
+#if defined(__CUDA_ARCH__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(scaled));
+  return power;
+#else
+  return exp2(scaled);
+#endif
+}
+__device__ __forceinline__ double scaled_exp(double scaled) {
+  return exp(scaled);
+}
+
+template <class A>
+__device__ __forceinline__ A exp_of(A x) {
+  return scaled_exp(x * kExpScale<A>);
+}
+
 // Σ exp(x - shift), Σ q, Σ q (x - shift) over a part of a row.
 template <class A>
 struct Sums {
@@ -66,7 +93,7 @@ struct Sums {
   // Makes room for a larger maximum.
   __device__ __forceinline__ void raise(A to) {
     if (!(maximum < to)) return;
-    if (maximum != minus_infinity<A>()) exps *= exp(maximum - to);
+    if (maximum != minus_infinity<A>()) exps *= exp_of(maximum - to);
     dot += q * (shift_of(maximum) - shift_of(to));
     maximum = to;
   }
@@ -148,9 +175,10 @@ inline constexpr int kRowThreads = 256;
 inline constexpr int kPositionThreads = 128;
 
 // Packs of kCount elements of a row that a thread has on their way at once: with one, memory would
-// wait for the arithmetic.
-template <int kCount>
-inline constexpr int kPacks = kCount > 1 ? 2 : 4;
+// wait for the arithmetic. Of half types two are sixteen elements, which is what leaves registers
+// for six blocks to a multiprocessor.
+template <class T, int kCount>
+inline constexpr int kPacks = kCount == 1 || sizeof(T) == 4 ? 4 : 2;
 // Those from c on, `step` apart, as far as they begin before `end`. An element of a row is
 // x[class · x_step].
 template <class T, int kCount, int kPacksThere>
@@ -163,8 +191,9 @@ __device__ __forceinline__ void load_packs(const T* x, int64_t c, int64_t end, i
   }
 }
 
-// Blocks that share a multiprocessor, and its registers.
-inline constexpr int kRowBlocks = 4;
+// Blocks that share a multiprocessor, and its registers, at least.
+template <class T>
+inline constexpr int kRowBlocks = sizeof(T) == 8 ? 2 : 4;
 
 }  // namespace
 }  // namespace fastnet

@@ -8,6 +8,8 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #endif
 
+#include <mutex>
+
 #include "../common.h"
 
 namespace fastnet {
@@ -20,8 +22,8 @@ inline Tensor addmm_relu(const Tensor& bias, const Tensor& a, const Tensor& b) {
   const auto addmm_activation = aoti_torch_cuda__addmm_activation;
 #endif
   AtenTensorHandle result = nullptr;
-  check(addmm_activation(bias.get(), a.get(), b.get(), 1.0, 1.0, /*use_gelu=*/0, &result) == 0,
-        "fastnet: torch's _addmm_activation failed");
+  check_torch(addmm_activation(bias.get(), a.get(), b.get(), 1.0, 1.0, /*use_gelu=*/0, &result),
+              "fastnet: torch's _addmm_activation failed");
   return Tensor(result);
 }
 
@@ -34,8 +36,10 @@ inline constexpr auto* device_convolution = aoti_torch_cuda_convolution;
 inline constexpr auto* device_convolution_backward = aoti_torch_cuda_convolution_backward;
 #endif
 
-// While it lives, cuDNN is asked for algorithms that give the same bits every time. The switch is
+// While one lives, cuDNN is asked for algorithms that give the same bits every time. The switch is
 // process-wide, and no part of torch's stable ABI: where these names are gone, it stays as it is.
+// Backward passes of several devices run on a thread each: the first of those that are under way
+// together turns the switch on, and the last one puts it back.
 #if defined(FASTNET_EMULATION)
 struct DeterministicLibrary {
   ~DeterministicLibrary() {}
@@ -52,18 +56,35 @@ void torch_set_deterministic(void* context, bool on)
 class DeterministicLibrary {
  public:
   DeterministicLibrary() {
-    if (!torch_context || !torch_is_deterministic || !torch_set_deterministic) return;
-    was_ = torch_is_deterministic(torch_context());
-    if (!was_) torch_set_deterministic(torch_context(), true);
+    if (!is_there()) return;
+    Users& users = all_users();
+    const std::lock_guard lock(users.mutex);
+    if (users.count++ > 0) return;
+    users.was_on = torch_is_deterministic(torch_context());
+    if (!users.was_on) torch_set_deterministic(torch_context(), true);
   }
   ~DeterministicLibrary() {
-    if (!was_) torch_set_deterministic(torch_context(), false);
+    if (!is_there()) return;
+    Users& users = all_users();
+    const std::lock_guard lock(users.mutex);
+    if (--users.count == 0 && !users.was_on) torch_set_deterministic(torch_context(), false);
   }
   DeterministicLibrary(const DeterministicLibrary&) = delete;
   DeterministicLibrary& operator=(const DeterministicLibrary&) = delete;
 
  private:
-  bool was_ = true;
+  struct Users {
+    std::mutex mutex;
+    int count = 0;
+    bool was_on = true;
+  };
+  static Users& all_users() {
+    static Users users;
+    return users;
+  }
+  static bool is_there() {
+    return torch_context && torch_is_deterministic && torch_set_deterministic;
+  }
 };
 #endif
 

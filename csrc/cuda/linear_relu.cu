@@ -63,13 +63,15 @@ __global__ void relu_kernel(T* __restrict__ out, int64_t count) {
 }
 
 // grad_z = grad_out where out > 0 (or NaN), and the column sums of each chunk of rows, in one
-// pass. A block is kWarp columns wide; its kMaskRows warps take every kMaskRows-th row.
+// pass: to chunk_sums (chunks, N), or to grad_bias where there is one chunk; both null where nobody
+// asks. A block is kWarp columns wide; its kMaskRows warps take every kMaskRows-th row.
 inline constexpr int kMaskRows = 8;
 
 template <class T>
 __global__ void masked_grad_kernel(const T* __restrict__ grad_out, const T* __restrict__ out,
                                    T* __restrict__ grad_z, acc_t<T>* __restrict__ chunk_sums,
-                                   int64_t M, int64_t N, int64_t chunk_rows) {
+                                   T* __restrict__ grad_bias, int64_t M, int64_t N,
+                                   int64_t chunk_rows) {
   using A = acc_t<T>;
   __shared__ A sums[kMaskRows][kWarp];
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
@@ -83,23 +85,35 @@ __global__ void masked_grad_kernel(const T* __restrict__ grad_out, const T* __re
       sum += masked;
     }
   }
-  if (!chunk_sums) return;  // the same for every thread, so none waits below
+  if (!chunk_sums && !grad_bias) return;  // the same for every thread, so none waits below
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();  // the first warp reads what the others have written
   if (threadIdx.y == 0 && n < N) {
     for (int r = 1; r < kMaskRows; ++r) sum += sums[r][threadIdx.x];
-    chunk_sums[static_cast<int64_t>(blockIdx.y) * N + n] = sum;
+    if (chunk_sums) {
+      chunk_sums[static_cast<int64_t>(blockIdx.y) * N + n] = sum;
+    } else {
+      narrow(sum, grad_bias + n);
+    }
   }
 }
 
-// grad_bias (N) = the sum of chunk_sums (chunks, N) over its rows, in their order.
+// grad_bias (N) = the sum of chunk_sums (chunks, N) over its rows, in an order that their number
+// decides. A block is as above.
 template <class T>
 __global__ void bias_grad_kernel(const acc_t<T>* __restrict__ chunk_sums, T* __restrict__ grad_bias,
                                  int64_t chunks, int64_t N) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (n >= N) return;
-  acc_t<T> sum = 0;
-  for (int64_t c = 0; c < chunks; ++c) sum += chunk_sums[c * N + n];
+  using A = acc_t<T>;
+  __shared__ A sums[kMaskRows][kWarp];
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
+  A sum = 0;
+  if (n < N) {
+    for (int64_t c = threadIdx.y; c < chunks; c += kMaskRows) sum += chunk_sums[c * N + n];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();  // the first warp reads what the others have written
+  if (threadIdx.y != 0 || n >= N) return;
+  for (int r = 1; r < kMaskRows; ++r) sum += sums[r][threadIdx.x];
   narrow(sum, grad_bias + n);
 }
 
@@ -137,10 +151,13 @@ __global__ void product_kernel(const T* __restrict__ a, int64_t a_row, int64_t a
 inline constexpr int kForwardCols = 4, kForwardWarps = 4;
 inline constexpr int kProductRows = 4, kProductThreads = 128;
 
-// Multiply-adds up to which launch and tail outweigh the arithmetic. A transposed weight would have
-// to be copied first.
-bool prefers_own_kernel(const LinearReluShape& shape, const Tensor* weight) {
-  return (!weight || weight->is_contiguous()) &&
+// Terms of one result that our kernels add at most, a warp in the forward pass, one thread in the
+// backward: longer sums are for the library, which splits them, however small all else is.
+inline constexpr int64_t kForwardTerms = 4096, kProductTerms = 256;
+
+// Multiply-adds up to which launch and tail outweigh the arithmetic.
+bool prefers_own_kernel(const LinearReluShape& shape, int64_t terms, int64_t most_terms) {
+  return terms <= most_terms &&
          shape.rows * shape.in_features * shape.out_features <= (int64_t{1} << 22);
 }
 
@@ -152,28 +169,44 @@ void launch_product(const T* a, int64_t a_row, int64_t a_step, const T* b, T* c,
          0, stream, a, a_row, a_step, b, c, I, J, K);
 }
 
+// Rows up to which one chunk is quicker than several and the launch that adds them.
+inline constexpr int64_t kOneChunkRows = 128;
+// Blocks that fill a card: two for each multiprocessor of the largest.
+inline constexpr int64_t kFullBlocks = 2 * 132;
+
+// Rows to a chunk, so that the chunks fill the card where there are rows enough, each with at least
+// one for every warp, and no column has more than 256 of them to add. The shape alone decides, so
+// the sums come out the same, bit by bit.
+int64_t chunk_rows_of(int64_t M, int64_t N) {
+  if (M <= kOneChunkRows) return M;
+  const int64_t across = (N + kWarp - 1) / kWarp;
+  const int64_t chunks = (kFullBlocks + across - 1) / across;
+  const int64_t most = std::max<int64_t>(256, (M + 255) / 256);
+  return std::clamp<int64_t>(M / chunks / kMaskRows * kMaskRows, kMaskRows, most);
+}
+
 // grad_z, and grad_bias where it is defined.
 template <class T>
 void launch_masked_grad(const Tensor& grad_output, const Tensor& output, Tensor& grad_z,
                         Tensor& grad_bias, int64_t M, int64_t N, cudaStream_t stream) {
-  const bool needs_bias = grad_bias.defined();
-  // Chunks of rows, so that a tall gradient occupies the whole card; their number depends on the
-  // shape alone, so the sums come out the same, bit by bit.
-  const int64_t chunk_rows = std::max<int64_t>(256, (M + 255) / 256);
-  const int64_t chunks = std::max<int64_t>(1, (M + chunk_rows - 1) / chunk_rows);
+  using E = device_t<T>;
+  const int64_t chunk_rows = chunk_rows_of(M, N);
+  const int64_t chunks = (M + chunk_rows - 1) / chunk_rows;
+  E* const bias = grad_bias.defined() ? mutable_data<T>(grad_bias) : nullptr;
   Tensor sums;
-  acc_t<device_t<T>>* chunk_sums = nullptr;
-  if (needs_bias) {
+  acc_t<E>* chunk_sums = nullptr;
+  if (bias && chunks > 1) {
     const auto dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
     sums = allocate(grad_bias, std::array{chunks, N}, dtype);
-    chunk_sums = static_cast<acc_t<device_t<T>>*>(sums.mutable_data_ptr());
+    chunk_sums = static_cast<acc_t<E>*>(sums.mutable_data_ptr());
   }
-  launch(masked_grad_kernel<device_t<T>>, dim3(blocks_for(N, kWarp), static_cast<unsigned>(chunks)),
-         dim3(kWarp, kMaskRows), 0, stream, data<T>(grad_output), data<T>(output),
-         mutable_data<T>(grad_z), chunk_sums, M, N, chunk_rows);
-  if (needs_bias) {
-    launch(bias_grad_kernel<device_t<T>>, dim3(blocks_for(N, 128)), dim3(128), 0, stream,
-           chunk_sums, mutable_data<T>(grad_bias), chunks, N);
+  const unsigned across = blocks_for(N, kWarp);
+  const dim3 block(kWarp, kMaskRows);
+  launch(masked_grad_kernel<E>, dim3(across, static_cast<unsigned>(chunks)), block, 0, stream,
+         data<T>(grad_output), data<T>(output), mutable_data<T>(grad_z), chunk_sums, bias, M, N,
+         chunk_rows);
+  if (chunk_sums) {
+    launch(bias_grad_kernel<E>, dim3(across), block, 0, stream, chunk_sums, bias, chunks, N);
   }
 }
 
@@ -205,7 +238,8 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
   const std::vector<int64_t> output_shape = with_last(input, N);
   if (M * N == 0) return allocate(input, output_shape);
 
-  if (!prefers_own_kernel({M, K, N}, &weight)) {
+  // A transposed weight would have to be copied first.
+  if (!weight.is_contiguous() || !prefers_own_kernel({M, K, N}, K, kForwardTerms)) {
     const Tensor rows = torch::stable::reshape(input, {M, K});
     const Tensor weight_t = torch::stable::transpose(weight, 0, 1);
     if (bias) {
@@ -262,20 +296,21 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
       });
   if (K == 0) return {grad_input, grad_weight, grad_bias};
 
-  if (!prefers_own_kernel({M, K, N}, weight ? &*weight : nullptr)) {
-    library_products(grad_z, input, weight, grad_weight, grad_input);
-    return {grad_input, grad_weight, grad_bias};
-  }
-
-  const std::optional<Tensor> x = input ? std::optional(dense(*input)) : std::nullopt;
+  // Each product as its own sums are: over the rows, or over the output's features.
+  const bool owns_weight = input && prefers_own_kernel({M, K, N}, M, kProductTerms);
+  const bool owns_input =
+      weight && weight->is_contiguous() && prefers_own_kernel({M, K, N}, N, kProductTerms);
+  library_products(grad_z, owns_weight ? std::nullopt : input, owns_input ? std::nullopt : weight,
+                   grad_weight, grad_input);
+  const std::optional<Tensor> x = owns_weight ? std::optional(dense(*input)) : std::nullopt;
   dispatch_float_and_half(
       "linear_relu_backward", output.scalar_type(), [&, M = M, K = K, N = N](auto type) {
         using T = decltype(type);
-        if (x) {
+        if (owns_weight) {
           launch_product(data<T>(grad_z), 1, N, data<T>(*x), mutable_data<T>(grad_weight), N, M, K,
                          on_device.stream());
         }
-        if (weight) {
+        if (owns_input) {
           launch_product(data<T>(grad_z), N, 1, data<T>(*weight), mutable_data<T>(grad_input), M, N,
                          K, on_device.stream());
         }

@@ -76,17 +76,14 @@ ClusterCall plan_cluster(const std::vector<int64_t>& widths, int64_t batch_size,
   return call;
 }
 
-size_t most_shared_bytes(const Tensor& images) {
-  return cluster_shared_bytes(images, mlp_cluster_kernel<MlpOptimizer::adam, uint8_t>);
-}
-
 size_t shared_bytes(const ClusterCall& call) {
   return sizeof(ClusterHeader) + call.floats * sizeof(float);
 }
 
-// As many blocks as find work, and more where the network needs their memory.
-ClusterSize choose_cluster(const std::vector<int64_t>& widths, int64_t batch_size,
-                           MlpOptimizer optimizer, size_t most_shared) {
+// As many blocks as find work, and more where the network needs their memory. Fewer only where the
+// device has no room for as many side by side.
+ClusterSize choose_cluster(const Tensor& images, const std::vector<int64_t>& widths,
+                           int64_t batch_size, MlpOptimizer optimizer) {
   constexpr int64_t kColumnsPerBlock = 32;
   // Beyond this no network fits, and sizes would not fit an int.
   constexpr int64_t kWidest = 1 << 16, kMostParameters = 1 << 24;
@@ -98,22 +95,36 @@ ClusterSize choose_cluster(const std::vector<int64_t>& widths, int64_t batch_siz
   if (parameters > kMostParameters || batch_size > kMlpThreads || widths.size() > kMaxLayers + 1) {
     return {};
   }
-  for (const bool keeps_states : {true, false}) {
-    for (int blocks = 1; blocks <= kMaxCluster; blocks *= 2) {
-      if (blocks < kMaxCluster && widths[0] >= 2 * blocks * kColumnsPerBlock) continue;
-      const ClusterSize size{blocks, keeps_states};
-      if (shared_bytes(plan_cluster(widths, batch_size, optimizer, size)) <= most_shared) {
-        return size;
+  // One stands for all: they differ in nothing that a launch asks for.
+  auto* const kernel = mlp_cluster_kernel<MlpOptimizer::adam, uint8_t>;
+  const size_t most_shared = cluster_shared_bytes(images, kernel);
+  int wanted = 1;
+  while (wanted < kMaxCluster && widths[0] >= 2 * wanted * kColumnsPerBlock) wanted *= 2;
+  const auto choose = [&](int least, int most) -> ClusterSize {
+    for (const bool keeps_states : {true, false}) {
+      for (int blocks = least; blocks <= most; blocks *= 2) {
+        const ClusterSize size{blocks, keeps_states};
+        const size_t bytes = shared_bytes(plan_cluster(widths, batch_size, optimizer, size));
+        if (bytes <= most_shared &&
+            cluster_fits(images, kernel, blocks, dim3(kMlpThreads), bytes)) {
+          return size;
+        }
       }
     }
+    return {};
+  };
+  ClusterSize size = choose(wanted, kMaxCluster);
+  while (size.blocks == 0 && wanted > 1) {
+    wanted /= 2;
+    size = choose(wanted, wanted);
   }
-  return {};
+  return size;
 }
 
 int64_t mlp_cluster(const Tensor& images, std::vector<int64_t> widths, int64_t batch_size,
                     int64_t optimizer) {
   const MlpOptimizer kind = mlp_optimizer(optimizer);
-  return choose_cluster(widths, batch_size, kind, most_shared_bytes(images)).blocks;
+  return choose_cluster(images, widths, batch_size, kind).blocks;
 }
 
 Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& order,
@@ -128,7 +139,7 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
                          first, second, steps, kind);
   std::vector<int64_t> widths{layers.front().in};
   for (const MlpLayer& layer : layers) widths.push_back(layer.out);
-  const ClusterSize size = choose_cluster(widths, batch_size, kind, most_shared_bytes(images));
+  const ClusterSize size = choose_cluster(images, widths, batch_size, kind);
   check(size.blocks > 0, "mlp: the network, with batches of ", batch_size,
         ", does not fit into the shared memory of a cluster of this device");
 

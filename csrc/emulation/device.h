@@ -19,6 +19,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <source_location>
@@ -44,6 +45,12 @@ const ThreadState& current();
 
 // What a block may have of it where clusters are.
 inline constexpr size_t kClusterSharedBytes = 227 * 1024;
+// Blocks for which a cluster has room: 8, or for tests of smaller devices what
+// FASTNET_EMULATED_CLUSTER says.
+inline int most_cluster_blocks() {
+  const char* given = std::getenv("FASTNET_EMULATED_CLUSTER");
+  return given ? std::atoi(given) : 8;
+}
 
 // Runs body() once for every thread of every block. `shared_bytes` of dynamic shared memory;
 // `cluster` blocks, neighbours along x, at a time.

@@ -106,8 +106,10 @@ def cases_of(
         own = [((x.detach().clone().requires_grad_(), target), None) for (x, target), _ in batches]
         sides[side] = (function, own)
     sides[FASTNET] = (cross_entropy, batches)
-    # Forward reads the logits, and the gradient is written; in which pass it is made is for each
-    # side to choose.
+    # Forward reads the logits, and the gradient is written: two transfers, which is what an op must
+    # move at least; in which pass the gradient is made is for each side to choose. Who makes it in
+    # the backward pass reads the logits again there, a third transfer, and so comes to two thirds
+    # of a copy's rate at best where no cache holds them.
     for timed in passes(case, sides):
         yield replace(timed, flops=0, bytes=0) if timed.mode == "backward" else timed
     yield replace(case, flops=2 * case.flops, bytes=2 * case.bytes)
