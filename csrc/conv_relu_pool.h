@@ -173,10 +173,10 @@ Tensor library_convolution(Convolution* convolution, const Tensor& input, const 
   AtenTensorHandle bias_handle = bias ? bias->get() : nullptr;
   const std::array<int64_t, 2> none{0, 0};
   AtenTensorHandle z = nullptr;
-  check(convolution(input.get(), weight.get(), bias ? &bias_handle : nullptr, shape.stride.data(),
-                    2, shape.padding.data(), 2, shape.dilation.data(), 2, /*transposed=*/0,
-                    none.data(), 2, shape.groups, &z) == 0,
-        "conv_relu_pool: torch's convolution failed");
+  check_torch(convolution(input.get(), weight.get(), bias ? &bias_handle : nullptr,
+                          shape.stride.data(), 2, shape.padding.data(), 2, shape.dilation.data(), 2,
+                          /*transposed=*/0, none.data(), 2, shape.groups, &z),
+              "conv_relu_pool: torch's convolution failed");
   return Tensor(z);
 }
 
@@ -208,10 +208,10 @@ std::tuple<Tensor, Tensor, Tensor> library_convolution_backward(
   const int64_t* bias_sizes = &bias_size;
   const std::array<int32_t, 3> wanted{needs_input, needs_weight, needs_bias};
   std::array<AtenTensorHandle, 3> gradients{};
-  check(
+  check_torch(
       backward(grad_z.get(), input.get(), weight.get(), &bias_sizes, 1, shape.stride.data(), 2,
                shape.padding.data(), 2, shape.dilation.data(), 2, /*transposed=*/0, none.data(), 2,
-               shape.groups, wanted.data(), 3, &gradients[0], &gradients[1], &gradients[2]) == 0,
+               shape.groups, wanted.data(), 3, &gradients[0], &gradients[1], &gradients[2]),
       "conv_relu_pool_backward: torch's convolution_backward failed");
   // A gradient that was not asked for comes as an undefined tensor, or as none.
   const auto tensor = [&](int i) {

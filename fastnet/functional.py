@@ -53,11 +53,12 @@ _GENERATIONS = {
 
 @functools.cache
 def _built_for(device_index: int) -> bool:
-    """Whether the CUDA kernels have code for this card: its own generation's, or PTX to compile."""
+    """Whether the CUDA kernels have code for this card: its own generation's, or PTX to compile.
+    From then on the nodes in C++ take its tensors, too."""
     card = torch.cuda.get_device_capability(device_index)
     listed = (build_info()["cuda_architectures"] or "").replace(" ", ";")
-    if listed == "native":
-        return True  # for the cards that were there when it was built
+    if listed == "native":  # for the cards that were there when it was built
+        listed = f"{card[0]}.{card[1]}"
     for name, numbers in _GENERATIONS.items():
         listed = listed.replace(name, numbers)
     for built in listed.split(";"):
@@ -70,6 +71,8 @@ def _built_for(device_index: int) -> bool:
         else:
             is_for_card = (of[0] == card[0] and of[1] <= card[1]) or ("PTX" in built and of <= card)
         if is_for_card:
+            if _library.NODES is not None:
+                _library.NODES.take_cuda(device_index)
             return True
     return False
 

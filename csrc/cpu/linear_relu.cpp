@@ -172,9 +172,9 @@ Tensor library_product(const Tensor& a, const Tensor& b) {
     NoGrad no_grad;
     const Tensor transposed = torch::stable::transpose(b, 0, 1);
     AtenTensorHandle product = nullptr;
-    check(aoti_torch_cpu__linear_pointwise(a.get(), transposed.get(), nullptr, "none", nullptr, 0,
-                                           nullptr, &product) == 0,
-          "linear_relu: oneDNN's product of ", ShapeOf{a}, " and ", ShapeOf{b}, " failed");
+    check_torch(aoti_torch_cpu__linear_pointwise(a.get(), transposed.get(), nullptr, "none",
+                                                 nullptr, 0, nullptr, &product),
+                "linear_relu: oneDNN's product of ", ShapeOf{a}, " and ", ShapeOf{b}, " failed");
     return Tensor(product);
   }
   Tensor product = in_huge_pages(allocate(a, {a.size(0), b.size(1)}));
