@@ -517,6 +517,17 @@ def test_codes_that_are_none_are_taken_for_dead():
     assert not any(grad.any() for grad in grads)
 
 
+def test_bfloat16_has_kernels_of_its_own():
+    """The library is many times slower, but where filters are many and windows few."""
+    for C, K, is_own in ((1, 32, True), (3, 32, True), (32, 64, not MULTIPLIES_TILES),
+                         (256, 512, not MULTIPLIES_BFLOAT16)):  # fmt: skip
+        input, weight, bias, _ = sample((2, C, 8, 8, K, 3, 1), torch.bfloat16)
+        leaves = [t.requires_grad_() for t in (input, weight, bias)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            conv_relu_pool2d(*leaves, padding=1).sum().backward()
+        assert any("convolution" in e.key for e in profile.key_averages()) != is_own
+
+
 def test_an_infinite_gradient_leaves_the_padding_alone(device):
     """Where it is at the border, the weight's gradient is infinite, or as it was; never NaN for the
     zeros around the image."""
