@@ -595,7 +595,8 @@ def test_changed_logits_are_noticed_where_they_are_read(reduction, device):
     (expected,) = torch.autograd.grad(
         cross_entropy(logits, target, reduction=reduction).sum(), logits
     )
-    is_made = device.name == "cpu" and reduction == "mean"  # with the loss
+    # With the loss; the node in Python reads all that it has saved, even so.
+    is_made = device.name == "cpu" and reduction == "mean" and fastnet._library.NODES is not None
     for changed, factor in itertools.product((0, 1), (1.0, 2.0, float("inf"))):
         hidden, labels = logits * 1, target.clone()
         loss = cross_entropy(hidden, labels, reduction=reduction).sum()
