@@ -77,6 +77,14 @@ def is_differentiated() -> bool:
     )
 
 
+def is_recorded() -> bool:
+    """Whether autograd records what is done: in inference mode it does not, whatever else is
+    enabled. (Of that mode torch.compile must not be asked.)"""
+    if not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
+
+
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether it stands for several, as with `is_grads_batched=True`: it has no value then."""
     is_compiling = torch.compiler.is_compiling()

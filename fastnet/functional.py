@@ -168,10 +168,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     The last layer of a small network, to its classes, takes a few microseconds of arithmetic, and
     some tens in autograd's nodes and transposed views: here it is one kernel forward and one
-    backward, of one node. Only on the CPU and under the torch that fastnet was built with, in
-    float32 and float64, up to 16 million multiply-adds; in float32 also beyond, for a weight of
-    more than 8 million elements, whose gradient then lies in huge pages, and for all where
-    `linear_relu` has a better product than torch's own (on AMD's Zen 5). All else goes to
+    backward, of one node. Only on the CPU and under the torch that fastnet was built with, up to 16
+    million multiply-adds, in bfloat16 of at most 32 rows or outputs; in float32 also beyond, for a
+    weight of more than 8 million elements, whose gradient then lies in huge pages, and for all
+    where `linear_relu` has a better product than torch's own (on AMD's Zen 5). All else goes to
     `F.linear`.
 
     Args:
@@ -357,7 +357,7 @@ def cross_entropy(
     same result. What the kernels do not cover (float16 on the CPU, targets that want a gradient or
     are uint8, sparse tensors) goes to that function. So does on the CPU what is too small to gain
     (below 16,384 logits), unless it is of the plain kind that is checked in C++: two-dimensional
-    logits of float32 or float64, and class indices.
+    logits, and class indices.
 
     Args:
         input: the logits, `(C)`, `(N, C)` or `(N, C, d1, ...)`; any strides. float32, float64 or
@@ -404,7 +404,7 @@ def cross_entropy(
     )
     if number is None or not _are_plain(input, target, weight, ignore_index):
         return native()
-    wants_gradient = input.requires_grad and torch.is_grad_enabled()
+    wants_gradient = input.requires_grad and _library.is_recorded()
     is_small = input.is_cpu and input.numel() < (
         SMALL_LOGITS if wants_gradient else SMALL_LOGITS_FORWARD
     )
@@ -560,7 +560,7 @@ def linear_cross_entropy(
     ):
         if factors is not None:
             factors = factors.to(wide)
-        wants_gradient = torch.is_grad_enabled() and any(
+        wants_gradient = _library.is_recorded() and any(
             t is not None and t.requires_grad for t in (x, w, b)
         )
         function = LinearCrossEntropy.apply if wants_gradient else evaluate_linear

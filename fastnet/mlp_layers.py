@@ -107,7 +107,7 @@ def signature(model: nn.Module) -> list[tuple]:
 def _flags(module: nn.Module) -> dict[str, object]:
     kinds = (bool, int, float, str, tuple, type(None))
     flags = {name: value for name, value in vars(module).items() if type(value) in kinds}
-    del flags["training"]  # in which both do the same
+    flags.pop("training", None)  # in which both do the same
     return flags
 
 

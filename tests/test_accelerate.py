@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 import os
@@ -658,6 +659,8 @@ REFUSED = {
     "class given away": (lambda m, x: F.relu(m.fc(x)) * _read_in(Config), "Config, a type"),
     "callable with a state": (lambda m, x: SCALER(F.relu(m.fc(x))), "SCALER, a Scaler"),
     "its own callable": (lambda m, x: m.scaler(F.relu(m.fc(x))), "self.scaler, a Scaler"),
+    "part of a state": (lambda m, x: m.part(F.relu(m.fc(x))), "self.part, a partial"),
+    "bound builtin": (lambda m, x: F.relu(m.fc(x)) * m.get("y"), "self.get, a builtin"),
     "package": (lambda m, x: F.relu(m.fc(x)) * getattr(support, "FACTOR", 1), "a module"),
     "sets in a global": (_sets_in_a_global, "sets last"),
     "global settings": (lambda m, x: F.relu(m.fc(x)) * SETTINGS.scale, "SETTINGS"),
@@ -692,6 +695,7 @@ def test_refused(case):
     model = Calls(function, fc=linear())
     model.count, model.kept, model.seen_inputs, model.fc.history = 0, {"y": 1}, [2], []
     model.fc.cache, model.scaler = {}, SCALER
+    model.part, model.get = functools.partial(SCALER.__call__), model.kept.get
     accelerated = fastnet.accelerate(model)
     assert type(accelerated) is Calls
     assert model.count == accelerated.count == 0
@@ -1120,6 +1124,27 @@ def test_what_forward_read_is_looked_at_in_each_call(case, calls):
     assert_same(model, copied, x)
     assert len(calls) == (3 if case in UNSEEN else 1)
     assert_same(model, fastnet.accelerate(accelerated), x)
+
+
+class Flagged(nn.Module):
+    def __init__(self, flag):
+        super().__init__()
+        self.first, self.last, self.flag, self.acts = linear(), linear(), flag, (torch.tanh, F.gelu)
+
+    def forward(self, x):
+        h = F.relu(self.first(x))
+        return self.acts[0](self.last(h)) if self.flag else self.last(-h)
+
+
+def test_equal_values_of_different_kinds(calls):
+    x = torch.randn(5, 8)
+    for flag in (True, 1, 1.0, False, 0, 0.0, -0.0):
+        model = Flagged(flag)
+        accelerated = fastnet.accelerate(model)
+        for one in (accelerated, _pickled(accelerated), fastnet.accelerate(accelerated)):
+            calls.clear()
+            assert_same(model, one, x)
+            assert calls == ["linear_relu"]
 
 
 def test_what_was_set_is_looked_at_anew(calls):

@@ -293,6 +293,30 @@ def test_quick_calls_take_what_is_there_in_inference_mode():
             call(made_here[0], weight, b)
 
 
+@pytest.mark.parametrize("nodes", [NODES, None], ids=["C++", "Python"])
+def test_inference_mode_records_nothing(nodes, monkeypatch):
+    """As in torch, also where gradients are enabled in it again."""
+    monkeypatch.setattr(fastnet._library, "NODES", nodes)
+    monkeypatch.setattr(fastnet.functional, "SMALL_LOGITS", 0)
+    for call, make in (*CALLS.values(), *LINEAR.values()):
+        given = make()
+        with torch.inference_mode(), torch.enable_grad():
+            output = call(*given)
+        assert output.is_inference()
+        assert not output.requires_grad
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_backward_among_forward_derivatives(name):
+    call, make = CALLS[name]
+    given = make()
+    wanted = [t for t in given if t is not None]
+    output = call(*given).sum()
+    expected = torch.autograd.grad(output, wanted, retain_graph=True)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(torch.autograd.grad(2 * output / 2, wanted), expected)
+
+
 def autocast_calls():
     x, w, b = leaves((6, 20), (5, 20), (5,))
     images, filters, bias = leaves((2, 4, 9, 8), (6, 4, 3, 3), (6,))
@@ -363,6 +387,7 @@ def test_function_modes_see_torchs_functions():
         assert name in seen
         seen.clear()
     with torch.device("cpu"):
+        assert NODES.quick_linear_relu(x, w, b) is not None
         assert calls["relu"]().grad_fn.name() == "LinearReLUBackward"
         assert calls["max_pool2d"]().grad_fn.name() == "ConvReLUPoolBackward"
 

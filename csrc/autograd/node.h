@@ -130,10 +130,12 @@ inline bool wants_gradient(const OptionalTensor& tensor) {
   return tensor && tensor->requires_grad();
 }
 
-// Whether there has to be a node.
+// Whether there has to be a node. In inference mode there is none, also where gradients are enabled
+// again.
 template <class... Inputs>
 bool is_trained(const Inputs&... inputs) {
-  return c10::GradMode::is_enabled() && (wants_gradient(inputs) || ...);
+  return c10::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() &&
+         (wants_gradient(inputs) || ...);
 }
 
 // Which counts its owners itself in newer versions of torch, and does not in older ones.

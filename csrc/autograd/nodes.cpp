@@ -8,7 +8,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -23,11 +23,25 @@ namespace {
 // the kernel of a small layer. Here it takes less than one. `quick_*` answer None where a call is
 // not of the plain kind, and leave it to that file.
 
+// Of Python's objects: torch.Tensor and torch.nn.Parameter, and no class that may know better; and
+// the mode of a default device, which looks at no function of ours.
+PyTypeObject* parameter_class = nullptr;
+PyTypeObject* device_context_class = nullptr;
+
+bool are_functions_watched() {
+  using Modes = at::impl::PythonTorchFunctionTLS;
+  for (int64_t index = 0; index < Modes::stack_len(); ++index) {
+    const PyObject* const mode = Modes::get_stack_at(index)->ptr(getPyInterpreter());
+    if (Py_TYPE(mode) != device_context_class) return true;
+  }
+  return false;
+}
+
 // Whether calls are answered here at all. Not where forward-mode derivatives are taken, of whatever
 // tensor: what comes later may have a tangent. Nor where somebody watches Python's functions.
 bool is_quick() {
   return is_quiet() && !torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
-         at::impl::PythonTorchFunctionTLS::stack_len() == 0;
+         !are_functions_watched();
 }
 
 // The GPUs that the CUDA kernels are for, a bit each.
@@ -53,9 +67,6 @@ bool is_plain_on_cuda(const Tensor& tensor) {
   const c10::DispatchKeySet keys = tensor.key_set();
   return keys == keys_of_plain_on_cuda<false>() || keys == keys_of_plain_on_cuda<true>();
 }
-
-// Of Python's objects: torch.Tensor and torch.nn.Parameter, and no class that may know better.
-PyTypeObject* parameter_class = nullptr;
 
 // A reference of its own, as Python's object may get another tensor while others have the lock.
 OptionalTensor plain(const pybind11::handle& object) {
@@ -229,8 +240,11 @@ pybind11::object quick_cross_entropy(const pybind11::handle& input, const pybind
 
 PYBIND11_MODULE(_nodes, module) {
   module.doc() = "The nodes of fastnet's ops in autograd's graph, for one version of torch.";
-  fastnet::autograd::parameter_class = reinterpret_cast<PyTypeObject*>(
-      pybind11::module_::import("torch.nn").attr("Parameter").ptr());
+  const auto class_of = [](const char* home, const char* name) {
+    return reinterpret_cast<PyTypeObject*>(pybind11::module_::import(home).attr(name).ptr());
+  };
+  fastnet::autograd::parameter_class = class_of("torch.nn", "Parameter");
+  fastnet::autograd::device_context_class = class_of("torch.utils._device", "DeviceContext");
   fastnet::autograd::cpu_ops =
       static_cast<const fastnet::cpu::Ops*>(PyCapsule_Import(fastnet::cpu::kOpsCapsule, 0));
   if (!fastnet::autograd::cpu_ops) throw pybind11::error_already_set();

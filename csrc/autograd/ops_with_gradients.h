@@ -6,6 +6,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -24,9 +25,9 @@ namespace fastnet::autograd {
 namespace {
 
 // Whether somebody wants to differentiate the gradient, which may have a tangent, or to map over
-// it.
-bool is_differentiated(const Tensor& grad_output) {
-  return c10::GradMode::is_enabled() || grad_output._fw_grad(0).defined() ||
+// it. As in fastnet/_library.py.
+bool is_differentiated() {
+  return c10::GradMode::is_enabled() || torch::autograd::ForwardADLevel::try_get_by_idx(0) ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
@@ -78,7 +79,7 @@ struct LinearReLU {
     const Tensor output = saved[0];
     const OptionalTensor input = needs[1] ? given(saved[1]) : std::nullopt;
     const OptionalTensor weight = needs[0] ? given(saved[2]) : std::nullopt;
-    if (is_differentiated(grad_output)) {
+    if (is_differentiated()) {
       return differentiable("linear_relu", grad_output, output, input, weight, bool(needs[2]));
     }
     auto [of_input, of_weight, of_bias] = backward_op(grad_output, output, input, weight, needs[2]);
@@ -114,7 +115,7 @@ struct Linear {
     static const Op<&cpu::Ops::linear_backward> backward_op("fastnet::linear_backward");
     const OptionalTensor input = needs[1] ? given(saved[0]) : std::nullopt;
     const OptionalTensor weight = needs[0] ? given(saved[1]) : std::nullopt;
-    if (is_differentiated(grad_output)) {  // by native operators, which torch knows how to
+    if (is_differentiated()) {  // by native operators, which torch knows how to
       const Tensor rows = grad_output.reshape({-1, grad_output.size(-1)});
       return {weight ? at::matmul(grad_output, *weight) : Tensor(),
               input ? at::mm(rows.t(), input->reshape({-1, input->size(-1)})) : Tensor(),
@@ -241,7 +242,7 @@ struct CrossEntropy {
                                 const std::vector<bool>&) {
     const Tensor gradient = saved[4];
     const auto [reduction, ignore_index, label_smoothing] = options;
-    const bool is_usual = !is_differentiated(grad_loss) && !is_traced(grad_loss);
+    const bool is_usual = !is_differentiated() && !is_traced(grad_loss);
     // The logits may have been written to since: they are read only where there is no gradient yet,
     // or another one is wanted.
     bool has_gradient = is_usual && gradient.defined();
@@ -319,7 +320,7 @@ struct ConvReLUPool {
         "fastnet::conv_relu_pool_backward");
     const Tensor codes = saved[0], input = saved[1], weight = saved[2];
     const auto& [stride, padding, dilation, groups] = options;
-    if (is_differentiated(grad_output)) {
+    if (is_differentiated()) {
       return differentiable("conv_relu_pool", grad_output, codes, input, weight, stride, padding,
                             dilation, groups, bool(needs[0]), bool(needs[1]), bool(needs[2]));
     }

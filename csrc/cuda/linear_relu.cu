@@ -175,8 +175,8 @@ inline constexpr int64_t kOneChunkRows = 128;
 inline constexpr int64_t kFullBlocks = 2 * 132;
 
 // Rows to a chunk, so that the chunks fill the card where there are rows enough, each with at least
-// one for every warp, and no column has more than 256 of them to add. The shape alone decides, so
-// the sums come out the same, bit by bit.
+// one for every warp; of very many rows more, for 256 chunks or a little over. The shape alone
+// decides, so the sums come out the same, bit by bit.
 int64_t chunk_rows_of(int64_t M, int64_t N) {
   if (M <= kOneChunkRows) return M;
   const int64_t across = (N + kWarp - 1) / kWarp;

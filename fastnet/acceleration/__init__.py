@@ -40,9 +40,9 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     random numbers of its own, nothing set or appended to, no question about an input's type or the
     state of the moment. What else it read is looked at in each call: attributes of its own, of its
     class and of submodules, which of these there are and in which mode, and globals. While any of
-    it is another than it was, the written `forward` runs. Setting a number so warns of it; calling
-    this again traces it anew. While this runs no other thread may run a model: tracing takes hold
-    of `nn.Module` meanwhile.
+    it is another than it was, the written `forward` runs. Setting such a number of the module's own
+    warns of it; calling this again traces it anew. While this runs no other thread may run a model:
+    tracing takes hold of `nn.Module` meanwhile.
 
     Args:
         model: any module.

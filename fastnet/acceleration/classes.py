@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from fastnet.acceleration import chains, tracing
 from fastnet.acceleration.chains import sequential_forward
-from fastnet.acceleration.conditions import find, is_plain, look_up, value_of, written_class
+from fastnet.acceleration.conditions import (
+    find,
+    identity,
+    is_plain,
+    is_same,
+    look_up,
+    value_of,
+    written_class,
+)
 from fastnet.acceleration.guards import Unregistered, subclass
 from fastnet.acceleration.tracing import Code, required_arguments
 
@@ -77,9 +85,18 @@ def _new(written: type[nn.Module], forward: Forward | None) -> nn.Module:
     return object.__new__(accelerated(written, forward))
 
 
-@functools.cache
 def accelerated(written: type[nn.Module], forward: Forward | None) -> type[nn.Module]:
     """`written` with its `forward` in chains; with that of `nn.Sequential` where none is given."""
+    key = written, identity(forward)
+    if key not in _classes:
+        _classes[key] = _make(written, forward)
+    return _classes[key]
+
+
+_classes: dict[tuple, type[nn.Module]] = {}
+
+
+def _make(written: type[nn.Module], forward: Forward | None) -> type[nn.Module]:
     members = {
         "__module__": written.__module__,
         "__qualname__": written.__qualname__,
@@ -124,7 +141,7 @@ def class_for(module: nn.Module) -> type[nn.Module] | None:
 
 def _changed(written: type[nn.Module], forward: Forward) -> types.FunctionType:
     """Whether one of the values that `forward` read is another one: a function of the module."""
-    names = {"written_class": written_class, "find": find, "look_up": look_up}
+    names = {"written_class": written_class, "find": find, "look_up": look_up, "is_same": is_same}
     names |= {"written": written, "forward": written.forward}
     differs = [f"{TRACED!r} not in self.__dict__", "written.forward is not forward"]
     conditions = list(forward.conditions)
@@ -137,11 +154,12 @@ def _changed(written: type[nn.Module], forward: Forward) -> types.FunctionType:
             continue
         known = f"value_{len(names)}"
         names[known] = value
-        differs.append(
-            f"type(now := {expression}) is not type({known}) or now != {known}"
-            if is_plain(value)
-            else f"{expression} is not {known}"
-        )
+        if type(value) is tuple:
+            differs.append(f"not is_same({expression}, {known})")
+        elif is_plain(value):
+            differs.append(f"type(now := {expression}) is not type({known}) or now != {known}")
+        else:
+            differs.append(f"{expression} is not {known}")
     text = f"def changed(self):\n    return {' or '.join(differs)}\n"
     return _execute(f"{written.__name__}, what forward read", text, names, "changed")
 

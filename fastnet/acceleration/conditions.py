@@ -6,6 +6,7 @@ While they hold, a trace says what it does.
 from __future__ import annotations
 
 import enum
+import functools
 import sys
 import types
 
@@ -46,8 +47,27 @@ def is_plain(value: object) -> bool:
 
 def is_constant(value: object) -> bool:
     """Whether it can be told later that something still is this."""
-    parts = value if type(value) is tuple else (value,)
-    return all(is_plain(part) or _keeps_nothing(part) for part in parts)
+    if isinstance(value, float) and value != value:
+        return False
+    if type(value) is tuple:
+        return all(map(is_constant, value))
+    return is_plain(value) or _keeps_nothing(value)
+
+
+def is_same(now: object, then: object) -> bool:
+    """Whether a constant is what it was: by its value where it is plain, itself elsewhere."""
+    if type(now) is not type(then):
+        return False
+    if type(now) is tuple:
+        return len(now) == len(then) and all(map(is_same, now, then))
+    return now == then if is_plain(then) else now is then
+
+
+def identity(value: object) -> object:
+    """Equal where `is_same` says so, of constants, and of tuples of them: 1 is not True here."""
+    if isinstance(value, tuple):
+        return type(value), *map(identity, value)
+    return type(value), repr(value) if isinstance(value, (float, complex)) else value
 
 
 def _keeps_nothing(value: object) -> bool:
@@ -62,6 +82,10 @@ def _keeps_nothing(value: object) -> bool:
         )
     if not callable(value) or isinstance(value, (nn.Module, types.MethodType)):
         return False
+    if isinstance(value, functools.partial):
+        return all(map(is_constant, (value.func, *value.args, *value.keywords.values())))
+    if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
+        return isinstance(value.__self__, (types.ModuleType, type, type(None)))
     is_written_in_python = isinstance(kind.__call__, types.FunctionType)
     return is_library(kind.__module__) or not is_written_in_python
 
@@ -72,7 +96,8 @@ def written_class(module: nn.Module) -> type[nn.Module]:
 
 
 def find(module: nn.Module, name: str) -> object:
-    """An attribute as it is stored: of a method the function, of a property itself."""
+    """An attribute as it is stored: of a method the function, of a property itself. Of a class
+    method one that is bound, and so another one each time."""
     values = module.__dict__
     if name in values:
         return values[name]

@@ -96,7 +96,7 @@ def apply(
     if _library.NODES is not None and not torch.compiler.is_compiling():
         return _library.NODES.conv_relu_pool(input, weight, bias, *convolution)
     trained = (input, weight) if bias is None else (input, weight, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained):
+    if _library.is_recorded() and any(tensor.requires_grad for tensor in trained):
         return ConvReLUPool.apply(input, weight, bias, *convolution)
     return _inference(input, weight, bias, *convolution)
 

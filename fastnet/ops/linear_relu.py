@@ -42,9 +42,11 @@ def fake_backward(
 
 def apply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The op with its gradients."""
-    if _library.NODES is None or torch.compiler.is_compiling():
+    if _library.NODES is not None and not torch.compiler.is_compiling():
+        return _library.NODES.linear_relu(input, weight, bias)
+    if _library.is_recorded():
         return LinearReLU.apply(input, weight, bias)
-    return _library.NODES.linear_relu(input, weight, bias)
+    return _forward(input, weight, bias)
 
 
 class LinearReLU(torch.autograd.Function):
