@@ -47,25 +47,10 @@ bool is_quick() {
 // The GPUs that the CUDA kernels are for, a bit each.
 std::atomic<uint64_t> cuda_devices = 0;
 
-// As is_plain, of a GPU's memory.
-template <bool kInInferenceMode>
-c10::DispatchKeySet keys_of_plain_on_cuda() {
-  static const c10::DispatchKeySet keys = [] {
-    const c10::InferenceMode mode(kInInferenceMode);
-    c10::Storage nothing(c10::Storage::use_byte_size_t{}, 0, at::DataPtr(nullptr, at::kCUDA));
-    return at::detail::make_tensor<c10::TensorImpl>(std::move(nothing),
-                                                    c10::DispatchKeySet(c10::DispatchKey::CUDA),
-                                                    caffe2::TypeMeta::Make<float>())
-        .key_set();
-  }();
-  return keys;
-}
-
-bool is_plain_on_cuda(const Tensor& tensor) {
+bool is_plain_on_gpu(const Tensor& tensor) {
   const auto devices = cuda_devices.load(std::memory_order_relaxed);
-  if (devices == 0 || !tensor.is_cuda() || !(devices >> tensor.get_device() & 1)) return false;
-  const c10::DispatchKeySet keys = tensor.key_set();
-  return keys == keys_of_plain_on_cuda<false>() || keys == keys_of_plain_on_cuda<true>();
+  return devices != 0 && tensor.is_cuda() && (devices >> tensor.get_device() & 1) &&
+         is_plain_on<c10::DispatchKey::CUDA>(tensor);
 }
 
 // A reference of its own, as Python's object may get another tensor while others have the lock.
@@ -75,7 +60,7 @@ OptionalTensor plain(const pybind11::handle& object) {
     return std::nullopt;
   }
   const Tensor& tensor = THPVariable_Unpack(object.ptr());
-  const bool is_ours = is_plain(tensor) || is_plain_on_cuda(tensor);
+  const bool is_ours = is_plain(tensor) || is_plain_on_gpu(tensor);
   return is_ours ? OptionalTensor(tensor) : std::nullopt;
 }
 
@@ -114,15 +99,15 @@ OptionalTensor autocast(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(autocast(*tensor)) : std::nullopt;
 }
 
-// Whether these are on one device, and have one dtype in the end, which the kernels take.
+// Whether these are on one device, and have one dtype in the end, which the kernels take. The
+// weight has dimensions.
 bool fit_together(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   const auto dtype = autocast_dtype(input);
   const auto fits = [&](const Tensor& tensor) {
     return tensor.device() == input.device() && autocast_dtype(tensor) == dtype;
   };
   return has_kernels(dtype, input) && fits(weight) &&
-         (!bias ||
-          (fits(*bias) && bias->dim() == 1 && weight.dim() > 0 && bias->size(0) == weight.size(0)));
+         (!bias || (fits(*bias) && bias->dim() == 1 && bias->size(0) == weight.size(0)));
 }
 
 // Calls call(input, weight, bias), three tensors that make a linear layer.

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -20,20 +20,30 @@ namespace fastnet::autograd {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The keys of ordinary tensors in the CPU's memory: none that is sparse, nested, lazily negated, a
+// The keys of ordinary tensors in a device's memory: none that is sparse, nested, lazily negated, a
 // subclass. Those that are made in inference mode know nothing of autograd.
-template <bool kInInferenceMode>
+template <c10::DispatchKey kDevice, bool kInInferenceMode>
 c10::DispatchKeySet keys_of_plain() {
   static const c10::DispatchKeySet keys = [] {
     const c10::InferenceMode mode(kInInferenceMode);  // in whatever mode the first call comes
-    return at::detail::empty_cpu({0}, at::TensorOptions(at::kFloat)).key_set();
+    constexpr auto kType = kDevice == c10::DispatchKey::CPU ? at::kCPU : at::kCUDA;
+    c10::Storage nothing(c10::Storage::use_byte_size_t{}, 0, at::DataPtr(nullptr, kType));
+    return at::detail::make_tensor<c10::TensorImpl>(
+               std::move(nothing), c10::DispatchKeySet(kDevice), caffe2::TypeMeta::Make<float>())
+        .key_set();
   }();
   return keys;
 }
 
-inline bool is_plain(const Tensor& tensor) {
+template <c10::DispatchKey kDevice>
+bool is_plain_on(const Tensor& tensor) {
   const c10::DispatchKeySet keys = tensor.key_set();
-  return keys == keys_of_plain<false>() || keys == keys_of_plain<true>();
+  return keys == keys_of_plain<kDevice, false>() || keys == keys_of_plain<kDevice, true>();
+}
+
+// Whether it is one in the CPU's memory.
+inline bool is_plain(const Tensor& tensor) {
+  return is_plain_on<c10::DispatchKey::CPU>(tensor);
 }
 inline bool is_plain(const OptionalTensor& tensor) {
   return !tensor || is_plain(*tensor);

@@ -1,6 +1,7 @@
 // The ops with their nodes: what each saves, and its gradients.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/item.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
