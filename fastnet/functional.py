@@ -473,8 +473,7 @@ def _is_target(target: Tensor, logits: Tensor, ignore_index: int) -> bool:
 
 def _is_class_weight(weight: Tensor, logits: Tensor, dtype: torch.dtype) -> bool:
     return (
-        type(weight) in _PLAIN_TYPES
-        and weight.layout is torch.strided
+        weight.layout is torch.strided
         and weight.dtype is dtype
         and weight.device == logits.device
         and weight.dim() == 1

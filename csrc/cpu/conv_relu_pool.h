@@ -13,12 +13,11 @@ namespace fastnet {
 // twice the rate of these kernels, which widen it, but multiply less: measured on Zen 5, they lose
 // where filters are many and windows few. A unit for matrices is far faster, given the channels.
 inline bool has_own_kernels(const ConvReluPoolShape& shape, ScalarType dtype) {
-  if (!shape.is_plain() || dtype != ScalarType::BFloat16 || !cpu_has_bfloat16()) {
-    return shape.is_plain();
-  }
+  if (!shape.is_plain()) return false;
+  if (dtype != ScalarType::BFloat16 || !cpu_has_bfloat16()) return true;
+  if (shape.C > 4 && cpu_has_bfloat16_tiles()) return false;
   constexpr int64_t kFewFilters = 8'192, kManyFilters = 65'536, kManyWindows = 512;
   const int64_t filters = shape.C * shape.K;
-  if (shape.C > 4 && cpu_has_bfloat16_tiles()) return false;
   return filters <= kFewFilters ||
          (filters <= kManyFilters && shape.N * shape.P * shape.Q >= kManyWindows);
 }

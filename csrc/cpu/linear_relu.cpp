@@ -99,6 +99,7 @@ bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight
 template <bool kRelu, class T, class Z>
 void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
                  Tensor* grad_bias, int64_t M, int64_t N) {
+  if (!grad_z && !grad_bias) return;
   using A = acc_t<T>;
   // Fixed chunks of rows, whatever the number of threads: the sums come out the same, bit by bit.
   const int64_t chunk = std::max<int64_t>(64, 32768 / std::max<int64_t>(1, N));
@@ -231,8 +232,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     Tensor grad_z = kRelu ? allocate(output, {M, N}) : torch::stable::view(g, {M, N});
     dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, N = N](auto type) {
       using T = decltype(type);
-      auto* const z = kRelu ? mutable_data<T>(grad_z) : nullptr;
-      if (z || wanted_bias) masked_grad<kRelu, T>(data<T>(g), data<T>(out), z, wanted_bias, M, N);
+      masked_grad<kRelu, T>(data<T>(g), data<T>(out), kRelu ? mutable_data<T>(grad_z) : nullptr,
+                            wanted_bias, M, N);
     });
     if (input) {
       grad_weight = library_product(torch::stable::transpose(grad_z, 0, 1),
@@ -253,9 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     // Without a ReLU the gradient is taken as it is, but that half types are widened.
     constexpr bool kIsMade = kRelu || sizeof(T) != sizeof(A);
     const std::unique_ptr<A[]> made(kIsMade ? new A[std::max<int64_t>(1, M * N)] : nullptr);
-    if (made || wanted_bias) {
-      masked_grad<kRelu, T>(data<T>(g), data<T>(out), made.get(), wanted_bias, M, N);
-    }
+    masked_grad<kRelu, T>(data<T>(g), data<T>(out), made.get(), wanted_bias, M, N);
     const A* const grad_z = made ? made.get() : static_cast<const A*>(g.const_data_ptr());
     own_products(grad_z, x ? data<T>(*x) : nullptr, weight ? data<T>(*weight) : nullptr,
                  input ? mutable_data<T>(grad_weight) : nullptr,

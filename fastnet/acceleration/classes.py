@@ -154,6 +154,7 @@ def _changed(written: type[nn.Module], forward: Forward) -> types.FunctionType:
             continue
         known = f"value_{len(names)}"
         names[known] = value
+        # What is_same says, without a call where there is but one value.
         if type(value) is tuple:
             differs.append(f"not is_same({expression}, {known})")
         elif is_plain(value):
