@@ -18,7 +18,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "build_backend"))
-from cuda_toolkit import CudaToolkit  # noqa: E402
+from cuda_toolkit import CudaToolkit, architectures_of  # noqa: E402
 
 # The oldest torch whose stable ABI has all that the kernels call: one build serves every torch
 # from this one on.
@@ -91,11 +91,14 @@ def sources(pattern: str) -> list[str]:
 
 
 if cuda:
-    architectures = cuda.architectures()
-    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures = cuda.architectures()
+    try:
+        flags = cpp_extension._get_cuda_arch_flags()
+    except (ValueError, IndexError):  # an unknown name; "native" where there is no card
+        fail(f"TORCH_CUDA_ARCH_LIST={architectures!r} names cards that are unknown or not here.")
     macros += [
         ("FASTNET_CUDA_VERSION", cuda.version),
-        ("FASTNET_CUDA_ARCHITECTURES", architectures),
+        ("FASTNET_CUDA_ARCHITECTURES", architectures_of(flags)),
     ]
     # torch guesses this from PATH, and guesses wrong where nvcc there is a script.
     cpp_extension.CUDA_HOME = str(cuda.home)

@@ -66,6 +66,17 @@ class CudaToolkit:
         return ";".join(f"{n // 10}.{n % 10}" for n in wanted) + "+PTX"
 
 
+def architectures_of(flags: list[str]) -> str:
+    """The numbers that nvcc's flags compile for: "7.5;9.0;9.0+PTX". Of TORCH_CUDA_ARCH_LIST, which
+    may hold names ("Hopper", "native"), torch makes such flags."""
+    codes = re.findall(r"code=(sm|compute)_(\d+)(\d)(\w*)", " ".join(flags))
+    codes.sort(key=lambda code: (int(code[1] + code[2]), code[0] == "compute"))
+    return ";".join(
+        f"{major}.{minor}{suffix}" + ("+PTX" if kind == "compute" else "")
+        for kind, major, minor, suffix in codes
+    )
+
+
 def emulation_include_dirs() -> list[str]:
     """Headers that the emulation compiles with: PyPI's, or a toolkit's where those lack some."""
     for include in [prefix / "include" for prefix in _pypi_prefixes()]:

@@ -35,41 +35,20 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 SMALL_LOGITS, SMALL_LOGITS_FORWARD = 16_384, 4_096
 
 
-# Generations that TORCH_CUDA_ARCH_LIST may call by name, as torch's builds understand them. Names
-# of two words come first: others are parts of them.
-_GENERATIONS = {
-    "Volta+Tegra": "7.2",
-    "Volta": "7.0+PTX",
-    "Turing": "7.5+PTX",
-    "Ampere+Tegra": "8.7",
-    "Ampere": "8.0;8.6+PTX",
-    "Ada": "8.9+PTX",
-    "Hopper": "9.0+PTX",
-    "Blackwell+Tegra": "11.0",
-    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
-    "Rubin": "10.7+PTX",
-}
-
-
 @functools.cache
 def _built_for(device_index: int) -> bool:
     """Whether the CUDA kernels have code for this card: its own generation's, or PTX to compile.
     From then on the nodes in C++ take its tensors, too."""
     card = torch.cuda.get_device_capability(device_index)
-    listed = (build_info()["cuda_architectures"] or "").replace(" ", ";")
-    if listed == "native":  # for the cards that were there when it was built
-        listed = f"{card[0]}.{card[1]}"
-    for name, numbers in _GENERATIONS.items():
-        listed = listed.replace(name, numbers)
-    for built in listed.split(";"):
-        numbers = re.match(r"(\d+)\.(\d+)(a?)", built)
-        if numbers is None:
-            continue
-        of = (int(numbers[1]), int(numbers[2]))
-        if numbers[3]:  # with what only this one has
+    listed = build_info()["cuda_architectures"] or ""
+    for major, minor, alone, ptx in re.findall(r"(\d+)\.(\d+)(a?)(\+PTX)?", listed):
+        of = (int(major), int(minor))
+        if alone:  # with what only this one has
             is_for_card = of == card
+        elif ptx:
+            is_for_card = of <= card
         else:
-            is_for_card = (of[0] == card[0] and of[1] <= card[1]) or ("PTX" in built and of <= card)
+            is_for_card = of[0] == card[0] and of[1] <= card[1]
         if is_for_card:
             if _library.NODES is not None:
                 _library.NODES.take_cuda(device_index)
