@@ -17,9 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from fastnet import _library, ops
 from fastnet._library import CUDA_STATUS, build_info
 from fastnet.ops.conv_relu_pool import convolved_size
-from fastnet.ops.cross_entropy import REDUCTIONS, accumulate_dtype, evaluate
-from fastnet.ops.linear_cross_entropy import LinearCrossEntropy
-from fastnet.ops.linear_cross_entropy import evaluate as evaluate_linear
+from fastnet.ops.cross_entropy import REDUCTIONS, accumulate_dtype
 
 # This file is on the path of every call, and its Python is felt at the sizes that fastnet is for:
 # the checks below are the quick ones for each question (a property of 0.1 µs, not one of 0.6).
@@ -429,12 +427,9 @@ def cross_entropy(
     ):
         if weight is not None and weight.dtype is not wide:
             weight = weight.to(wide)
-        if wants_gradient:
-            loss = ops.cross_entropy.apply(
-                input, target, weight, number, ignore_index, float(label_smoothing)
-            )
-        else:
-            loss = evaluate(input, target, weight, number, ignore_index, float(label_smoothing))
+        loss = ops.cross_entropy.apply(
+            input, target, weight, number, ignore_index, float(label_smoothing)
+        )
         return loss if loss_dtype is wide else loss.to(loss_dtype)
     return native()
 
@@ -559,11 +554,9 @@ def linear_cross_entropy(
     ):
         if factors is not None:
             factors = factors.to(wide)
-        wants_gradient = _library.is_recorded() and any(
-            t is not None and t.requires_grad for t in (x, w, b)
+        loss = ops.linear_cross_entropy.apply(
+            x, w, target, b, factors, number, ignore_index, float(label_smoothing)
         )
-        function = LinearCrossEntropy.apply if wants_gradient else evaluate_linear
-        loss = function(x, w, target, b, factors, number, ignore_index, float(label_smoothing))
         return loss if under_autocast else loss.to(x.dtype)
     return two_ops()
 
