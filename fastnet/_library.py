@@ -1,8 +1,11 @@
-"""Loads the compiled libraries, which registers every op as `torch.ops.fastnet.*`."""
+"""Loads the compiled libraries, which registers every op as `torch.ops.fastnet.*`; tells what this
+build is and runs on, and how autograd stands at the moment."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +70,48 @@ CUDA_STATUS = _load_cuda()
 NODES = _load_nodes()
 
 
+# Generations that TORCH_CUDA_ARCH_LIST may call by name, as torch's builds understand them. Names
+# of two words come first: others are parts of them.
+_GENERATIONS = {
+    "Volta+Tegra": "7.2",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Rubin": "10.7+PTX",
+}
+
+
+@functools.cache
+def is_built_for(device_index: int) -> bool:
+    """Whether the CUDA kernels have code for this card: its own generation's, or PTX to compile.
+    From then on the nodes in C++ take its tensors, too."""
+    card = torch.cuda.get_device_capability(device_index)
+    listed = (build_info()["cuda_architectures"] or "").replace(" ", ";")
+    if listed == "native":  # for the cards that were there when it was built
+        listed = f"{card[0]}.{card[1]}"
+    for name, numbers in _GENERATIONS.items():
+        listed = listed.replace(name, numbers)
+    for built in listed.split(";"):
+        numbers = re.match(r"(\d+)\.(\d+)(a?)", built)
+        if numbers is None:
+            continue
+        of = (int(numbers[1]), int(numbers[2]))
+        if numbers[3]:  # with what only this one has
+            is_for_card = of == card
+        else:
+            is_for_card = (of[0] == card[0] and of[1] <= card[1]) or ("PTX" in built and of <= card)
+        if is_for_card:
+            if NODES is not None:
+                NODES.take_cuda(device_index)
+            return True
+    return False
+
+
 def is_differentiated() -> bool:
     """In a backward pass: whether somebody wants to differentiate the gradient, which may have a
     tangent, or to map over it."""
@@ -100,9 +145,8 @@ def build_info() -> dict[str, str | None]:
         products of large float32 matrices linear layers take: "torch", its operator's, or
         "oneDNN", where the processor has wider vectors than that operator uses), `cuda_version`
         and `cuda_architectures` (what the CUDA kernels were compiled with and for; None without
-        them),
-        `cuda_status` ("loaded", or why not), and `autograd` (the language of the nodes: "C++" under
-        the torch that this was built with, else "Python").
+        them), `cuda_status` ("loaded", or why not), and `autograd` (the language of the nodes:
+        "C++" under the torch that this was built with, else "Python").
     """
     return {
         **_C.build_info(),

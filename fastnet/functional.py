@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastnet import _library, ops
-from fastnet._library import CUDA_STATUS, build_info
+from fastnet._library import CUDA_STATUS
 from fastnet.ops.conv_relu_pool import convolved_size
 from fastnet.ops.cross_entropy import REDUCTIONS, accumulate_dtype
 
@@ -31,48 +30,6 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 # autograd in Python, with torch.ops twice, costs 25 µs more than torch's own in C++, however quick
 # the kernel (see benchmarks/results).
 SMALL_LOGITS, SMALL_LOGITS_FORWARD = 16_384, 4_096
-
-
-# Generations that TORCH_CUDA_ARCH_LIST may call by name, as torch's builds understand them. Names
-# of two words come first: others are parts of them.
-_GENERATIONS = {
-    "Volta+Tegra": "7.2",
-    "Volta": "7.0+PTX",
-    "Turing": "7.5+PTX",
-    "Ampere+Tegra": "8.7",
-    "Ampere": "8.0;8.6+PTX",
-    "Ada": "8.9+PTX",
-    "Hopper": "9.0+PTX",
-    "Blackwell+Tegra": "11.0",
-    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
-    "Rubin": "10.7+PTX",
-}
-
-
-@functools.cache
-def _built_for(device_index: int) -> bool:
-    """Whether the CUDA kernels have code for this card: its own generation's, or PTX to compile.
-    From then on the nodes in C++ take its tensors, too."""
-    card = torch.cuda.get_device_capability(device_index)
-    listed = (build_info()["cuda_architectures"] or "").replace(" ", ";")
-    if listed == "native":  # for the cards that were there when it was built
-        listed = f"{card[0]}.{card[1]}"
-    for name, numbers in _GENERATIONS.items():
-        listed = listed.replace(name, numbers)
-    for built in listed.split(";"):
-        numbers = re.match(r"(\d+)\.(\d+)(a?)", built)
-        if numbers is None:
-            continue
-        of = (int(numbers[1]), int(numbers[2]))
-        if numbers[3]:  # with what only this one has
-            is_for_card = of == card
-        else:
-            is_for_card = (of[0] == card[0] and of[1] <= card[1]) or ("PTX" in built and of <= card)
-        if is_for_card:
-            if _library.NODES is not None:
-                _library.NODES.take_cuda(device_index)
-            return True
-    return False
 
 
 def _are_operators_watched() -> bool:
@@ -114,7 +71,7 @@ def _has_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
                 and bias.device == input.device
             )
         )
-        and (input.is_cpu or _built_for(input.device.index))
+        and (input.is_cpu or _library.is_built_for(input.device.index))
         and not input.is_nested
         and not _are_operators_watched()
         and not torch._C._are_functorch_transforms_active()

@@ -22,7 +22,6 @@ from torch import nn
 
 import fastnet
 from fastnet.bench import networks
-from fastnet.functional import build_info
 from fastnet.models import MnistNet, mlp
 
 EMULATED = torch.ops.fastnet_emulated
@@ -218,7 +217,7 @@ def compare_random_networks(device, widths, relu, bias, n, batch_size, dtype, sp
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_on_every_instruction_set(isa):
-    if build_info()["cpu_isa"] == isa:
+    if fastnet.build_info()["cpu_isa"] == isa:
         pytest.skip("the other tests run on it")
     run_on_isa(
         isa,
