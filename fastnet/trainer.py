@@ -242,6 +242,21 @@ class MLPTrainer:
             right = (logits.argmax(1) == target).sum()
             return torch.stack([loss.detach().double() * len(chosen), right.double()])
 
+        taken = step
+        tensors = [rows, targets, *parameters, *(v for v in states if isinstance(v, Tensor))]
+        # A graph cannot count steps on the host, as optimizers that are not fused do.
+        if all(tensor.is_cuda for tensor in tensors):
+            key = (*((tensor.data_ptr(), tensor.shape) for tensor in tensors), batch_size, *options)
+            key += (*scale.tolist(), *shift.tolist(), *(layer.relu for layer in self.layers))
+            if (
+                self._graphed is None
+                or self._graphed[0] != key
+                or self._graphed[1].optimizers[0] is not self.optimizer
+            ):
+                with torch.cuda.device_of(rows):
+                    self._graphed = key, GraphedStep(step, [self.optimizer])
+            taken = self._graphed[1]
+
         def train(chosen: Tensor) -> Tensor:
             # Gradients, and whether they are taken, are the caller's own.
             before = [p.grad for p in parameters]
@@ -254,21 +269,6 @@ class MLPTrainer:
                 for parameter, grad in zip(parameters, before, strict=True):
                     parameter.grad = grad
 
-        tensors = [rows, targets, *parameters, *(v for v in states if isinstance(v, Tensor))]
-        # A graph cannot count steps on the host, as optimizers that are not fused do.
-        if any(tensor.device.type != "cuda" for tensor in tensors):
-            taken = step
-            return train
-        key = (*((tensor.data_ptr(), tensor.shape) for tensor in tensors), batch_size)
-        key += (*options, *scale.tolist(), *shift.tolist(), *(layer.relu for layer in self.layers))
-        if (
-            self._graphed is None
-            or self._graphed[0] != key
-            or self._graphed[1].optimizers[0] is not self.optimizer
-        ):
-            with torch.cuda.device_of(rows):
-                self._graphed = key, GraphedStep(step, [self.optimizer])
-        taken = self._graphed[1]
         return train
 
     def _apply(self, rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
