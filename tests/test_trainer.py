@@ -391,6 +391,24 @@ def test_back_and_forth_elsewhere(kind, elsewhere):
     go_back_and_forth(kind, elsewhere)
 
 
+def test_the_optimizer_has_the_models_own_order():
+    """By which its state dict goes in and out, whatever order the layers are called in."""
+
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(4, 3), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    trainer = fastnet.MLPTrainer(Backwards())
+    assert [layer.linear for layer in trainer.layers] == [trainer.model.first, trainer.model.last]
+    (group,) = trainer.optimizer.param_groups
+    pairs = zip(group["params"], trainer.model.parameters(), strict=True)
+    assert all(ours is own for ours, own in pairs)
+
+
 def go_back_and_forth(kind, device):
     """Native, torch on the same optimizer, native; and a state dict carried over to a new one."""
     images, targets = (part.to(device) for part in data(320, 784, 10))
