@@ -230,11 +230,10 @@ def _pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
         cases.setdefault((row["op"], row["case"], row["mode"], row["threads"]), []).append(row)
     pairs = []
     for sides in cases.values():
-        ours = results.FASTNET, f"{results.FASTNET}, channels_last"
-        others = [row for row in sides if row["side"] not in ours]
-        if others and len(others) < len(sides):
-            best = min(others, key=lambda row: float(row["median_us"]))
-            pairs.append((_ours(sides)[0], best))
+        ours = _ours(sides)
+        others = [row for row in sides if not row["side"].startswith(results.FASTNET)]
+        if ours and others:
+            pairs.append((ours[0], min(others, key=lambda row: float(row["median_us"]))))
     return pairs
 
 

@@ -1,8 +1,11 @@
-"""Loads the compiled libraries, which registers every op as `torch.ops.fastnet.*`."""
+"""Loads the compiled libraries, which registers every op as `torch.ops.fastnet.*`; tells what this
+build is and runs on, and how autograd stands at the moment."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +70,27 @@ CUDA_STATUS = _load_cuda()
 NODES = _load_nodes()
 
 
+@functools.cache
+def is_built_for(device_index: int) -> bool:
+    """Whether the CUDA kernels have code for this card: its own generation's, or PTX to compile.
+    From then on the nodes in C++ take its tensors, too."""
+    card = torch.cuda.get_device_capability(device_index)
+    listed = build_info()["cuda_architectures"] or ""
+    for major, minor, alone, ptx in re.findall(r"(\d+)\.(\d+)(a?)(\+PTX)?", listed):
+        of = (int(major), int(minor))
+        if alone:  # with what only this one has
+            is_for_card = of == card
+        elif ptx:
+            is_for_card = of <= card
+        else:
+            is_for_card = of[0] == card[0] and of[1] <= card[1]
+        if is_for_card:
+            if NODES is not None:
+                NODES.take_cuda(device_index)
+            return True
+    return False
+
+
 def is_differentiated() -> bool:
     """In a backward pass: whether somebody wants to differentiate the gradient, which may have a
     tangent, or to map over it."""
@@ -100,9 +124,8 @@ def build_info() -> dict[str, str | None]:
         products of large float32 matrices linear layers take: "torch", its operator's, or
         "oneDNN", where the processor has wider vectors than that operator uses), `cuda_version`
         and `cuda_architectures` (what the CUDA kernels were compiled with and for; None without
-        them),
-        `cuda_status` ("loaded", or why not), and `autograd` (the language of the nodes: "C++" under
-        the torch that this was built with, else "Python").
+        them), `cuda_status` ("loaded", or why not), and `autograd` (the language of the nodes:
+        "C++" under the torch that this was built with, else "Python").
     """
     return {
         **_C.build_info(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from pathlib import Path
@@ -222,10 +221,10 @@ def _names(recipes) -> str:
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise FastnetError(f"{option} must be numbers such as 10,20, not {text!r}.") from None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise FastnetError(f"{option} must be numbers above 0 such as 10,20, not {text!r}.")
+    return tuple(map(int, parts))
 
 
 @app.command("list")
@@ -348,7 +347,9 @@ def info_command(
 ) -> None:
     """Tell what this build is, and what of it runs here; or what it would do for a network."""
     if model is not None:
-        print(fastnet.accelerate_report(fastnet.accelerate(named_network(model))))
+        from fastnet.bench.networks import named
+
+        print(fastnet.accelerate_report(fastnet.accelerate(named(model))))
         return
     information = {**fastnet.build_info(), "threads": torch.get_num_threads()}
     if information["torch"] != information["torch_built_with"]:
@@ -361,29 +362,6 @@ def info_command(
     width = max(map(len, information))
     for key, value in information.items():
         print(f"{key:{width}}  {value}")
-
-
-def named_network(name: str) -> torch.nn.Module:
-    """What `torchvision:NAME` or `MODULE:CALLABLE` makes.
-
-    Raises:
-        FastnetError: for a name that makes no network.
-    """
-    module, _, function = name.partition(":")
-    if not function:
-        raise FastnetError(f"--model must be torchvision:NAME or MODULE:CALLABLE, not {name!r}.")
-    options = {}
-    if module == "torchvision":
-        module, options = "torchvision.models", {"weights": None}
-    # As `python -m` does, so that a file in the current folder is found.
-    sys.path.insert(0, "")
-    try:
-        network = getattr(importlib.import_module(module), function)(**options)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise FastnetError(f"--model {name}: {error}.") from error
-    if not isinstance(network, torch.nn.Module):
-        raise FastnetError(f"--model {name} gave a {type(network).__name__}, not a module.")
-    return network
 
 
 def main() -> None:

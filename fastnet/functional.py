@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,9 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastnet import _library, ops
-from fastnet._library import CUDA_STATUS, build_info
+from fastnet._library import CUDA_STATUS
 from fastnet.ops.conv_relu_pool import convolved_size
-from fastnet.ops.cross_entropy import REDUCTIONS, accumulate_dtype, evaluate
-from fastnet.ops.linear_cross_entropy import LinearCrossEntropy
-from fastnet.ops.linear_cross_entropy import evaluate as evaluate_linear
+from fastnet.ops.cross_entropy import REDUCTIONS, accumulate_dtype
 
 # This file is on the path of every call, and its Python is felt at the sizes that fastnet is for:
 # the checks below are the quick ones for each question (a property of 0.1 µs, not one of 0.6).
@@ -33,27 +30,6 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 # autograd in Python, with torch.ops twice, costs 25 µs more than torch's own in C++, however quick
 # the kernel (see benchmarks/results).
 SMALL_LOGITS, SMALL_LOGITS_FORWARD = 16_384, 4_096
-
-
-@functools.cache
-def _built_for(device_index: int) -> bool:
-    """Whether the CUDA kernels have code for this card: its own generation's, or PTX to compile.
-    From then on the nodes in C++ take its tensors, too."""
-    card = torch.cuda.get_device_capability(device_index)
-    listed = build_info()["cuda_architectures"] or ""
-    for major, minor, alone, ptx in re.findall(r"(\d+)\.(\d+)(a?)(\+PTX)?", listed):
-        of = (int(major), int(minor))
-        if alone:  # with what only this one has
-            is_for_card = of == card
-        elif ptx:
-            is_for_card = of <= card
-        else:
-            is_for_card = of[0] == card[0] and of[1] <= card[1]
-        if is_for_card:
-            if _library.NODES is not None:
-                _library.NODES.take_cuda(device_index)
-            return True
-    return False
 
 
 def _are_operators_watched() -> bool:
@@ -95,7 +71,7 @@ def _has_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
                 and bias.device == input.device
             )
         )
-        and (input.is_cpu or _built_for(input.device.index))
+        and (input.is_cpu or _library.is_built_for(input.device.index))
         and not input.is_nested
         and not _are_operators_watched()
         and not torch._C._are_functorch_transforms_active()
@@ -287,10 +263,10 @@ def _padding(
         return (0, 0)
     if padding != "same":
         return None if isinstance(padding, str) else _pair(padding)
-    total = [dilation[-d] * (weight.shape[-d] - 1) for d in (2, 1)] if len(dilation) == 2 else [1]
-    if stride != (1, 1) or any(t % 2 for t in total):
+    if stride != (1, 1) or len(dilation) != 2:
         return None
-    return (total[0] // 2, total[1] // 2)
+    total = [d * (kernel - 1) for d, kernel in zip(dilation, weight.shape[2:], strict=True)]
+    return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
 
 
 def _is_convolution(
@@ -384,36 +360,28 @@ def cross_entropy(
     if number is None or not _are_plain(input, target, weight, ignore_index):
         return native()
     wants_gradient = input.requires_grad and _library.is_recorded()
-    is_small = input.is_cpu and input.numel() < (
-        SMALL_LOGITS if wants_gradient else SMALL_LOGITS_FORWARD
-    )
-    dtype = input.dtype
-    wide = weight_dtype = dtype
-    if dtype is not torch.float64 and dtype is not torch.float32:
-        wide = accumulate_dtype(dtype)
-    loss_dtype = dtype
-    if not is_small and torch._C._is_any_autocast_enabled() and _is_autocast(input.device.type):
+    if input.is_cpu and input.numel() < (SMALL_LOGITS if wants_gradient else SMALL_LOGITS_FORWARD):
+        return native()
+    dtype = loss_dtype = input.dtype  # the class weights' dtype is the loss's
+    wide = accumulate_dtype(dtype)
+    if torch._C._is_any_autocast_enabled() and _is_autocast(input.device.type):
         # To float32. The kernels read half types and give float32: no copy of the logits is made.
-        loss_dtype = weight_dtype = wide
+        loss_dtype = wide
         if weight is not None:
             weight = weight.to(wide)
         if target.is_floating_point() and target.dtype is not dtype:
             input, target = input.to(wide), target.to(wide)
     if (
-        not is_small
-        and 0 <= label_smoothing <= 1
+        0 <= label_smoothing <= 1
         and _has_kernels(input, target, None)
         and _is_target(target, input, ignore_index)
-        and (weight is None or _is_class_weight(weight, input, weight_dtype))
+        and (weight is None or _is_class_weight(weight, input, loss_dtype))
     ):
-        if weight is not None and weight.dtype is not wide:
+        if weight is not None:
             weight = weight.to(wide)
-        if wants_gradient:
-            loss = ops.cross_entropy.apply(
-                input, target, weight, number, ignore_index, float(label_smoothing)
-            )
-        else:
-            loss = evaluate(input, target, weight, number, ignore_index, float(label_smoothing))
+        loss = ops.cross_entropy.apply(
+            input, target, weight, number, ignore_index, float(label_smoothing)
+        )
         return loss if loss_dtype is wide else loss.to(loss_dtype)
     return native()
 
@@ -510,16 +478,19 @@ def linear_cross_entropy(
         )
 
     number = REDUCTIONS.get(reduction) if type(reduction) is str else None
-    are_plain = _are_plain(input, weight, bias)
-    if number is None or not are_plain or not _are_plain(input, target, class_weight, ignore_index):
+    if (
+        number is None
+        or not _are_plain(input, weight, bias)
+        or not _are_plain(input, target, class_weight, ignore_index)
+    ):
         return two_ops()
-    autocast = torch._C._is_any_autocast_enabled()
-    x, w, b = _autocast(input, weight, bias) if autocast else (input, weight, bias)
-    wide = accumulate_dtype(x.dtype)
-    under_autocast = autocast and _is_autocast(x.device.type)
-    factors = class_weight
-    if factors is not None and under_autocast:
-        factors = factors.to(wide)
+    x, w, b, factors = input, weight, bias, class_weight
+    loss_dtype, wide = x.dtype, accumulate_dtype(x.dtype)
+    if torch._C._is_any_autocast_enabled() and _is_autocast(x.device.type):
+        x, w, b = _autocast(x, w, b)
+        loss_dtype = wide = accumulate_dtype(x.dtype)
+        if factors is not None:
+            factors = factors.to(wide)
     if (
         input.dim() == 2
         and 0 <= label_smoothing <= 1
@@ -532,18 +503,14 @@ def linear_cross_entropy(
         and 0 not in w.shape
         # On logits that are not there yet, of which shape and dtype are known.
         and _is_target(target, x.new_empty(()).expand(x.shape[0], w.shape[0]), ignore_index)
-        and (
-            factors is None or _is_class_weight(factors, w.t(), wide if under_autocast else x.dtype)
-        )
+        and (factors is None or _is_class_weight(factors, w.t(), loss_dtype))
     ):
         if factors is not None:
             factors = factors.to(wide)
-        wants_gradient = _library.is_recorded() and any(
-            t is not None and t.requires_grad for t in (x, w, b)
+        loss = ops.linear_cross_entropy.apply(
+            x, w, target, b, factors, number, ignore_index, float(label_smoothing)
         )
-        function = LinearCrossEntropy.apply if wants_gradient else evaluate_linear
-        loss = function(x, w, target, b, factors, number, ignore_index, float(label_smoothing))
-        return loss if under_autocast else loss.to(x.dtype)
+        return loss.to(loss_dtype)
     return two_ops()
 
 

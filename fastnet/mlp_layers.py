@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fastnet import modules
 from fastnet.acceleration import chains, tracing
-from fastnet.acceleration.guards import Untraceable
+from fastnet.acceleration.conditions import Untraceable, written_class
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def read_layers(model: nn.Module) -> list[Layer]:
     layers: list[Layer] = []
     ended = ""
     for step in _operations(model):
-        name = step if isinstance(step, str) else f"{type(step).__name__}"
+        name = step if isinstance(step, str) else type(step).__name__
         if ended:
             raise _refusal(f"{name} follows {ended}")
         if isinstance(step, nn.Linear):
@@ -70,6 +70,7 @@ def _refusal(what: str) -> ValueError:
 
 
 def check_layer(linear: nn.Linear, device: torch.device) -> None:
+    """Refuses a layer whose parameters are not plain float32 on this device, all to be trained."""
     if device.type not in ("cpu", "cuda"):
         raise _refusal(f"{linear} is on {device}, not on the CPU or a GPU")
     for name, parameter in linear.named_parameters():
@@ -113,7 +114,7 @@ def _flags(module: nn.Module) -> dict[str, object]:
 
 def _operations(module: nn.Module) -> Iterator[nn.Linear | str]:
     """What a network does, one thing after the other."""
-    kind = tracing.written_class(module)
+    kind = written_class(module)
     if chains.has_hooks(module):
         raise _refusal(f"{kind.__name__} has hooks")
     if chains.is_sequential(module):

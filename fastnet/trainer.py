@@ -6,28 +6,22 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastnet import _library, functional
 from fastnet.graphs import GraphedStep
 from fastnet.mlp_layers import check_apart, check_layer, read_layers, signature
+from fastnet.mlp_optimizer import optimizer_of, read_optimizer, state_of
 from fastnet.ops import mlp
 
 # Seconds of batches in one native call on the CPU: how long Ctrl-C may wait.
 CALL_SECONDS = 0.05
 # Images whose hidden units are in memory at once, where they are predicted by torch's operators.
 PREDICTED_AT_ONCE = 8192
-# What they are made by, of the parameters and of some of these numbers.
-OPTIMIZERS = {
-    "adam": (partial(torch.optim.Adam, fused=True), ("lr", "weight_decay", "betas", "eps")),
-    "sgd": (torch.optim.SGD, ("lr", "momentum", "weight_decay")),
-}
 
 
 class Epoch(NamedTuple):
@@ -87,7 +81,6 @@ class MLPTrainer:
         self.model = model
         self.layers = read_layers(model)
         self._modules_read = signature(model)
-        parameters = list(model.parameters())
         numbers = {
             "lr": lr,
             "momentum": momentum,
@@ -96,20 +89,8 @@ class MLPTrainer:
             "eps": eps,
         }
         given = {name: value for name, value in numbers.items() if value is not None}
-        if isinstance(optimizer, torch.optim.Optimizer):
-            if given:
-                raise ValueError(f"{', '.join(given)}: the optimizer has its own; set it there")
-        elif isinstance(optimizer, str) and optimizer in OPTIMIZERS:
-            make, takes = OPTIMIZERS[optimizer]
-            for name in given:
-                if name not in takes:
-                    known = ", ".join(takes)
-                    raise ValueError(f'{name} is none of "{optimizer}", which takes {known}')
-            optimizer = make(parameters, **{"lr": 1e-3, **given})
-        else:
-            raise ValueError(f'optimizer must be "adam" or "sgd", not {optimizer!r}')
-        self.optimizer = optimizer
-        self._read_optimizer()
+        self.optimizer = optimizer_of(optimizer, model.parameters(), given)
+        read_optimizer(self.optimizer, model.parameters())
         self._batches_per_call = 4  # until it is known how long they take
         self._graphed: tuple[tuple, GraphedStep] | None = None  # the last, and what it is of
 
@@ -152,13 +133,14 @@ class MLPTrainer:
         for name, value in (("batch_size", batch_size), ("epochs", epochs)):
             if operator.index(value) < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        network, (kind, options) = self._network(), self._read_optimizer()
+        network = self._network()
+        kind, options = read_optimizer(self.optimizer, self.model.parameters())
         rows, scale, shift = self._read_images(images, mean, std)
         targets = self._read_targets(targets, len(rows))
         if len(rows) == 0:
             raise ValueError("there are no images to train on")
         batch_size = min(batch_size, len(rows))
-        state = self._state(kind)
+        state = state_of(self.optimizer, self.layers, kind)
         if self._is_one_kernel(rows, batch_size, kind):
 
             def train(part: Tensor) -> Tensor:
@@ -242,6 +224,21 @@ class MLPTrainer:
             right = (logits.argmax(1) == target).sum()
             return torch.stack([loss.detach().double() * len(chosen), right.double()])
 
+        taken = step
+        tensors = [rows, targets, *parameters, *(v for v in states if isinstance(v, Tensor))]
+        # A graph cannot count steps on the host, as optimizers that are not fused do.
+        if all(tensor.is_cuda for tensor in tensors):
+            key = (*((tensor.data_ptr(), tensor.shape) for tensor in tensors), batch_size, *options)
+            key += (*scale.tolist(), *shift.tolist(), *(layer.relu for layer in self.layers))
+            if (
+                self._graphed is None
+                or self._graphed[0] != key
+                or self._graphed[1].optimizers[0] is not self.optimizer
+            ):
+                with torch.cuda.device_of(rows):
+                    self._graphed = key, GraphedStep(step, [self.optimizer])
+            taken = self._graphed[1]
+
         def train(chosen: Tensor) -> Tensor:
             # Gradients, and whether they are taken, are the caller's own.
             before = [p.grad for p in parameters]
@@ -254,21 +251,6 @@ class MLPTrainer:
                 for parameter, grad in zip(parameters, before, strict=True):
                     parameter.grad = grad
 
-        tensors = [rows, targets, *parameters, *(v for v in states if isinstance(v, Tensor))]
-        # A graph cannot count steps on the host, as optimizers that are not fused do.
-        if any(tensor.device.type != "cuda" for tensor in tensors):
-            taken = step
-            return train
-        key = (*((tensor.data_ptr(), tensor.shape) for tensor in tensors), batch_size)
-        key += (*options, *scale.tolist(), *shift.tolist(), *(layer.relu for layer in self.layers))
-        if (
-            self._graphed is None
-            or self._graphed[0] != key
-            or self._graphed[1].optimizers[0] is not self.optimizer
-        ):
-            with torch.cuda.device_of(rows):
-                self._graphed = key, GraphedStep(step, [self.optimizer])
-        taken = self._graphed[1]
         return train
 
     def _apply(self, rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -337,102 +319,6 @@ class MLPTrainer:
             [none if linear.bias is None else linear.bias.detach() for linear in linears],
             [layer.relu for layer in self.layers],
         )
-
-    def _read_optimizer(self) -> tuple[int, tuple[float, ...]]:
-        """Which one it is, and lr, beta1, beta2, eps and weight_decay.
-
-        Raises:
-            ValueError: for options that are not trained natively.
-        """
-        optimizer = self.optimizer
-        kinds = {torch.optim.Adam: mlp.ADAM, torch.optim.SGD: mlp.SGD}
-        if type(optimizer) not in kinds:
-            raise ValueError(
-                f"MLPTrainer applies torch.optim.Adam and SGD, not {type(optimizer).__name__}"
-            )
-        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-        hooks += (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
-        if any(hooks):
-            raise ValueError("the optimizer has hooks, which a native step does not call")
-        if len(optimizer.param_groups) != 1:
-            raise ValueError(
-                f"the optimizer must have one group of parameters, not "
-                f"{len(optimizer.param_groups)}"
-            )
-        (group,) = optimizer.param_groups
-        if {id(p) for p in group["params"]} != {id(p) for p in self.model.parameters()}:
-            raise ValueError("the optimizer must have just the model's parameters")
-        for name in ("amsgrad", "maximize", "nesterov", "dampening", "decoupled_weight_decay"):
-            if group.get(name):
-                raise ValueError(f"MLPTrainer has no {name}={group[name]!r}")
-        lr, decay = float(group["lr"]), float(group["weight_decay"])
-        if type(optimizer) is torch.optim.Adam:
-            return mlp.ADAM, (lr, *map(float, group["betas"]), float(group["eps"]), decay)
-        momentum = float(group["momentum"])
-        return mlp.MOMENTUM if momentum else mlp.SGD, (lr, momentum, 0.0, 0.0, decay)
-
-    def _state(self, kind: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The optimizer's own tensors, made as it makes them where it has not stepped yet."""
-        if kind == mlp.SGD:
-            return [], [], []
-        names = ("exp_avg", "exp_avg_sq") if kind == mlp.ADAM else ("momentum_buffer",)
-        self._check_state(kind, names)
-        none = torch.empty(0, dtype=torch.float32, device=self.device)
-        counts_on = self._counts_on()
-        lists: tuple[list[Tensor], ...] = ([], [])
-        steps = []
-        for layer in self.layers:
-            for parameter in (layer.linear.weight, layer.linear.bias):
-                if parameter is None:
-                    for states in lists[: len(names)]:
-                        states.append(none)
-                    continue
-                state = self.optimizer.state[parameter]
-                # Tensors that a step of torch's may write to, also under inference_mode.
-                with torch.inference_mode(False):
-                    if kind == mlp.ADAM:
-                        if "step" not in state:
-                            state["step"] = torch.zeros((), dtype=torch.float32, device=counts_on)
-                        steps.append(state["step"])
-                    for name, states in zip(names, lists, strict=False):
-                        if state.get(name) is None:
-                            state[name] = torch.zeros_like(parameter, requires_grad=False)
-                        states.append(state[name])
-        return *lists, steps
-
-    def _counts_on(self) -> torch.device | str:
-        """Where the optimizer counts its steps: with the parameters only where a kernel does."""
-        (group,) = self.optimizer.param_groups
-        on_device = group.get("fused") or group.get("capturable")
-        return self.device if on_device else "cpu"
-
-    def _check_state(self, kind: int, names: tuple[str, ...]) -> None:
-        """Raises ValueError for a state that is not as the optimizer itself would have it."""
-        taken = set()
-        for parameter in self._parameters():
-            state = self.optimizer.state.get(parameter, {})
-            if kind == mlp.ADAM:
-                step = state.get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
-                if not isinstance(step, Tensor) or step.dtype is not torch.float32:
-                    raise ValueError(f"the optimizer's step must be a float32 tensor, not {step!r}")
-                taken.add(step.item())
-            for name in names:
-                value = state.get(name)
-                if value is not None and not (
-                    value.shape == parameter.shape
-                    and value.dtype is torch.float32
-                    and value.device == parameter.device
-                    and value.is_contiguous()
-                ):
-                    raise ValueError(
-                        f"the optimizer's {name} must be {tuple(parameter.shape)}, float32 and "
-                        f"contiguous, but is {tuple(value.shape)}, {value.dtype}"
-                    )
-        if len(taken) > 1:
-            raise ValueError(
-                f"the optimizer has stepped some parameters {min(taken):.0f} times and others "
-                f"{max(taken):.0f} times"
-            )
 
     def _read_images(self, images, mean, std) -> tuple[Tensor, Tensor, Tensor]:
         """As rows, with a factor and an offset for each of their values."""

@@ -85,6 +85,8 @@ def test_train_command(tmp_path):
         (["train", "mnist-net", "--device", "tpu"], "'tpu'"),
         (["train", "mnist-net", "--scheduler", "Cosine"], "'Cosine'"),
         (["train", "mnist-net", "--milestones", "a,b"], "'a,b'"),
+        (["train", "mnist-net", "--milestones", "0,2"], "above 0"),
+        (["bench", "--threads", "2,0"], "above 0"),
         (["train", "cifar-mlp"], "data_batch_1"),
         (["train", "cats-dogs"], "--data-dir"),
         (["train", "vgg16-transfer", "--weights", "no.pth", "--data-dir", "pets"], "pets"),

@@ -13,6 +13,7 @@ from conftest import raw_ops
 from torch.utils import cpp_extension
 
 import fastnet
+from fastnet import _library
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "build_backend"))
@@ -185,10 +186,9 @@ def test_build_info_tells_what_runs_here():
     ],
 )
 def test_cards_that_kernels_were_built_for(listed, card, is_built, monkeypatch):
-    functional = fastnet.functional
-    monkeypatch.setattr(functional, "build_info", lambda: {"cuda_architectures": listed})
+    monkeypatch.setattr(_library, "build_info", lambda: {"cuda_architectures": listed})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card)
-    assert functional._built_for.__wrapped__(0) == is_built
+    assert _library.is_built_for.__wrapped__(0) == is_built
 
 
 def test_kernels_import_without_the_extras():

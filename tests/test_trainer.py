@@ -22,7 +22,6 @@ from torch import nn
 
 import fastnet
 from fastnet.bench import networks
-from fastnet.functional import build_info
 from fastnet.models import MnistNet, mlp
 
 EMULATED = torch.ops.fastnet_emulated
@@ -218,7 +217,7 @@ def compare_random_networks(device, widths, relu, bias, n, batch_size, dtype, sp
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_on_every_instruction_set(isa):
-    if build_info()["cpu_isa"] == isa:
+    if fastnet.build_info()["cpu_isa"] == isa:
         pytest.skip("the other tests run on it")
     run_on_isa(
         isa,
@@ -390,6 +389,24 @@ def test_back_and_forth(kind):
 @pytest.mark.parametrize("kind", ["adam, decay", "momentum", "sgd"])
 def test_back_and_forth_elsewhere(kind, elsewhere):
     go_back_and_forth(kind, elsewhere)
+
+
+def test_the_optimizer_has_the_models_own_order():
+    """By which its state dict goes in and out, whatever order the layers are called in."""
+
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(4, 3), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    trainer = fastnet.MLPTrainer(Backwards())
+    assert [layer.linear for layer in trainer.layers] == [trainer.model.first, trainer.model.last]
+    (group,) = trainer.optimizer.param_groups
+    pairs = zip(group["params"], trainer.model.parameters(), strict=True)
+    assert all(ours is own for ours, own in pairs)
 
 
 def go_back_and_forth(kind, device):

@@ -9,7 +9,7 @@ from torch import nn
 from fastnet import modules
 from fastnet.acceleration import chains, tracing
 from fastnet.acceleration.classes import Accelerated, class_for
-from fastnet.acceleration.conditions import Untraceable
+from fastnet.acceleration.conditions import Untraceable, written_class
 
 FUSED_MODULES = (modules.Linear, modules.ConvReLUPool2d, modules.CrossEntropyLoss)
 LAYERS = (nn.Linear, nn.Conv2d, nn.CrossEntropyLoss)
@@ -101,7 +101,7 @@ def _chains(module: nn.Module) -> list[tuple[list[chains.Step], str]]:
     tracing.check_is_ours(module)
     if isinstance(module, Accelerated) and module._fastnet_changed():
         raise Untraceable("something that it reads was set after accelerate(model)")
-    found = tracing.trace(module, tracing.written_class(module), module.training).chains
+    found = tracing.trace(module, written_class(module), module.training).chains
     return [(chains.flatten(chain.steps), chain.end) for chain in found]
 
 

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fastnet import functional
 from fastnet.acceleration import chains
-from fastnet.acceleration.conditions import Untraceable, written_class
+from fastnet.acceleration.conditions import REGISTRIES, Untraceable, written_class
 from fastnet.acceleration.guards import Tracer, Unregistered, subclass, watch_python
 
 RELUS = {torch.relu, torch.relu_, F.relu, F.relu_}
@@ -116,7 +116,7 @@ def trace(module: nn.Module, written: type[nn.Module], training: bool) -> Trace:
     # A shell around the same parameters and submodules, on which forward may do what it likes.
     shell = object.__new__(watched)
     vars(shell).update(vars(module))
-    for name in ("_parameters", "_buffers", "_modules"):
+    for name in REGISTRIES:
         vars(shell)[name] = dict(vars(module)[name])
     modes = [(child, child.training) for child in module.modules()]
     vars(shell)["training"] = training
@@ -146,9 +146,11 @@ def find_chains(graph: fx.Graph, module: nn.Module) -> list[Chain]:
     found, inside = [], set()
     order = {node: at for at, node in enumerate(n for n in graph.nodes if n.op not in NO_CALLS)}
     for node in graph.nodes:
-        if node.op != "call_module" or node in inside or step_of(node, module) is None:
+        if node.op != "call_module" or node in inside:
             continue
-        nodes, steps = [node], [step_of(node, module)]
+        if (first := step_of(node, module)) is None:
+            continue
+        nodes, steps = [node], [first]
         end = ""
         while not end:
             users = list(nodes[-1].users)

@@ -14,7 +14,6 @@ import fastnet
 from fastnet.bench import machine, networks
 from fastnet.bench.harness import FASTNET, Case
 from fastnet.bench.passes import rotation
-from fastnet.cli import named_network
 from fastnet.errors import FastnetError
 
 SIDES = ("eager", "eager, channels_last", "compile", "compile, channels_last", FASTNET)
@@ -51,7 +50,7 @@ def step_of(name: str, model: str, shape: tuple[int, ...]) -> Case:
     """
 
     def network() -> nn.Module:
-        return networks.without_dropout(named_network(model))
+        return networks.without_dropout(networks.named(model))
 
     try:
         logits = network().eval()(torch.zeros(shape))

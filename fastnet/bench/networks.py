@@ -1,9 +1,15 @@
-"""Networks as tutorials write them: plain torch, each in the style that it is usually seen in."""
+"""Networks as tutorials write them: plain torch, each in the style that it is usually seen in. And
+those that a user names."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import torch.nn.functional as F
 from torch import nn
+
+from fastnet.errors import FastnetError
 
 
 class MnistNet(nn.Module):
@@ -163,6 +169,29 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         return self.dis(x).squeeze(1)
+
+
+def named(name: str) -> nn.Module:
+    """What `torchvision:NAME` or `MODULE:CALLABLE` makes.
+
+    Raises:
+        FastnetError: for a name that makes no network.
+    """
+    module, _, function = name.partition(":")
+    if not function:
+        raise FastnetError(f"--model must be torchvision:NAME or MODULE:CALLABLE, not {name!r}.")
+    options = {}
+    if module == "torchvision":
+        module, options = "torchvision.models", {"weights": None}
+    # As `python -m` does, so that a file in the current folder is found.
+    sys.path.insert(0, "")
+    try:
+        network = getattr(importlib.import_module(module), function)(**options)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise FastnetError(f"--model {name}: {error}.") from error
+    if not isinstance(network, nn.Module):
+        raise FastnetError(f"--model {name} gave a {type(network).__name__}, not a module.")
+    return network
 
 
 def without_dropout(network: nn.Module) -> nn.Module:

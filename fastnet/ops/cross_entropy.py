@@ -76,21 +76,18 @@ def fake_with_gradient_out(logits: Tensor, *arguments, gradient: Tensor) -> Tens
     return logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
 
 
-def evaluate(logits: Tensor, target: Tensor, *options) -> Tensor:
-    """The loss alone, where no gradient is wanted: without what a Function costs."""
-    return _forward(logits, target, *options)[0]
-
-
 def apply(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Tensor:
-    """The loss with its gradient.
+    """The loss with its gradient; where none will be asked for, without what that needs.
 
     Args:
         logits, target, weight: as the kernels take them.
         options: reduction, ignore_index, label_smoothing.
     """
-    if _library.NODES is None or torch.compiler.is_compiling():
+    if _library.NODES is not None and not torch.compiler.is_compiling():
+        return _library.NODES.cross_entropy(logits, target, weight, *options)
+    if _library.is_recorded() and logits.requires_grad:
         return CrossEntropy.apply(logits, target, weight, *options)
-    return _library.NODES.cross_entropy(logits, target, weight, *options)
+    return _forward(logits, target, weight, *options)[0]
 
 
 def _is_traced() -> bool:

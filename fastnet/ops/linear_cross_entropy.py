@@ -131,8 +131,19 @@ def divisor(target: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
     return torch.where(counts, options.class_weight[index], 0).sum()
 
 
-def evaluate(input, weight, target, bias, *options) -> Tensor:
-    """The loss alone, where no gradient is wanted."""
+def apply(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options) -> Tensor:
+    """The loss with its gradients; where none will be asked for, without what they need.
+
+    Args:
+        input, weight, target, bias: as the kernels take them.
+        options: class_weight, reduction, ignore_index, label_smoothing.
+
+    Returns:
+        The loss, in the accumulate type.
+    """
+    trained = (input, weight) if bias is None else (input, weight, bias)
+    if _library.is_recorded() and any(tensor.requires_grad for tensor in trained):
+        return LinearCrossEntropy.apply(input, weight, target, bias, *options)
     options = Options(*options)
     loss, _ = sweep(input, weight, target, bias, options, None, (False, False, False))
     if options.reduction == REDUCTIONS["mean"]:

@@ -1,4 +1,4 @@
-"""The same training on every backend, and what a step takes on each of them."""
+"""What a training step takes on every backend, and tables to tell it in."""
 
 from __future__ import annotations
 

@@ -97,7 +97,6 @@ def image_grid(
     predictions: Tensor,
     classes: Sequence[str],
     figure: Figure | SubFigure | None = None,
-    columns: int = 9,
 ) -> Figure | SubFigure:
     """Pictures uint8 `(N, channels, height, width)`, each under its predicted and true class."""
     pairs = [(int(p), int(t)) for p, t in zip(predictions, labels, strict=True)]
@@ -107,7 +106,6 @@ def image_grid(
         [f"{classes[p]}{chr(10) if long else ' '}({classes[t]})" for p, t in pairs],
         ["black" if p == t else "tab:red" for p, t in pairs],
         figure,
-        columns,
     )
 
 

@@ -89,6 +89,18 @@ class Task:
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
 
+    def end_epoch(self, row: dict) -> None:
+        """Sets the next epoch's learning rates.
+
+        Args:
+            row: the epoch's, of the metrics.
+        """
+        for scheduler in self.schedulers:
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                scheduler.step(row[self.watched])
+            else:
+                scheduler.step()
+
     def overview(
         self, title: str, history: list[dict], pictures: Samples, samples: Samples
     ) -> Figure:

@@ -27,7 +27,7 @@ from fastnet.recipes.files import (
 )
 from fastnet.recipes.recipe import NO_MEASURES, Recipe, Settings
 from fastnet.recipes.runtime import ONE_PROCESS, Runtime
-from fastnet.recipes.tasks import Measures, Task, step_in_graph
+from fastnet.recipes.tasks import Measures, Step, Task, step_in_graph
 from fastnet.trainer import MLPTrainer
 
 
@@ -145,11 +145,7 @@ def train(
                 "seconds": seconds,
             }
             history.append(row)
-            for scheduler in task.schedulers:
-                if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                    scheduler.step(row[task.watched])
-                else:
-                    scheduler.step()
+            task.end_epoch(row)
             if not runtime.is_first:
                 continue
             state = {**content, **task.state_dict(), "history": history}
@@ -166,7 +162,9 @@ def train(
     return Result(task, history, checkpoint, train_set, test_set)
 
 
-def _train_epoch(task: Task, settings: Settings, step, batches: Batches, epoch: int):
+def _train_epoch(
+    task: Task, settings: Settings, step: Step, batches: Batches, epoch: int
+) -> dict[str, float]:
     """One pass through the training set. Returns the means over its samples."""
     task.network.train()
     means = _Means(task.runtime)
