@@ -53,7 +53,7 @@ void define_schemas(Library& library) {
       "int ignore_index, float label_smoothing) -> (Tensor, Tensor)");
   library.def(
       "cross_entropy_with_gradient.out(Tensor logits, Tensor target, Tensor? weight, "
-      "int reduction, int ignore_index, float label_smoothing, *, Tensor(a!) gradient) -> Tensor");
+      "int reduction, int ignore_index, float label_smoothing, *, Tensor(a!) out) -> Tensor");
 
   // The pooled activations, and which position of each window won (see conv_relu_pool.h).
   library.def(

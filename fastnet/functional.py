@@ -25,6 +25,8 @@ _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 _CUDA_DTYPES = _CPU_DTYPES | {torch.float16} if CUDA_STATUS == "loaded" else frozenset()
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 # Logits below which cross_entropy on the CPU goes to the native operators, with and without a
 # gradient, where there is no node in C++ for it: a call's own cost decides there, and a node of
 # autograd in Python, with torch.ops twice, costs 25 µs more than torch's own in C++, however quick
@@ -233,7 +235,8 @@ def conv_relu_pool2d(
             output = ops.conv_relu_pool.apply(
                 batch, weight, bias, strides, paddings, dilations, groups
             )
-            return output if input.dim() == 4 else output.squeeze(0)
+            # No view: one that was made under no_grad may not be written to where gradients are on.
+            return output if input.dim() == 4 else _unsafe_view(output, output.shape[1:])
     z = F.conv2d(*given, stride, padding, dilation, groups)
     return F.max_pool2d(
         torch.relu(z), pool_kernel_size, pool_stride, pool_padding, ceil_mode=ceil_mode

@@ -288,6 +288,9 @@ def test_unbatched(device):
     for channels in (4, 16):  # in both of Winograd's forms
         check((input[0, :channels], weight[:, :channels], bias), torch.float32, device, padding=1)
     assert conv_relu_pool2d(input[0], weight, bias).shape == (6, 3, 4)
+    with torch.no_grad():  # as torch's own, the result is no view, which could not be written to
+        output = conv_relu_pool2d(input[0], weight, bias)
+    output *= torch.ones((), requires_grad=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -480,7 +480,7 @@ def test_gradient_with_the_loss_in_every_variety(shape, options):
         torch.testing.assert_close(at_once, (loss, gradient), check_stride=True)
         for memory in (torch.full_like(logits, 7.0), torch.full((*shape, 2), 7.0)[..., 0]):
             given = torch.ops.fastnet.cross_entropy_with_gradient(
-                *arguments, reduction, -100, smoothing, gradient=memory
+                *arguments, reduction, -100, smoothing, out=memory
             )
             torch.testing.assert_close((given, memory), (loss, gradient), check_stride=False)
 
@@ -716,7 +716,7 @@ def test_opcheck(options, device):
             torch.library.opcheck(
                 device.ops.cross_entropy_with_gradient.out,
                 forward,
-                {"gradient": torch.empty_like(logits)},
+                {"out": torch.empty_like(logits)},
             )
 
 
@@ -954,14 +954,14 @@ def test_raw_backward_rejects(change, words):
     ("change", "words"),
     [
         ({"reduction": 0}, "must be 1"),
-        ({"gradient": LOGITS}, "in the logits' place"),
-        ({"gradient": torch.empty(3, 4)}, r"out \(3, 4\) does not fit"),
+        ({"out": LOGITS}, "in the logits' place"),
+        ({"out": torch.empty(3, 4)}, r"out \(3, 4\) does not fit"),
         ({"target": torch.tensor([1, 0, 5])}, "target 5 at position 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_raw_op_with_gradient_rejects(change, words):
-    memory = {"gradient": change.pop("gradient")} if "gradient" in change else {}
+    memory = {"out": change.pop("out")} if "out" in change else {}
     arguments = {"logits": LOGITS, "target": LABELS, "weight": None, "reduction": 1,
                  "ignore_index": -100, "label_smoothing": 0.0, **change}  # fmt: skip
     with pytest.raises((RuntimeError, IndexError), match=words):
@@ -1067,6 +1067,19 @@ def test_memory_that_somebody_holds_is_not_used_again(hold):
     if not isinstance(held, torch.UntypedStorage):
         rows = torch.as_tensor(held).reshape(-1, 30_000)
         assert torch.equal(rows, expected if len(rows) == 20 else expected[3:4])
+
+
+def test_saved_tensors_may_change_where_torch_lets_them():
+    """Its mode for that looks at everything that an operator writes to."""
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        for _ in range(2):  # the second loss has the first one's memory for its gradient
+            logits = torch.randn(1100, 500, requires_grad=True)
+            target = torch.randint(500, (1100,))
+            loss = cross_entropy(logits, target)
+            expected = torch.autograd.grad(F.cross_entropy(logits, target), logits)
+            with torch.no_grad():
+                logits.mul_(2)
+            torch.testing.assert_close(torch.autograd.grad(loss, logits), expected)
 
 
 def test_gradients_add_up_in_large_memory():

@@ -243,3 +243,14 @@ inputs = leaves(2048, 256, 16_000)
         )
     )
     assert fused < two / 4
+
+
+def test_saved_tensors_may_change_where_torch_lets_them():
+    input, weight = (torch.randn(size, requires_grad=True) for size in ((6, 7), (5, 7)))
+    target = torch.randint(5, (6,))
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        losses = (
+            F.cross_entropy(F.linear(input, weight), target),
+            linear_cross_entropy(input, weight, target),
+        )
+        torch.testing.assert_close(*(torch.autograd.grad(loss, (input, weight)) for loss in losses))

@@ -99,6 +99,20 @@ def test_sums_of_any_length(M, K, N, device):
         check(*sample(((M,), K, N), dtype, device), dtype)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_half_types_are_rounded_once(transposed, device):
+    """Numbers whose sums are exact in float32: a bias that is added to a rounded product shows."""
+    M, K, N = 130, 3, 64  # many rows and outputs, which the library multiplies where it is faster
+    x, w = torch.randint(-16, 17, (M, K)), torch.randint(-16, 17, (N, K))
+    b = torch.randint(-64, 65, (N,)) / 128
+    exact = torch.relu(F.linear(x.double(), w.double(), b.double()))
+    for dtype in {torch.bfloat16, torch.float16} & set(device.dtypes):
+        input, weight, bias = (t.to(device, dtype) for t in (x, w, b))
+        if transposed:
+            weight = weight.t().contiguous().t()
+        assert torch.equal(linear_relu(input, weight, bias).cpu(), exact.to(dtype))
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the device stays as it is
 @given(
     rows=st.integers(0, 40),

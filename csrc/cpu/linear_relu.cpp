@@ -193,12 +193,20 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   const std::optional<Tensor> b = bias ? std::optional(dense(*bias)) : std::nullopt;
 
   if (prefers_library_forward({M, K, N}, weight)) {
-    Tensor output = torch::stable::view(
-        library_product(torch::stable::view(x, {M, K}), torch::stable::transpose(weight, 0, 1)),
-        with_last(input, N));
+    const Tensor rows = torch::stable::view(x, {M, K});
+    // Sums of a half type are rounded once, with the bias among them, as torch rounds them.
+    const bool has_added = b && input.scalar_type() == ScalarType::BFloat16;
+    Tensor output;
+    if (has_added) {
+      output = in_huge_pages(allocate(input, {M, N}));
+      call_native("aten::linear", "out", rows, weight, b, output);
+    } else {
+      output = library_product(rows, torch::stable::transpose(weight, 0, 1));
+    }
+    output = torch::stable::view(output, with_last(input, N));
     dispatch_float("linear_relu", input.scalar_type(), [&, N = N](auto type) {
       using T = decltype(type);
-      const auto* bias_data = b ? data<T>(*b) : nullptr;
+      const auto* bias_data = b && !has_added ? data<T>(*b) : nullptr;
       auto* out = mutable_data<T>(output);
       parallel(M, N, [&](int64_t begin, int64_t end) {
         FASTNET_BEST_ISA(

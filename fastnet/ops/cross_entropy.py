@@ -72,7 +72,7 @@ def fake_with_gradient(logits: Tensor, *arguments) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastnet::cross_entropy_with_gradient.out")
-def fake_with_gradient_out(logits: Tensor, *arguments, gradient: Tensor) -> Tensor:
+def fake_with_gradient_out(logits: Tensor, *arguments, out: Tensor) -> Tensor:
     return logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
 
 

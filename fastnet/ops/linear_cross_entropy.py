@@ -78,6 +78,8 @@ def sweep(
         and input.is_cpu
         and input.dtype is torch.float32
         and weight.is_contiguous()  # or it would be copied for every chunk
+        # Modes of torch's know of one output called "out", and not of two that are written to.
+        and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0)
     )
     # The same memory for every chunk. Left to an allocator, it might grow with each.
     memory = input.new_empty((step, C))
