@@ -233,6 +233,9 @@ def test_pictures_of_every_epoch_and_of_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "autoencoder" / "samples"
     assert [path.name for path in sorted(folder.iterdir())] == ["epoch-001.png", "epoch-002.png"]
+    # Those of a longer run that was there before are not left among a new one's.
+    done = command("train", "autoencoder", "--epochs", "1", "--log-every", "0", cwd=tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["epoch-001.png"], done.stderr
     done = command("train", "logistic-regression", "--log-every", "0", cwd=tmp_path)
     assert "templates.png" in done.stdout
     run = tmp_path / "runs" / "logistic-regression"
