@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -223,9 +224,12 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise FastnetError(f"{option} must be numbers such as 10,20, not {text!r}.") from None
+        numbers = ()
+    if min(numbers, default=0) < 1:
+        raise FastnetError(f"{option} must be numbers from 1 on, such as 10,20, not {text!r}.")
+    return numbers
 
 
 @app.command("list")
@@ -280,7 +284,7 @@ def split_command(
     counts = split_folder(source, out, validation=validation, move=move, seed=seed)
     for name, (to_train, to_validate) in counts.items():
         print(f"{name}: {to_train:,} to train, {to_validate:,} to validate")
-    print(f"fastnet train cats-dogs --data-dir {out}")
+    print(f"fastnet train cats-dogs --data-dir {shlex.quote(str(out))}")
 
 
 @app.command("bench")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,8 @@ def test_train_command(tmp_path):
         (["train", "mnist-net", "--device", "tpu"], "'tpu'"),
         (["train", "mnist-net", "--scheduler", "Cosine"], "'Cosine'"),
         (["train", "mnist-net", "--milestones", "a,b"], "'a,b'"),
+        (["train", "mnist-net", "--milestones", "0,2"], "from 1 on, such as 10,20, not '0,2'"),
+        (["bench", "--threads", "0"], "--threads must be numbers from 1 on"),
         (["train", "cifar-mlp"], "data_batch_1"),
         (["train", "cats-dogs"], "--data-dir"),
         (["train", "vgg16-transfer", "--weights", "no.pth", "--data-dir", "pets"], "pets"),
@@ -249,12 +252,12 @@ def test_cats_and_dogs_from_a_flat_folder(tmp_path):
         for name, colour in (("cat", (200, 120, 40)), ("dog", (60, 90, 180))):
             picture = image.new("RGB", (160 + number, 150), colour)
             picture.save(tmp_path / "flat" / f"{name}.{number}.jpg")
-    done = command("split", "flat", "pets", cwd=tmp_path)
+    done = command("split", "flat", "my pets", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "cat: 16 to train, 4 to validate" in done.stdout
     assert len(list((tmp_path / "flat").iterdir())) == 40
     *_, line = done.stdout.splitlines()
-    arguments = line.split()[1:]
+    arguments = shlex.split(line)[1:]  # as a shell takes the line
     done = command(*arguments, "--epochs", "1", "--augment", "--amp", "bf16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "32 to train, 8 to test" in done.stdout
