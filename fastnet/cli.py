@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -223,7 +224,7 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
         return None
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise FastnetError(f"{option} must be numbers above 0 such as 10,20, not {text!r}.")
+        raise FastnetError(f"{option} must be numbers from 1 on, such as 10,20, not {text!r}.")
     return tuple(map(int, parts))
 
 
@@ -279,7 +280,7 @@ def split_command(
     counts = split_folder(source, out, validation=validation, move=move, seed=seed)
     for name, (to_train, to_validate) in counts.items():
         print(f"{name}: {to_train:,} to train, {to_validate:,} to validate")
-    print(f"fastnet train cats-dogs --data-dir {out}")
+    print(f"fastnet train cats-dogs --data-dir {shlex.quote(str(out))}")
 
 
 @app.command("bench")

@@ -534,6 +534,10 @@ def test_bars_tell_every_ratio():
     }
     assert set(bars) == {1.5, 0.8, 4.0, 0.9, 6.0}
     assert bars[0.8][:3] == bars[0.9][:3] != bars[1.5][:3]
+    # A panel of small ratios has a scale, too.
+    (axes,) = plot.speed_ups(rows[:1], "title").axes
+    low, high = axes.get_xlim()
+    assert {tick for tick in axes.get_xticks() if low <= tick <= high} == {1, 1.25, 1.5}
 
 
 def test_roofline_stands_over_its_points():
@@ -544,7 +548,13 @@ def test_roofline_stands_over_its_points():
         row("linear_relu", "a", "forward", "fastnet", gflops="77"),
         row("linear_relu", "a", "forward+backward", "fastnet", "1", gflops="78"),
     ]
-    (axes,) = plot.roofline(rows, "title").axes
+    # Where bfloat16 is multiplied as float32 is, they have one roof.
+    widened = [{**rows[0], "case": "a, bfloat16"}, {**rows[1], "case": "a, bfloat16"}]
+    widened[0]["gflops_limit"] = "95"
+    (axes,) = plot.roofline(rows + widened, "title").axes
+    assert [text.get_text() for text in axes.texts if "product" in text.get_text()] == [
+        "100 GFLOP/s: a large product"
+    ]
     points = {
         (round(float(x), 3), round(float(y), 3))
         for line in axes.lines

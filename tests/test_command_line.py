@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -85,8 +86,8 @@ def test_train_command(tmp_path):
         (["train", "mnist-net", "--device", "tpu"], "'tpu'"),
         (["train", "mnist-net", "--scheduler", "Cosine"], "'Cosine'"),
         (["train", "mnist-net", "--milestones", "a,b"], "'a,b'"),
-        (["train", "mnist-net", "--milestones", "0,2"], "above 0"),
-        (["bench", "--threads", "2,0"], "above 0"),
+        (["train", "mnist-net", "--milestones", "0,2"], "from 1 on, such as 10,20, not '0,2'"),
+        (["bench", "--threads", "0"], "--threads must be numbers from 1 on"),
         (["train", "cifar-mlp"], "data_batch_1"),
         (["train", "cats-dogs"], "--data-dir"),
         (["train", "vgg16-transfer", "--weights", "no.pth", "--data-dir", "pets"], "pets"),
@@ -235,6 +236,9 @@ def test_pictures_of_every_epoch_and_of_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "autoencoder" / "samples"
     assert [path.name for path in sorted(folder.iterdir())] == ["epoch-001.png", "epoch-002.png"]
+    # Those of a longer run that was there before are not left among a new one's.
+    done = command("train", "autoencoder", "--epochs", "1", "--log-every", "0", cwd=tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["epoch-001.png"], done.stderr
     done = command("train", "logistic-regression", "--log-every", "0", cwd=tmp_path)
     assert "templates.png" in done.stdout
     run = tmp_path / "runs" / "logistic-regression"
@@ -248,12 +252,12 @@ def test_cats_and_dogs_from_a_flat_folder(tmp_path):
         for name, colour in (("cat", (200, 120, 40)), ("dog", (60, 90, 180))):
             picture = image.new("RGB", (160 + number, 150), colour)
             picture.save(tmp_path / "flat" / f"{name}.{number}.jpg")
-    done = command("split", "flat", "pets", cwd=tmp_path)
+    done = command("split", "flat", "my pets", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "cat: 16 to train, 4 to validate" in done.stdout
     assert len(list((tmp_path / "flat").iterdir())) == 40
     *_, line = done.stdout.splitlines()
-    arguments = line.split()[1:]
+    arguments = shlex.split(line)[1:]  # as a shell takes the line
     done = command(*arguments, "--epochs", "1", "--augment", "--amp", "bf16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "32 to train, 8 to test" in done.stdout

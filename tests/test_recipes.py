@@ -409,7 +409,10 @@ def test_best_weights_are_kept(digits, tmp_path, monkeypatch):
     kept = result.task.network.state_dict()
     assert same(kept, best["model"])
     assert not same(kept, load_checkpoint(tmp_path / "checkpoint.pt")["model"])
-    # It is of this run: a new one begins without.
+    # It is of this run, and a new one has none of it; but one that cannot begin leaves it there.
+    with pytest.raises(FastnetError, match="nowhere"):
+        train(recipe, settings(recipe, epochs=1, weights="nowhere"), *data, tmp_path)
+    assert (tmp_path / "best.pt").exists()
     train(RECIPES["mnist-net"], settings(RECIPES["mnist-net"], epochs=1), *digits, tmp_path)
     assert not (tmp_path / "best.pt").exists()
 

@@ -292,3 +292,19 @@ def test_overview_shows_the_predictions(few):
     )
     titles = [axes.get_title() for axes in figure.axes]
     assert [t for t in titles if t] == ["1 (1)", "2 (2)", "9 (3)"]
+
+
+def test_a_single_epoch_is_seen_on_every_side():
+    history = [{"epoch": 1, "train_loss": 0.5, "train_accuracy": 0.9, "learning_rate": 0.1}]
+    sides = ("fastnet", "torch", "compile")
+    compared = plots.comparison(dict.fromkeys(sides, history))
+    for figure in (plots.learning_curves(history), compared):
+        for axes in figure.axes:
+            low, high = axes.get_xlim()
+            assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+            assert all(line.get_marker() == "o" for line in axes.lines)
+    # The same curves do not cover each other.
+    for axes in compared.axes:
+        assert len({line.get_linestyle() for line in axes.lines}) == 3
+        sizes = [line.get_markersize() for line in axes.lines]
+        assert sizes == sorted({*sizes}, reverse=True)

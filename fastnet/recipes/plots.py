@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, nn
 
@@ -35,17 +36,27 @@ def learning_curves(
             axes.plot(
                 [row["epoch"] for row in history],
                 [factor * row[name] for row in history],
-                marker="o" if len(history) <= 30 else None,
+                marker=_dot(history),
                 markersize=4,
                 linestyle="--" if name.startswith("test") else "-",
                 label=name.replace("_", " "),
             )
         axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_epochs(axes)
         axes.grid(alpha=0.3)
         if columns:
             axes.legend(fontsize=8)
     return figure
+
+
+def _dot(history: Sequence[dict]) -> str | None:
+    """The marker of an epoch, where they are few; a single one would not be seen without."""
+    return "o" if len(history) <= 30 else None
+
+
+def _whole_epochs(axes: Axes) -> None:
+    # Of a single epoch there is one tick; more would be fractions.
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def picture_grid(
@@ -149,11 +160,20 @@ def comparison(histories: Mapping[str, Sequence[dict]]) -> Figure:
     figure = Figure(figsize=(9, 3.0 * rows), layout="constrained")
     for axes, column in zip(figure.subplots(rows, 2, squeeze=False).flat, columns, strict=False):
         factor = 100 if column.endswith("accuracy") else 1
-        for name, history in histories.items():
-            epochs = [row["epoch"] for row in history]
-            axes.plot(epochs, [factor * row[column] for row in history], label=name)
+        # The same curves, as backends give, are seen through each other's gaps, and dots as rings.
+        styles = itertools.cycle(("-", "--", ":"))
+        sizes = range(3 * len(histories) + 1, 1, -3)
+        for (name, history), style, size in zip(histories.items(), styles, sizes, strict=False):
+            axes.plot(
+                [row["epoch"] for row in history],
+                [factor * row[column] for row in history],
+                marker=_dot(history),
+                markersize=size,
+                linestyle=style,
+                label=name,
+            )
         axes.set(xlabel="epoch", ylabel=column.replace("_", " ") + (", %" if factor > 1 else ""))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_epochs(axes)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     for axes in figure.axes[len(columns) :]:

@@ -146,6 +146,9 @@ class Painter:
         if figure is not None:
             folder = self.out / "samples"
             make_folder(folder)
+            if len(history) == 1:  # an earlier run's would be taken for this one's
+                for earlier in folder.glob("epoch-*.png"):
+                    earlier.unlink()
             save_figure(figure, folder / f"epoch-{len(history):03}.png")
         start = time.monotonic()
         if start >= self.next:

@@ -76,8 +76,6 @@ def train(
     """
     if runtime.is_first:
         make_folder(out)
-        if not settings.resume:  # another run's would be taken for this one's
-            (out / "best.pt").unlink(missing_ok=True)
     data = (train_set, test_set)
     with runtime.in_turn():
         if recipe.prepare is not None:
@@ -149,6 +147,9 @@ def train(
             if not runtime.is_first:
                 continue
             state = {**content, **task.state_dict(), "history": history}
+            # Another run's would be taken for this one's, but stays until there is one of this.
+            if epoch == 1:
+                best.unlink(missing_ok=True)
             if recipe.keep_best and row is max(history, key=lambda row: row["test_accuracy"]):
                 save_checkpoint(best, {**content, "model": state["model"], "history": history})
             save_checkpoint(checkpoint, state)
