@@ -222,8 +222,9 @@ def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:
             "each in its better memory format.",
             "",
             "The share of a copy counts the bytes that an ideal op moves. Of cross_entropy's two "
-            "passes together those are the logits once and the gradient once. fastnet's backward "
-            "pass on a GPU reads the logits again: two thirds are the most that memory allows it.",
+            "passes together those are the logits once and the gradient once. Of logits below 128 "
+            "MB, and of rows too large for shared memory, fastnet's backward pass on a GPU reads "
+            "the logits again: two thirds are the most that memory allows it there.",
             "",
             "| op | case | mode | fastnet, µs | ratio | peak, MB | of copy | of GEMM |",
             "|---|---|---|---|---|---|---|---|",
