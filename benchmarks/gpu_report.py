@@ -3,15 +3,18 @@
 Builds for the card that is there in the Python that is there (nothing is fetched: NEEDED must be
 installed, and nvcc), runs the CUDA tests, every benchmark against eager torch and torch.compile
 (max-autotune), with CUDA graphs and without, and compute-sanitizer over a few of the tests.
-Puts three files into DIR, <device>.csv, tests.log and report.md, which is written anew after every
-part, and the figures into benchmarks/results as well. What fails is reported and stops nothing
-else. Ends within 15 minutes; the summary is the last thing it prints. Where a card is there for
-minutes at a time, `--only` divides the parts (LIMITS names them) into turns.
+Puts four files into DIR: <device>.csv, tests.log, parts.log of what the other parts printed, and
+report.md, which is written anew after every part; and the figures into benchmarks/results as well.
+Prints the ratios of every part as they come, and last what failed: in all no more than a reader
+takes in who gets the end of it only. What fails is reported and stops nothing else. Ends within 16
+minutes. Where a card is there for minutes at a time, `--only` divides the parts (LIMITS names them)
+into turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -32,11 +35,14 @@ sys.path.insert(0, str(ROOT))
 
 # Seconds after which a part is stopped, in the order in which they run. What is timed until then is
 # kept.
-LIMITS = {"build": 100, "tests": 200, "compile": 110}
+LIMITS = {"build": 150, "tests": 200, "compile": 110}
 LIMITS |= {"cross_entropy": 70, "conv_relu_pool": 150, "linear_relu": 50}
-LIMITS |= {"mlp_trainer": 50, "recipes": 50, "memcheck": 40, "racecheck": 40}
+LIMITS |= {"mlp_trainer": 50, "recipes": 50, "memcheck": 60, "racecheck": 60}
+PATIENCE = 20  # seconds that a part has to end by itself when its time is up
 FASTNET = "fastnet"  # of the sides; fastnet itself can be imported when it has been built
-KEPT_LINES = 20  # of what a part that failed has printed
+KEPT_LINES, LAST_LINES = 20, 6  # of what a part that failed has printed, and of its end at least
+TELLING = ("NOT TIMED", "FAILED", "ERROR")  # how lines begin that are kept first
+KEPT_WIDTH = 240
 COMPILERS = 6  # processes; each takes some of the card's memory
 # A short list for compute-sanitizer.
 SHORT_TESTS = ("tests/test_linear_relu.py", "tests/test_trainer.py")
@@ -61,9 +67,12 @@ class Part:
     log: str = ""  # more of it, where it failed
 
 
-def run(name: str, command: list[str], out: Path, **environment: str) -> Part:
-    """Runs a part within its limit, its output into a log."""
-    print(f"== {name}: {' '.join(command)}", flush=True)
+def run(
+    name: str, command: list[str], out: Path, is_asked: bool = False, **environment: str
+) -> Part:
+    """Runs a part within its limit, its output into a log. `is_asked`: where its time is up it is
+    interrupted, as by Ctrl-C, and may still tell what it has found, before it is killed."""
+    print(f"== {name}: {' '.join(command)}"[:KEPT_WIDTH], flush=True)
     start = time.monotonic()
     log = out / f"{name}.log"
     with log.open("w") as file:
@@ -75,21 +84,36 @@ def run(name: str, command: list[str], out: Path, **environment: str) -> Part:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # Which a shell has ignored by all that it starts in the background.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             code = process.wait(timeout=LIMITS[name])
             ending = "" if code == 0 else f"exit status {code}; "
         except subprocess.TimeoutExpired:
+            if is_asked:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=PATIENCE)
             # With all that it has started, which would go on using the card.
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             code, ending = -1, f"stopped after {LIMITS[name]} s; "
         except OSError as error:
             code, ending = -1, f"{error}; "
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    seconds, said = time.monotonic() - start, ending + (lines[-1] if lines else "")
-    part = Part(name, code == 0, seconds, said, "" if code == 0 else "\n".join(lines[-KEPT_LINES:]))
+    seconds = time.monotonic() - start
+    said = ending + (lines[-1][:KEPT_WIDTH] if lines else "")
+    part = Part(name, code == 0, seconds, said, "" if code == 0 else "\n".join(kept(lines)))
     print(f"   {'ok' if part.ok else 'FAILED'} in {part.seconds:.0f} s: {part.said}", flush=True)
     return part
+
+
+def kept(lines: list[str]) -> list[str]:
+    """Of what a part that failed has printed: what tells of failures, and the end."""
+    earlier, last = lines[:-LAST_LINES], lines[-LAST_LINES:]
+    told = [line for line in earlier if line.startswith(TELLING)] or earlier
+    return [line[:KEPT_WIDTH] for line in told[LAST_LINES - KEPT_LINES :] + last]
 
 
 def build(out: Path, capability: str) -> Part:
@@ -101,10 +125,11 @@ def build(out: Path, capability: str) -> Part:
 
 
 def tests(out: Path) -> Part:
-    command = [sys.executable, "-m", "pytest", "-q", *OP_TESTS, "-k", "cuda"]
+    # By name, so that the log tells which were under way when the time was up.
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", *OP_TESTS, "-k", "cuda"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
-    return run("tests", command, out)
+    return run("tests", command, out, is_asked=True, COLUMNS=str(KEPT_WIDTH))
 
 
 def compile_all(out: Path) -> Part:
@@ -130,8 +155,8 @@ def compile_some(first: int, step: int) -> None:
             if i % step == first and not case.mode.endswith("graph"):
                 try:
                     harness.verify(case)
-                except (AssertionError, RuntimeError) as error:
-                    print(*name, case.mode, error, flush=True)
+                except Exception as error:  # whatever it is, the other cases are still due
+                    print(*name, case.mode, f"{type(error).__name__}: {error}", flush=True)
 
 
 def sanitize(tool: str, out: Path) -> Part:
@@ -139,7 +164,7 @@ def sanitize(tool: str, out: Path) -> Part:
     if program is None:
         return Part(tool, False, 0, "compute-sanitizer is not installed")
     command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest"]
-    return run(tool, [*command, "-q", "-x", *SHORT_TESTS, "-k", SHORT], out)
+    return run(tool, [*command, "-q", "-x", *SHORT_TESTS, "-k", SHORT], out, is_asked=True)
 
 
 def in_best_format(rows: list[dict]) -> list[dict]:
@@ -164,6 +189,21 @@ def in_best_format(rows: list[dict]) -> list[dict]:
     return chosen
 
 
+def figures(rows: list[dict], op: str) -> str:
+    """A line for every case of an op: in each mode fastnet's ratio, its microseconds and, where a
+    graph takes the card's own time, its share of what the card can do."""
+    cases: dict[str, list[str]] = {}
+    for row in in_best_format(rows):
+        if row["op"] != op:
+            continue
+        share = max(float(row[of]) / float(row[f"{of}_limit"]) for of in ("gbs", "gflops"))
+        words = [row["mode"].replace("forward+backward", "both") + row["format"]]
+        words += [f"{float(row['ratio']):.2f}x", f"{float(row['median_us']):.1f}"]
+        words += [f"{share:.0%}"] * (row["mode"].endswith("graph") and share > 0)
+        cases.setdefault(row["case"], []).append(" ".join(words))
+    return "\n".join(f"{case} | {' | '.join(modes)}" for case, modes in cases.items())
+
+
 def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:
     """Writes report.md: what was run, and every figure as a ratio to the card's own limits."""
     lines = [f"# fastnet on {card['name']}", "", f"{card['date']}, torch {card['torch']}.", ""]
@@ -182,8 +222,9 @@ def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:
             "each in its better memory format.",
             "",
             "The share of a copy counts the bytes that an ideal op moves. Of cross_entropy's two "
-            "passes together those are the logits once and the gradient once. fastnet's backward "
-            "pass on a GPU reads the logits again: two thirds are the most that memory allows it.",
+            "passes together those are the logits once and the gradient once. Of logits below 128 "
+            "MB, and of rows too large for shared memory, fastnet's backward pass on a GPU reads "
+            "the logits again: two thirds are the most that memory allows it there.",
             "",
             "| op | case | mode | fastnet, µs | ratio | peak, MB | of copy | of GEMM |",
             "|---|---|---|---|---|---|---|---|",
@@ -197,7 +238,7 @@ def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:
             )
     for part in parts:
         if part.log:
-            lines += ["", f"The end of what {part.name} printed:", "", "```", part.log, "```"]
+            lines += ["", f"Of what {part.name} printed:", "", "```", part.log, "```"]
     path = out / "report.md"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -247,15 +288,27 @@ def main() -> int:
     parts: list[Part] = []
     for name in (name for name in LIMITS if name in wanted):
         parts.append(steps[name]())
+        log = logs / f"{name}.log"
+        if log.exists():
+            with (out / "parts.log").open("a") as file:
+                file.write(f"== {name}\n{log.read_text(errors='replace')}\n")
         if name == "build" and not parts[-1].ok:
-            path = report(parts, [], card, out)
+            report(parts, [], card, out)
             break
         try:
-            path = report(parts, timed_rows(out), card, out)
+            rows = timed_rows(out)
+            report(parts, rows, card, out)
+            if name in TIMED:
+                print(figures(rows, name), flush=True)
         except Exception as error:  # whatever it is, the report of the other parts is still due
             parts.append(Part("summary", False, 0, f"{type(error).__name__}: {error}"))
-            path = report(parts, [], card, out)
-    print(path.read_text())
+            report(parts, [], card, out)
+    for part in parts:
+        if part.log:
+            print(f"\nOf what {part.name} printed:\n{part.log}")
+    print(f"\n{card['name']}, torch {card['torch']}; more stands in {out}")
+    for part in parts:
+        print(f"{'ok    ' if part.ok else 'FAILED'} {part.name}, {part.seconds:.0f} s: {part.said}")
     return 0 if all(part.ok for part in parts) else 1
 
 

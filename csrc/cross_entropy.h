@@ -21,8 +21,9 @@
 // only.
 //
 // On the CPU, where exponentials are most of the work, a training's forward pass has the gradient
-// made, too. Of class indices without smoothing the kernel writes the exponentials of a row where
-// that belongs, and divides them by their sum while they are near.
+// made, too: of class indices without smoothing the kernel writes the exponentials of a row where
+// that belongs, and divides them by their sum while they are near. On CUDA so it is of logits that
+// no cache holds until the backward pass.
 #pragma once
 
 #include "common.h"

@@ -46,14 +46,21 @@ void define_schemas(Library& library) {
       "Tensor statistics, int reduction, int ignore_index, float label_smoothing, *, "
       "Tensor(a!) out) -> ()");
   // The loss and its gradient (not for reduction none) at once, and the same with the gradient in
-  // memory at hand, apart from the logits. On the CPU alone, where the exponentials are most of the
-  // work.
+  // memory at hand, apart from the logits, which is the CPU's alone.
   library.def(
       "cross_entropy_with_gradient(Tensor logits, Tensor target, Tensor? weight, int reduction, "
       "int ignore_index, float label_smoothing) -> (Tensor, Tensor)");
   library.def(
       "cross_entropy_with_gradient.out(Tensor logits, Tensor target, Tensor? weight, "
       "int reduction, int ignore_index, float label_smoothing, *, Tensor(a!) out) -> Tensor");
+
+  // Whether on a CUDA device the two at once are quicker than one after the other.
+  library.def(
+      "cross_entropy_reads_once(Tensor logits, Tensor target, float label_smoothing) -> bool");
+  // There, that gradient (of a row for each class index) times the loss's own, which may be 1.
+  library.def(
+      "cross_entropy_scale(Tensor(a!) gradient, Tensor factor, Tensor target, int ignore_index) "
+      "-> ()");
 
   // The pooled activations, and which position of each window won (see conv_relu_pool.h).
   library.def(

@@ -479,7 +479,45 @@ def test_parts_that_fail_are_reported_and_stop_nothing(tmp_path, monkeypatch):
         assert words in text
     assert "| linear_relu | a | forward | 10.0 | 1.50 | 3 | 10.0% | 50.0% |" in text
     assert "| 10.0% | 10.0% |" in text  # bfloat16, against its own rate
-    assert "The end of what tests printed:\n\n```\nhalf way\n```" in text
+    assert "Of what tests printed:\n\n```\nhalf way\n```" in text
+
+
+def test_parts_tell_what_they_have_found_when_their_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu_report.LIMITS, "tests", 4)
+    (tmp_path / "test_slow.py").write_text(
+        "import time\n"
+        "def test_wrong():\n    assert 'found' == 'wanted'\n"
+        "def test_slow():\n    time.sleep(30)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-rf", "-p", "no:cacheprovider", str(tmp_path)]
+    part = gpu_report.run("tests", command, tmp_path, is_asked=True)
+    assert not part.ok
+    assert part.said.startswith("stopped after 4 s; ")
+    assert "1 failed" in part.said
+    assert "test_slow.py::test_wrong" in part.log
+
+
+def test_what_tells_most_of_a_failure_is_kept():
+    lines = ["NOT TIMED  a: differs", *(f"table {i}" for i in range(50)), "Traceback", "KeyError"]
+    assert gpu_report.kept(lines)[0] == "NOT TIMED  a: differs"
+    assert gpu_report.kept(lines)[-2:] == ["Traceback", "KeyError"]
+    assert len(gpu_report.kept(lines[1:])) == gpu_report.KEPT_LINES
+    assert gpu_report.kept(["x" * 1000]) == ["x" * gpu_report.KEPT_WIDTH]
+
+
+def test_figures_are_a_line_for_each_case():
+    modes = ("forward", "forward+backward, graph")
+    rows = [
+        row("cross_entropy", case, mode, side, median_us=time, ratio="1.5")
+        for case in ("64x10", "64x10, bfloat16")
+        for mode in modes
+        for side, time in (("eager", "15"), ("fastnet", "10"))
+    ]
+    assert gpu_report.figures(rows, "cross_entropy").split("\n") == [
+        "64x10 | forward 1.50x 10.0 | both, graph 1.50x 10.0 25%",
+        "64x10, bfloat16 | forward 1.50x 10.0 | both, graph 1.50x 10.0 25%",
+    ]
+    assert gpu_report.figures(rows, "linear_relu") == ""
 
 
 def test_a_report_takes_the_better_memory_format():

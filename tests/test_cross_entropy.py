@@ -710,14 +710,140 @@ def test_opcheck(options, device):
         torch.library.opcheck(
             device.ops.cross_entropy_backward.out, backward, {"out": torch.empty_like(logits)}
         )
-        if device.name == "cpu" and options["reduction"] != "none":
-            forward = (logits, target, weight, *rest)
-            torch.library.opcheck(device.ops.cross_entropy_with_gradient.default, forward)
+        if options["reduction"] == "none":
+            continue
+        forward = (logits, target, weight, *rest)
+        torch.library.opcheck(device.ops.cross_entropy_with_gradient.default, forward)
+        if device.name == "cpu":
             torch.library.opcheck(
                 device.ops.cross_entropy_with_gradient.out,
                 forward,
                 {"out": torch.empty_like(logits)},
             )
+
+
+def on_cuda(device) -> None:
+    if device.name == "cpu":
+        pytest.skip("the CUDA kernels'")
+
+
+# Whole rows in shared memory: of one turn of the block's threads and of several, the last of them
+# not full; and those that are made in two passes: odd, with room for no row, positions.
+@pytest.mark.parametrize("shape", [(7, 16), (3, 1000), (2, 4104), (2, 7000), (2, 12_000), (3, 33),
+                                   (1, 131_072), (2, 8, 3)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+def test_gradient_along_with_the_loss_on_cuda(shape, reduction, weighted, device):
+    on_cuda(device)
+    for dtype in device.dtypes:
+        logits, target, weight = sample(shape, dtype, device, weight=weighted)
+        wide = accumulate_dtype(dtype)
+        kept = logits.detach().clone()
+        loss, gradient = device.ops.cross_entropy_with_gradient(
+            logits.detach(), target, None if weight is None else weight.to(wide),
+            REDUCTIONS[reduction], -100, 0.0,
+        )  # fmt: skip
+        assert torch.equal(logits, kept)
+        assert loss.dtype is wide
+        assert gradient.dtype is dtype
+        assert gradient.stride() == torch.empty_like(kept).stride()
+        expected, of_logits = reference(logits, target, weight, reduction=reduction)
+        assert_near(loss, expected, dtype)
+        size = max(of_logits.abs().max().item(), 0.1)
+        assert (gradient.cpu().double() - of_logits).abs().max().item() <= TOLERANCES[dtype] * size
+
+
+def test_gradient_along_with_the_loss_of_hostile_logits_on_cuda(device):
+    on_cuda(device)
+    logits = torch.randn(6, 64, device=device)
+    logits[0, 3], logits[1, 5], logits[2], logits[3, :7] = torch.nan, torch.inf, 1e4, -torch.inf
+    target = torch.tensor([1, 5, 6, 9, -100, 2], device=device)
+    for ignored in (target, torch.full_like(target, -100)):  # the mean over nothing is NaN
+        statistics = device.ops.cross_entropy_forward(logits, ignored, None, 1, -100, 0.0)
+        one = torch.ones((), device=device)
+        expected = device.ops.cross_entropy_backward(
+            one, logits, ignored, None, statistics[1], 1, -100, 0.0
+        )
+        loss, gradient = device.ops.cross_entropy_with_gradient(logits, ignored, None, 1, -100, 0.0)
+        torch.testing.assert_close(loss, statistics[0], equal_nan=True, rtol=0, atol=0)
+        torch.testing.assert_close(gradient, expected, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("C", [64, 65])
+def test_gradient_times_a_factor_on_cuda(C, device):
+    on_cuda(device)
+    target = torch.tensor([0, -100, 2], device=device)
+    for dtype in device.dtypes:
+        wide = accumulate_dtype(dtype)
+        gradient = torch.randn(3, C, device=device).to(dtype)
+        gradient[1] = 0
+        for factor in (1, 0.25, 0, 3, math.inf, -math.inf, math.nan):
+            scaled = gradient.clone()
+            by = torch.tensor(factor, dtype=wide, device=device)
+            device.ops.cross_entropy_scale(scaled, by, target, -100)
+            expected = (gradient.to(wide) * by).to(dtype)
+            expected[1] = 0
+            if not math.isfinite(factor):
+                expected[0, 0] = expected[2, 2] = math.nan
+            assert torch.equal(scaled.nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("grad", [1, 0.5, math.inf])
+def test_autograd_with_the_gradient_made_along_on_cuda(grad, device, monkeypatch):
+    """As of large logits: retained graphs, second derivatives, a batch of gradients."""
+    on_cuda(device)
+    module = fastnet.ops.cross_entropy
+    monkeypatch.setattr(fastnet._library, "NODES", None)
+    monkeypatch.setattr(module, "_makes_gradient", lambda *_: True)
+    monkeypatch.setattr(module, "_with_gradient", device.ops.cross_entropy_with_gradient.default)
+    logits, target, _ = sample((5, 64), torch.float32, device)
+    by = torch.tensor(float(grad), device=device)
+    loss = cross_entropy(logits, target)
+    if device.name == "emulated":  # tensors of the CPU, which gradient_of takes for its own
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cpu", False)
+            results = [
+                torch.autograd.grad(loss, logits, by, retain_graph=keep)[0]
+                for keep in (True, False)
+            ]
+    else:
+        results = [
+            torch.autograd.grad(loss, logits, by, retain_graph=keep)[0] for keep in (True, False)
+        ]
+    _, expected = reference(logits, target, None, by)
+    for result in results:
+        assert_near(result, expected, torch.float32)
+    assert not results[0][2].any()  # an ignored row
+    loss = cross_entropy(logits, target)
+    (first,) = torch.autograd.grad(loss, logits, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), logits)
+    assert second.isfinite().all()
+    grads = torch.rand(3, device=device)
+    (batched,) = torch.autograd.grad(
+        cross_entropy(logits, target), logits, grads, is_grads_batched=True
+    )
+    assert_near(batched, reference(logits, target, None)[1] * grads.cpu().view(3, 1, 1),
+                torch.float32)  # fmt: skip
+
+
+def test_large_logits_are_read_once_on_cuda(device):
+    on_cuda(device)
+    reads_once = device.ops.cross_entropy_reads_once
+    target = torch.zeros(2**15, dtype=torch.int64, device=device)
+
+    def rows(C, dtype):
+        return torch.empty(1, C, dtype=dtype, device=device).expand(2**15, C)
+
+    assert reads_once(rows(4096, torch.bfloat16), target, 0.0)
+    assert reads_once(rows(1024, torch.float32), target, 0.0)
+    for logits, smoothing in (
+        (rows(1024, torch.bfloat16), 0.0),  # small
+        (rows(4097, torch.bfloat16), 0.0),  # odd
+        (rows(4096, torch.float16), 0.0),  # whose gradients vanish
+        (rows(131_072, torch.bfloat16), 0.0),  # too long
+        (rows(4096, torch.bfloat16), 0.1),
+    ):
+        assert not reads_once(logits, target, smoothing)
 
 
 def test_opcheck_of_other_layouts(device):

@@ -265,6 +265,20 @@ struct CrossEntropy {
   }
 };
 
+// Whether the forward pass makes the gradient, too. As in fastnet/ops/cross_entropy.py.
+bool makes_gradient(const Tensor& logits, const Tensor& target, int64_t reduction,
+                    double label_smoothing) {
+  constexpr size_t kLargeOnGpu = 128 << 20;
+  if (reduction == 0 || is_traced(logits)) return false;
+  if (logits.is_cpu()) return is_real(logits);
+  if (logits.nbytes() < kLargeOnGpu) return false;
+  static const auto reads_once = c10::Dispatcher::singleton()
+                                     .findSchemaOrThrow("fastnet::cross_entropy_reads_once", "")
+                                     .typed<bool(const Tensor&, const Tensor&, double)>();
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return reads_once.call(logits, target, label_smoothing);
+}
+
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                      int64_t reduction, int64_t ignore_index, double label_smoothing) {
   if (!is_trained(logits)) {
@@ -272,7 +286,7 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
         cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing));
   }
   Tensor loss, statistics, gradient;
-  if (!logits.is_cpu() || !is_real(logits) || reduction == 0 || is_traced(logits)) {
+  if (!makes_gradient(logits, target, reduction, label_smoothing)) {
     std::tie(loss, statistics) =
         cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing);
   } else {

@@ -80,23 +80,18 @@ struct ClusterLaunch {
   ClusterLaunch& operator=(const ClusterLaunch&) = delete;
 };
 
-template <class Kernel>
-void allow_shared_bytes(Kernel* kernel, size_t bytes) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(bytes)),
-             "fastnet: cudaFuncSetAttribute");
-}
-
 // A cluster's blocks run on neighbouring multiprocessors, of which part of a device, or one that
 // has lost some, may have too few together.
 template <class Kernel>
 bool cluster_fits(const Tensor& tensor, Kernel* kernel, int blocks, dim3 block,
                   size_t shared_bytes) {
   const OnDeviceOf device(tensor);
-  allow_shared_bytes(kernel, shared_bytes);
   const ClusterLaunch launch(blocks, block, shared_bytes);
   int clusters = 0;
+  // Of the most that a device allows the kernel may have a little itself, which is told here.
   const bool is_told =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(shared_bytes)) == cudaSuccess &&
       cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess;
   if (!is_told) cudaGetLastError();  // which is no error of the next launch
   return is_told && clusters > 0;

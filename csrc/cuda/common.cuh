@@ -30,6 +30,14 @@ class OnDeviceOf {
   cudaStream_t stream() const { return nullptr; }
 };
 
+template <class Kernel>
+void allow_shared_bytes(Kernel*, size_t) {}
+
+// Dynamic shared memory that each of `blocks` may have which share a multiprocessor, in bytes.
+inline size_t shared_bytes_of(int /*blocks*/, const OnDeviceOf&) {
+  return 48 * 1024;
+}
+
 #define FASTNET_CUDA_LIBRARY(library) STABLE_TORCH_LIBRARY_IMPL(fastnet_emulated, CPU, library)
 
 #else
@@ -63,6 +71,27 @@ class OnDeviceOf {
   int previous_ = 0;
   cudaStream_t stream_ = nullptr;
 };
+
+// More than 48 KB of dynamic shared memory a kernel has only where it is allowed to.
+template <class Kernel>
+void allow_shared_bytes(Kernel* kernel, size_t bytes) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)),
+             "fastnet: cudaFuncSetAttribute");
+}
+
+// Dynamic shared memory that each of `blocks` may have which share a multiprocessor, in bytes. The
+// driver has a part of every block's, and what is static is left some.
+inline size_t shared_bytes_of(int blocks, const OnDeviceOf& device) {
+  constexpr int kOthers = 2048;
+  int all = 0, most = 0;
+  check_cuda(
+      cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.index()),
+      "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index()),
+             "cudaDeviceGetAttribute");
+  return static_cast<size_t>(std::max(0, std::min(all / blocks, most) - kOthers));
+}
 
 // The one place where kernels are launched.
 template <class... Parameters, class... Arguments>
@@ -212,6 +241,28 @@ __device__ __forceinline__ void device_assert(bool holds, const char* what) {
 __device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
 #if defined(__CUDA_ARCH__)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// Sixteen bytes from global to shared memory, both aligned, without a way through registers: they
+// are there for the thread that asked for them after wait_for_copies().
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+#else
+  struct alignas(kVectorBytes) Bytes {
+    unsigned char of[kVectorBytes];
+  };
+  *static_cast<Bytes*>(shared) = *static_cast<const Bytes*>(global);
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

@@ -5,10 +5,10 @@
 //   few classes, side by side     a warp per row, the row in registers
 //   many classes, side by side    a block per row, or several where rows are few
 //   classes far apart, (N, C, d)  a thread per position, neighbours reading neighbours
-// Backward is elementwise, given the rows' statistics.
+// Backward is elementwise, given the rows' statistics. Of logits that no cache holds, where a row
+// fits into shared memory, the forward pass of a training has the gradient made there, too.
 
-#include "cross_entropy_backward_kernels.cuh"
-#include "cross_entropy_forward_kernels.cuh"
+#include "cross_entropy_gradient_kernels.cuh"
 
 namespace fastnet {
 namespace {
@@ -235,12 +235,124 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
   return gradient;
 }
 
+// Whether the gradient can be made of rows in shared memory.
+template <class T>
+bool has_whole_rows(const CrossEntropyShape& shape, const Tensor& logits,
+                    const OnDeviceOf& device) {
+  const std::optional<ClassStrides> at = class_strides(logits);
+  return !shape.needs_dot && shape.D == 1 && shape.rows() > 0 && at &&
+         is_packed<T>(logits.const_data_ptr(), *at, shape.C, shape.D) &&
+         static_cast<size_t>(shape.C) * sizeof(T) <= shared_bytes_of(kWholeRows, device);
+}
+
+// Whether that is how cross_entropy_with_gradient makes it, and better than in a pass of its own:
+// where the logits are more than a cache holds from one pass to the next. float16 is left out,
+// since a factor that keeps its gradients from vanishing (torch.amp.GradScaler's) would come too
+// late.
+bool cross_entropy_reads_once(const Tensor& logits, const Tensor& target, double label_smoothing) {
+  constexpr int64_t kLeastBytes = int64_t{128} << 20;
+  const ScalarType dtype = logits.scalar_type();
+  const int64_t size = dtype == ScalarType::Float ? 4 : 2;
+  if ((dtype != ScalarType::Float && dtype != ScalarType::BFloat16) || logits.dim() != 2 ||
+      logits.numel() * size < kLeastBytes) {
+    return false;
+  }
+  const CrossEntropyShape shape =
+      check_cross_entropy(logits, target, std::nullopt, 1, label_smoothing);
+  const OnDeviceOf on_device(logits);
+  return dtype == ScalarType::Float ? has_whole_rows<float>(shape, logits, on_device)
+                                    : has_whole_rows<__nv_bfloat16>(shape, logits, on_device);
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
+                                                       const std::optional<Tensor>& weight,
+                                                       int64_t reduction, int64_t ignore_index,
+                                                       double label_smoothing) {
+  const CrossEntropyShape shape =
+      check_cross_entropy(logits, target, weight, reduction, label_smoothing);
+  check(static_cast<Reduction>(reduction) != Reduction::none,
+        "cross_entropy_with_gradient: reduction must be 1 (mean) or 2 (sum), but is ", reduction);
+  const OnDeviceOf on_device(logits);
+  const cudaStream_t stream = on_device.stream();
+  const ScalarType wide = accumulate_type(logits);
+  bool is_done = false;
+  Tensor loss, gradient;
+  dispatch_float_and_half("cross_entropy", logits.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using E = device_t<T>;
+    using A = acc_t<E>;
+    if (!has_whole_rows<E>(shape, logits, on_device)) return;
+    loss = allocate_loss(logits, reduction);
+    gradient = allocate(logits, logits.sizes());
+    const int64_t rows = shape.rows();
+    const Tensor statistics = allocate(logits, std::array{shape.statistics()}, wide);
+    const Tensor scratch = allocate(logits, std::array{2 * rows}, wide);  // losses, counts
+    Operands<T> operands(shape, logits, target, weight, statistics, reduction, ignore_index,
+                         label_smoothing);
+    auto& call = operands.call;
+    call.losses = static_cast<A*>(scratch.mutable_data_ptr());
+    call.counts = call.losses + rows;
+    call.gradient = mutable_data<T>(gradient);
+    call.gradient_at = *class_strides(gradient);
+    constexpr int kCount = kVectorBytes / sizeof(E);
+    const size_t row_bytes = static_cast<size_t>(shape.C) * sizeof(E);
+    const auto kernel = row_with_gradient_kernel<E, kCount>;
+    allow_shared_bytes(kernel, row_bytes);
+    if (call.is_mean) launch(divisor_kernel<E>, dim3(1), dim3(kSumThreads), 0, stream, call);
+    launch(kernel, dim3(static_cast<unsigned>(rows)), dim3(kRowThreads), row_bytes, stream, call);
+    launch(sum_losses_kernel<A>, dim3(1), dim3(kSumThreads), 0, stream, call.losses, call.counts,
+           rows, static_cast<A*>(loss.mutable_data_ptr()), call.divisor, call.is_mean);
+    is_done = true;
+  });
+  if (is_done) return {loss, gradient};
+  Tensor statistics;
+  std::tie(loss, statistics) =
+      cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing);
+  Tensor one = allocate(loss, {});
+  torch::stable::fill_(one, 1);
+  return {loss, cross_entropy_backward(one, logits, target, weight, statistics, reduction,
+                                       ignore_index, label_smoothing)};
+}
+
+void cross_entropy_scale(Tensor gradient, const Tensor& factor, const Tensor& target,
+                         int64_t ignore_index) {
+  check(gradient.dim() == 2 && gradient.is_contiguous() &&
+            target.scalar_type() == ScalarType::Long && target.dim() == 1 &&
+            target.size(0) == gradient.size(0),
+        "cross_entropy_scale: gradient ", ShapeOf{gradient},
+        " must be dense, of a row for each of the classes ", ShapeOf{target});
+  check(factor.numel() == 1 && factor.scalar_type() == accumulate_type(gradient),
+        "cross_entropy_scale: the factor must be one ", accumulate_type(gradient));
+  check(factor.device() == gradient.device() && target.device() == gradient.device(),
+        "cross_entropy_scale: the arguments are on different devices");
+  if (gradient.numel() == 0) return;
+  const OnDeviceOf on_device(gradient);
+  const Tensor classes = dense(target);
+  dispatch_float_and_half("cross_entropy_scale", gradient.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using E = device_t<T>;
+    constexpr int kCount = kVectorBytes / sizeof(E);
+    const int64_t C = gradient.size(1);
+    const bool packed = is_packed<E>(gradient.const_data_ptr(), *class_strides(gradient), C, 1);
+    const int64_t count = gradient.numel() / (packed ? kCount : 1);
+    constexpr unsigned kMostBlocks = 2048;
+    launch(packed ? scale_gradient_kernel<E, kCount> : scale_gradient_kernel<E, 1>,
+           dim3(std::min(blocks_for(count, kRowThreads), kMostBlocks)), dim3(kRowThreads), 0,
+           on_device.stream(), mutable_data<T>(gradient),
+           static_cast<const acc_t<E>*>(factor.const_data_ptr()),
+           static_cast<const int64_t*>(classes.const_data_ptr()), ignore_index, C, count);
+  });
+}
+
 }  // namespace
 
 FASTNET_CUDA_LIBRARY(library) {
   library.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
   library.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
   library.impl("cross_entropy_backward.out", TORCH_BOX(&cross_entropy_backward_out));
+  library.impl("cross_entropy_with_gradient", TORCH_BOX(&cross_entropy_with_gradient));
+  library.impl("cross_entropy_reads_once", TORCH_BOX(&cross_entropy_reads_once));
+  library.impl("cross_entropy_scale", TORCH_BOX(&cross_entropy_scale));
 }
 
 }  // namespace fastnet

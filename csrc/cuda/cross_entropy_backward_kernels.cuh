@@ -24,7 +24,7 @@ template <class T>
 __device__ __forceinline__ Slopes<acc_t<T>> slopes_of(const CrossEntropyCall<T>& call,
                                                       int64_t row) {
   using A = acc_t<T>;
-  A scale = call.grad_loss[call.per_row ? row : 0];
+  A scale = call.grad_loss ? call.grad_loss[call.per_row ? row : 0] : A(1);
   if (call.is_mean) scale *= 1 / *call.divisor;
   Slopes<A> slopes{0, 0, 0, call.maximum[row], call.log_sum[row] * kExpScale<A>, -1};
   if (!call.classes) {
@@ -41,16 +41,11 @@ __device__ __forceinline__ Slopes<acc_t<T>> slopes_of(const CrossEntropyCall<T>&
   return slopes;
 }
 
-// Threads along the classes, kCount to each at a time: blockDim.y rows, a share of the classes.
-template <class T, int kCount, bool kNeedsDot>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
-    row_gradient_kernel(CrossEntropyCall<T> call, int64_t share) {
+// The gradient of a row's classes from `begin` to `end`, whose logits are from x on.
+template <bool kNeedsDot, int kCount, class T>
+__device__ __forceinline__ void write_gradient(const CrossEntropyCall<T>& call, int64_t row,
+                                               const T* x, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= call.rows) return;
-  const int64_t begin = blockIdx.y * share;
-  const int64_t end = begin + share < call.C ? begin + share : call.C;
-  const T* const x = call.logits + call.first(call.logits_at, row);
   T* const g = call.gradient + call.first(call.gradient_at, row);
   const int64_t x_step = kCount > 1 ? 1 : call.logits_at.cls;
   const int64_t g_step = kCount > 1 ? 1 : call.gradient_at.cls;
@@ -84,6 +79,18 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
       store(packs[p], g + at * g_step);
     }
   }
+}
+
+// Threads along the classes, kCount to each at a time: blockDim.y rows, a share of the classes.
+template <class T, int kCount, bool kNeedsDot>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
+    row_gradient_kernel(CrossEntropyCall<T> call, int64_t share) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= call.rows) return;
+  const int64_t begin = blockIdx.y * share;
+  const int64_t end = begin + share < call.C ? begin + share : call.C;
+  const T* const x = call.logits + call.first(call.logits_at, row);
+  write_gradient<kNeedsDot, kCount>(call, row, x, begin, end);
 }
 
 // A thread per row, where neighbouring rows lie side by side, for a share of the classes.

@@ -124,21 +124,15 @@ __device__ __forceinline__ void add_packs(const CrossEntropyCall<T>& call, const
   }
 }
 
-// gridDim.x blocks per row, each for a share of `share` classes, kCount of them at a time. A block
-// that has a row for itself finishes it; else what it summed goes to parts (rows, gridDim.x).
-template <class T, int kCount, bool kNeedsDot>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
-    block_row_kernel(CrossEntropyCall<T> call, Sums<acc_t<T>>* parts, int64_t share,
-                     int64_t first_row) {
+// What a block of kRowThreads sums over a row's classes from `begin` to `end`, x from the first
+// class on: in the first thread. The second argument is the block's own memory.
+template <bool kNeedsDot, int kCount, class T>
+__device__ __forceinline__ Sums<acc_t<T>> block_sums(const CrossEntropyCall<T>& call,
+                                                     Sums<acc_t<T>>* warps, const T* x,
+                                                     const T* target, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t kStep = int64_t{kRowThreads} * kCount;
   constexpr int64_t kTurn = kPacks<T, kCount> * kStep;
-  __shared__ Sums<A> warps[kRowThreads / kWarp];
-  const int64_t row = first_row + blockIdx.y;
-  const int64_t begin = blockIdx.x * share;
-  const int64_t end = begin + share < call.C ? begin + share : call.C;
-  const T* const x = call.logits + call.first(call.logits_at, row);
-  const T* const target = kNeedsDot ? call.target_of(row) : nullptr;
   const int64_t x_step = kCount > 1 ? 1 : call.logits_at.cls;
   Sums<A> sums{minus_infinity<A>(), 0, 0, 0};
   int64_t c = begin + static_cast<int64_t>(threadIdx.x) * kCount;
@@ -149,8 +143,26 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
   sums = warp_add(sums);
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sums;
   __syncthreads();  // the first thread reads what every warp has written
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kRowThreads / kWarp; ++w) sums.add(warps[w]);
+  }
+  return sums;
+}
+
+// gridDim.x blocks per row, each for a share of `share` classes, kCount of them at a time. A block
+// that has a row for itself finishes it; else what it summed goes to parts (rows, gridDim.x).
+template <class T, int kCount, bool kNeedsDot>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
+    block_row_kernel(CrossEntropyCall<T> call, Sums<acc_t<T>>* parts, int64_t share,
+                     int64_t first_row) {
+  __shared__ Sums<acc_t<T>> warps[kRowThreads / kWarp];
+  const int64_t row = first_row + blockIdx.y;
+  const int64_t begin = blockIdx.x * share;
+  const int64_t end = begin + share < call.C ? begin + share : call.C;
+  const T* const x = call.logits + call.first(call.logits_at, row);
+  const T* const target = kNeedsDot ? call.target_of(row) : nullptr;
+  const Sums<acc_t<T>> sums = block_sums<kNeedsDot, kCount>(call, warps, x, target, begin, end);
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kRowThreads / kWarp; ++w) sums.add(warps[w]);
   if (parts) {
     parts[row * gridDim.x + blockIdx.x] = sums;
   } else {

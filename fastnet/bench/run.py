@@ -74,9 +74,11 @@ def time_cases(cases: Iterable[Case], out: Path | None, check: bool = False) -> 
     for case in cases:
         try:
             rows = harness.run(case)
-        except (AssertionError, RuntimeError) as error:  # a difference, or memory that is too small
+        except Exception as error:  # a difference, memory that is too small, a compiler's fault
             named = f"{case.op} {case.case} {case.mode}: "
             reason = str(error).removeprefix(named).strip().split("\n")[0]
+            if not isinstance(error, (AssertionError, RuntimeError)):
+                reason = f"{type(error).__name__}: {reason}"
             print(f"NOT TIMED  {named}{reason}", flush=True)
             good = False
             continue

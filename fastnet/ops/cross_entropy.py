@@ -15,12 +15,15 @@ _forward = torch.ops.fastnet.cross_entropy_forward.default
 _backward = torch.ops.fastnet.cross_entropy_backward.default
 _backward_out = torch.ops.fastnet.cross_entropy_backward.out
 _with_gradient = torch.ops.fastnet.cross_entropy_with_gradient.default
+_reads_once = torch.ops.fastnet.cross_entropy_reads_once.default
+_scale = torch.ops.fastnet.cross_entropy_scale.default
 
 # As torch numbers them, which is how the raw ops take them.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 NAMES = {number: name for name, number in REDUCTIONS.items()}
 
 LARGE = 2 << 20  # bytes of which a copy is felt
+LARGE_ON_GPU = 128 << 20  # bytes that no GPU's cache holds
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,6 +79,11 @@ def fake_with_gradient_out(logits: Tensor, *arguments, out: Tensor) -> Tensor:
     return logits.new_empty((), dtype=accumulate_dtype(logits.dtype))
 
 
+@torch.library.register_fake("fastnet::cross_entropy_scale")
+def fake_scale(gradient: Tensor, factor: Tensor, target: Tensor, ignore_index: int) -> None:
+    return None
+
+
 def apply(logits: Tensor, target: Tensor, weight: Tensor | None, *options) -> Tensor:
     """The loss with its gradient; where none will be asked for, without what that needs.
 
@@ -96,27 +104,31 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _makes_gradient(logits: Tensor, reduction: int) -> bool:
+def _makes_gradient(logits: Tensor, target: Tensor, reduction: int, label_smoothing: float) -> bool:
     """Whether the forward pass makes the gradient, too, so that every logit is read once, and of
     most layouts every exponential computed once.
 
     The backward pass multiplies it by the loss's own gradient, nearly always 1: half types would
-    be rounded before that. On a GPU, exponentials take no time.
+    be rounded before that. On a GPU, exponentials take no time, but memory does.
     """
-    return (
-        not _is_traced()
-        and logits.is_cpu
-        and logits.dtype in (torch.float32, torch.float64)
-        and reduction != REDUCTIONS["none"]
-    )
+    if _is_traced() or reduction == REDUCTIONS["none"]:
+        return False
+    if logits.is_cpu:
+        return logits.dtype in (torch.float32, torch.float64)
+    return logits.nbytes >= LARGE_ON_GPU and _reads_once(logits, target, label_smoothing)
 
 
 def run_forward(
-    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, *options
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, with the rows' statistics or the gradient."""
-    arguments = (logits, target, weight, reduction, *options)
-    if not _makes_gradient(logits, reduction):
+    arguments = (logits, target, weight, reduction, ignore_index, label_smoothing)
+    if not _makes_gradient(logits, target, reduction, label_smoothing):
         return *_forward(*arguments), None
     loss, gradient = _with_gradient(*arguments)
     return loss, None, gradient
@@ -129,16 +141,21 @@ def gradient_of(
     weight: Tensor | None,
     statistics: Tensor | None,
     gradient: Tensor | None,
-    *options,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
 ) -> tuple[Tensor]:
     """The logits' gradient, from what the forward pass has left. Where that is the gradient, and
     the loss's own is finite, it is without the logits."""
+    options = (reduction, ignore_index, label_smoothing)
     if _library.is_differentiated():
         return differentiate(grad_loss, logits, target, weight, *options)
     if gradient is None:
         return (_backward(grad_loss, logits, target, weight, statistics, *options),)
     if type(grad_loss) is not Tensor or _library.is_batched(grad_loss) or _is_traced():
-        return (gradient * grad_loss,)
+        return ((gradient * grad_loss).to(gradient.dtype),)
+    if not gradient.is_cpu:
+        return (_scaled_on_gpu(gradient, grad_loss, target, ignore_index),)
     factor = grad_loss.item()
     if not math.isfinite(factor):  # which would not leave alone the rows that are ignored
         (gradient,) = differentiate(grad_loss, logits, target, weight, *options)
@@ -149,6 +166,15 @@ def gradient_of(
     if factor == 1:
         return (gradient,)
     return (gradient.mul_(factor) if gradient.nbytes >= LARGE else gradient * factor,)
+
+
+def _scaled_on_gpu(gradient: Tensor, factor: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The gradient times a number that the host need not wait for. In its place only where nobody
+    wants it any more."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        gradient = gradient.clone()
+    _scale(gradient, factor, target, ignore_index)
+    return gradient
 
 
 class CrossEntropy(torch.autograd.Function):
