@@ -224,7 +224,8 @@ def _ours(rows: Iterable[Row]) -> list[Row]:
 
 
 def of_a_training(rows: list[Row]) -> list[Row]:
-    """Of every series and dtype the row whose batch is nearest to 64, and all that are in none."""
+    """Of every series and dtype the case whose batch is nearest to 64, of those timed with any
+    number of threads, and all that are in none."""
     nearest: dict[tuple[str | bool, ...], Row] = {}
     for row in rows:
         if row["series"] in (LADDER, WIDTH):
@@ -234,7 +235,8 @@ def of_a_training(rows: list[Row]) -> list[Row]:
         other = nearest.setdefault(key, row)
         if row["series"] and abs(float(row["x"]) - 64) < abs(float(other["x"]) - 64):
             nearest[key] = row
-    return [row for row in rows if row in nearest.values()]
+    chosen = {(row["op"], row["mode"], row["case"]) for row in nearest.values()}
+    return [row for row in rows if (row["op"], row["mode"], row["case"]) in chosen]
 
 
 def _pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
