@@ -67,8 +67,8 @@ FASTNET_INLINE void store_codes(uint8_t* to, Vec<Index<A>> codes) {
     return;
   }
 #endif
-  store_bytes<Index<A>>(to, codes, typename MakeLanes<kVectorBytes>::type{},
-                        typename MakeLanes<kVectorBytes * sizeof(A) / 16>::type{});
+  store_bytes<Index<A>>(to, codes, AllLanes<kVectorBytes>{},
+                        AllLanes<kVectorBytes * sizeof(A) / 16>{});
 }
 
 // The maximum of the four elements of each window, in the order 2·dy + dx, and which one it is. Of
