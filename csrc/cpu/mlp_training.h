@@ -11,8 +11,6 @@
 namespace fastnet {
 namespace {
 
-constexpr int64_t kWidestVector = 16;  // floats
-
 int64_t in_whole_vectors(int64_t count) {
   return divide_up(count, kWidestVector) * kWidestVector;
 }
