@@ -196,6 +196,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
     Tensor output = torch::stable::view(
         library_product(torch::stable::view(x, {M, K}), torch::stable::transpose(weight, 0, 1)),
         with_last(input, N));
+    if (!kRelu && !b) return output;
     dispatch_float("linear_relu", input.scalar_type(), [&, N = N](auto type) {
       using T = decltype(type);
       const auto* bias_data = b ? data<T>(*b) : nullptr;
