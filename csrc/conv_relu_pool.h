@@ -17,8 +17,6 @@
 // The rules of shape and dtype, checked alike on every device.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include "common.h"
 
 namespace fastnet {

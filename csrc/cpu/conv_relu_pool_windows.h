@@ -1,5 +1,6 @@
-// What all forms of conv_relu_pool's forward share: how large operands are, and what becomes of the
-// four elements of a pooling window. No include guard, like the other files of kernels.
+// What conv_relu_pool's forms share: how large operands are, what becomes of the four elements of a
+// pooling window, and the pooled gradients and codes of windows, gathered. No include guard, like
+// the other files of kernels.
 
 FASTNET_INLINE Magnitude larger(Magnitude a, Magnitude b) {
   return a < b ? b : a;
