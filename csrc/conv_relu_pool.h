@@ -17,7 +17,7 @@
 // The rules of shape and dtype, checked alike on every device.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <limits>
 
 #include "common.h"
 
@@ -83,6 +83,10 @@ inline ConvReluPoolShape check_conv_relu_pool(const Tensor& input, const Tensor&
   for (int d = 0; d < 2; ++d) {
     check(stride[d] > 0, "conv_relu_pool: stride must be positive, but is ", stride[d]);
     check(padding[d] >= 0, "conv_relu_pool: padding must not be negative, but is ", padding[d]);
+    // Or the padded size would not be a number, and might look like a fitting one.
+    const int64_t most = (std::numeric_limits<int64_t>::max() - input.size(2 + d)) / 2;
+    check(padding[d] <= most, "conv_relu_pool: padding must be at most ", most, ", but is ",
+          padding[d]);
     check(dilation[d] > 0, "conv_relu_pool: dilation must be positive, but is ", dilation[d]);
   }
   ConvReluPoolShape shape{input.size(0),

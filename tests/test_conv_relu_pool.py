@@ -905,6 +905,8 @@ def test_what_torch_takes_is_taken(make):
         (lambda: (torch.randn(2, 3, 0, 8), torch.randn(4, 3, 3, 3)), {"padding": 2}),
         (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), {"stride": 0}),
         (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), {"padding": -1}),
+        # twice of which, in 64 bits, is -2
+        (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), {"padding": 2**63 - 1}),
         (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), {"dilation": 0}),
         (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), {"groups": 2}),
         (lambda: (torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)), {"padding": "some"}),
@@ -932,6 +934,7 @@ def test_what_torch_rejects_is_rejected(make, options):
         ({"bias": torch.randn(5)}, ["(5)", "(4"]),
         ({"stride": [0, 1]}, ["stride", "0"]),
         ({"padding": [1, -2]}, ["padding", "-2"]),
+        ({"padding": [1, 2**63 - 1]}, ["padding", str(2**63 - 1)]),
         ({"input": torch.randn(2, 3, 8)}, ["(2, 3, 8)"]),
         ({"input": torch.randn(2, 3, 3, 8)}, ["1 x 6", "2 x 2"]),
         ({"groups": 3}, ["groups", "3"]),

@@ -62,11 +62,6 @@ Tensor or_undefined(const OptionalTensor& tensor) {
 // ------------------------------------------------------------------------------------------------
 // linear_relu
 
-Tensor linear_relu_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  static const Op<&cpu::Ops::linear_relu_forward> forward("fastnet::linear_relu_forward");
-  return forward(input, weight, bias);
-}
-
 // Saves the output, whose sign is the ReLU's mask, and the factors that a gradient needs.
 struct LinearReLU {
   static constexpr const char* kName = "LinearReLUBackward";
@@ -89,7 +84,8 @@ struct LinearReLU {
 };
 
 Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  Tensor output = linear_relu_forward(input, weight, bias);
+  static const Op<&cpu::Ops::linear_relu_forward> forward("fastnet::linear_relu_forward");
+  Tensor output = forward(input, weight, bias);
   if (is_trained(input, weight, bias)) {
     const auto save = [&](auto& node) {
       node.save({output, weight.requires_grad() ? input : Tensor(),
@@ -306,22 +302,6 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
 
 using Sizes = std::vector<int64_t>;
 
-std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,
-                                                  const OptionalTensor& bias, const Sizes& stride,
-                                                  const Sizes& padding, const Sizes& dilation,
-                                                  int64_t groups) {
-  static const Op<&cpu::Ops::conv_relu_pool_forward> forward("fastnet::conv_relu_pool_forward");
-  return forward(input, weight, bias, stride, padding, dilation, groups);
-}
-
-Tensor conv_relu_pool_inference(const Tensor& input, const Tensor& weight,
-                                const OptionalTensor& bias, const Sizes& stride,
-                                const Sizes& padding, const Sizes& dilation, int64_t groups) {
-  static const Op<&cpu::Ops::conv_relu_pool_inference> inference(
-      "fastnet::conv_relu_pool_inference");
-  return inference(input, weight, bias, stride, padding, dilation, groups);
-}
-
 // Saves input, weight and a byte per pooled output: which position of its window won.
 struct ConvReLUPool {
   static constexpr const char* kName = "ConvReLUPoolBackward";
@@ -349,11 +329,13 @@ struct ConvReLUPool {
 Tensor conv_relu_pool(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                       const Sizes& stride, const Sizes& padding, const Sizes& dilation,
                       int64_t groups) {
+  static const Op<&cpu::Ops::conv_relu_pool_forward> forward("fastnet::conv_relu_pool_forward");
+  static const Op<&cpu::Ops::conv_relu_pool_inference> inference(
+      "fastnet::conv_relu_pool_inference");
   if (!is_trained(input, weight, bias)) {
-    return conv_relu_pool_inference(input, weight, bias, stride, padding, dilation, groups);
+    return inference(input, weight, bias, stride, padding, dilation, groups);
   }
-  const auto [output, codes] =
-      conv_relu_pool_forward(input, weight, bias, stride, padding, dilation, groups);
+  const auto [output, codes] = forward(input, weight, bias, stride, padding, dilation, groups);
   const auto save = [&, codes = codes](auto& node) {
     node.save({codes, input, weight}, {stride, padding, dilation, groups});
   };

@@ -46,6 +46,13 @@ inline Tensor in_huge_pages(Tensor tensor, int64_t least_bytes = int64_t{32} << 
   return tensor;
 }
 
+inline int64_t divide_up(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
+
+// Floats in the widest vector of any instruction set.
+inline constexpr int64_t kWidestVector = 16;
+
 // Multiply-adds below which a second thread costs more than it brings.
 inline constexpr int64_t kWorkPerThread = 100'000;
 
@@ -58,10 +65,6 @@ void parallel(int64_t items, int64_t work_per_item, const Body& body) {
   } else {
     torch::stable::parallel_for(0, items, grain, body);
   }
-}
-
-inline int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
 }
 
 // The same for items whose results do not depend on how they are divided: a thread that has done

@@ -170,7 +170,7 @@ FASTNET_INLINE Entry<acc_t<T>>* list_windows(const T* gradients, int64_t gradien
   int64_t i = 0;
   if constexpr (std::is_same_v<acc_t<T>, float> && kVectorBytes > 16) {
     using I = Vec<int32_t>;
-    constexpr typename MakeLanes<kLanes<T>>::type lanes{};
+    constexpr AllLanes<kLanes<T>> lanes{};
     for (; gradient_stride == 1 && code_stride == 1 && i + kLanes<T> <= count; i += kLanes<T>) {
       const I code = load_bytes(codes + i);
       const I at = load(bases + i) + ((-(code & 1) & offsets[1]) + (-(code >> 1) & offsets[2]));
@@ -193,7 +193,7 @@ FASTNET_INLINE int64_t list_filters(const A* gradients, const uint8_t* codes, ui
   Entry<A>* end = entries;
   int64_t k = 0;
   if constexpr (std::is_same_v<A, float> && kVectorBytes > 16) {
-    constexpr typename MakeLanes<kLanes<A>>::type lanes{};
+    constexpr AllLanes<kLanes<A>> lanes{};
     for (; k + kLanes<A> <= filters; k += kLanes<A>) {
       const Vec<int32_t> at = (lane_index<int32_t>() + static_cast<int32_t>(k)) * next;
       end = store_entries(load_bytes(codes + k) == code, at, load(gradients + k), end, lanes);

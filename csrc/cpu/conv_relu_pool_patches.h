@@ -59,8 +59,7 @@ FASTNET_INLINE void deinterleave(V a, V b, V* even, V* odd, LaneList<kLane...>) 
 }
 template <class T>
 FASTNET_INLINE void load_columns(const T* from, Vec<acc_t<T>>* even, Vec<acc_t<T>>* odd) {
-  deinterleave(load(from), load(from + kLanes<T>), even, odd,
-               typename MakeLanes<kLanes<T>>::type{});
+  deinterleave(load(from), load(from + kLanes<T>), even, odd, AllLanes<kLanes<T>>{});
 }
 
 // Copies columns [0, columns) of a row, 2i to even[i], 2i + 1 to odd[i].

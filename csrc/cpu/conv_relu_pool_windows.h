@@ -1,5 +1,6 @@
-// What all forms of conv_relu_pool's forward share: how large operands are, and what becomes of the
-// four elements of a pooling window. No include guard, like the other files of kernels.
+// What conv_relu_pool's forms share: how large operands are, what becomes of the four elements of a
+// pooling window, and the pooled gradients and codes of windows, gathered. No include guard, like
+// the other files of kernels.
 
 FASTNET_INLINE Magnitude larger(Magnitude a, Magnitude b) {
   return a < b ? b : a;
@@ -67,8 +68,8 @@ FASTNET_INLINE void store_codes(uint8_t* to, Vec<Index<A>> codes) {
     return;
   }
 #endif
-  store_bytes<Index<A>>(to, codes, typename MakeLanes<kVectorBytes>::type{},
-                        typename MakeLanes<kVectorBytes * sizeof(A) / 16>::type{});
+  store_bytes<Index<A>>(to, codes, AllLanes<kVectorBytes>{},
+                        AllLanes<kVectorBytes * sizeof(A) / 16>{});
 }
 
 // The maximum of the four elements of each window, in the order 2·dy + dx, and which one it is. Of

@@ -62,9 +62,6 @@ struct ChunkSums {
 namespace fastnet {
 namespace {
 
-// As wide as the widest vector of any instruction set.
-constexpr int64_t kWidestVector = 16;
-
 // Rows cut into chunks, by the shape alone: sums come out the same on any number of threads.
 struct Chunks {
   int64_t rows, D, chunk_rows, per_n, count;

@@ -93,7 +93,7 @@ static void block_dot(const CrossEntropyCall<T>& call, const T* x, const T* prob
   const A shift = shift_of(sums.maximum);
   Vec<A> q_sum = {}, dot = {};
   for (int64_t c = 0; c < count; c += kStep) {
-    Vec<A> q = target_at(call, probabilities, weight, c < count - kStep ? c : count - kStep);
+    Vec<A> q = weighted_target(call, probabilities, weight, c < count - kStep ? c : count - kStep);
     Vec<A> term = q * (load(x + (c < count - kStep ? c : count - kStep)) - splat(shift));
     if (c > count - kStep) {
       const auto is_new = lane_index<A>() >= splat(static_cast<A>(kStep - (count - c)));
@@ -191,7 +191,7 @@ static void row_gradient(const CrossEntropyCall<T>& call, int64_t row, const T* 
       exp_each(values);
       FASTNET_UNROLL for (int v = 0; v < kCount; ++v) {
         values[v] *= slope;
-        if constexpr (kOffset) values[v] -= offset * target_at(call, t, w, c + v * kStep);
+        if constexpr (kOffset) values[v] -= offset * weighted_target(call, t, w, c + v * kStep);
         store(g + c + v * kStep, values[v]);
       }
     };

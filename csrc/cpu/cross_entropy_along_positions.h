@@ -56,8 +56,8 @@ static void column_forward(const CrossEntropyCall<T>& call, Columns<T> x, Column
   }
   A maximum[kVectors * kStep], log_sum[kVectors * kStep];
   for (int v = 0; v < kVectors; ++v) {
-    *reinterpret_cast<UnalignedVec<A>*>(maximum + v * kStep) = sums[v].maximum;
-    *reinterpret_cast<UnalignedVec<A>*>(log_sum + v * kStep) = log(sums[v].exps);
+    store(maximum + v * kStep, sums[v].maximum);
+    store(log_sum + v * kStep, log(sums[v].exps));
   }
   double loss_sum = 0, divisor = 0;
   for (int64_t i = skip; i < count; ++i) {

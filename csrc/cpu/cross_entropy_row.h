@@ -26,8 +26,9 @@ FASTNET_INLINE A exp_of(A x) {
 // q at classes c, c + 1, ...: probabilities, smoothed, times the weights. Without probabilities
 // the weights alone, which is what smoothing spreads.
 template <class T>
-FASTNET_INLINE Vec<acc_t<T>> target_at(const CrossEntropyCall<T>& call, const T* probabilities,
-                                       const acc_t<T>* weight, int64_t c) {
+FASTNET_INLINE Vec<acc_t<T>> weighted_target(const CrossEntropyCall<T>& call,
+                                             const T* probabilities, const acc_t<T>* weight,
+                                             int64_t c) {
   using A = acc_t<T>;
   Vec<A> q = splat(A(1));
   if (probabilities) q = load(probabilities + c) * call.keep + call.spread;

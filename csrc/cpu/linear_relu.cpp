@@ -204,6 +204,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
       output = library_product(rows, torch::stable::transpose(weight, 0, 1));
     }
     output = torch::stable::view(output, with_last(input, N));
+    if (!kRelu && (!b || has_added)) return output;
     dispatch_float("linear_relu", input.scalar_type(), [&, N = N](auto type) {
       using T = decltype(type);
       const auto* bias_data = b && !has_added ? data<T>(*b) : nullptr;

@@ -65,18 +65,12 @@ bool are_sparse(const Tensor& images, const std::vector<MlpLayer>& layers, int64
   if (3 * units < 2 * width || width * layers.front().in > kMostWeights) return false;
   const int64_t n = images.size(0), K = images.size(1), sampled = std::min(n, kSampled);
   int64_t nonzero = 0;
-  const auto count = [&](const auto* pixels) {
+  with_pixels(images, [&](const auto* pixels) {
     for (int64_t i = 0; i < sampled; ++i) {
       const auto* const image = pixels + i * n / sampled * K;
       nonzero += K - std::count(image, image + K, 0);
     }
-  };
-  const void* const pixels = images.const_data_ptr();
-  if (images.scalar_type() == ScalarType::Byte) {
-    count(static_cast<const uint8_t*>(pixels));
-  } else {
-    count(static_cast<const float*>(pixels));
-  }
+  });
   return static_cast<double>(nonzero) < kMostNonzero * static_cast<double>(sampled * K);
 }
 
@@ -197,14 +191,10 @@ Tensor mlp_forward(const Tensor& images, const Tensor& scale, const Tensor& shif
       const int64_t from = block * kRows, rows = std::min(kRows, n - from);
       for (int64_t i = 0; i < rows; ++i) order[i] = from + i;
       float *x = one, *y = other;
-      if (images.scalar_type() == ScalarType::Byte) {
-        const auto* pixels = static_cast<const uint8_t*>(images.const_data_ptr());
+      with_pixels(images, [&](const auto* pixels) {
         FASTNET_BEST_ISA(
             mlp_gather_kernel(pixels, order, floats(scale), floats(shift), x, rows, K, 0, K));
-      } else {
-        FASTNET_BEST_ISA(mlp_gather_kernel(floats(images), order, floats(scale), floats(shift), x,
-                                           rows, K, 0, K));
-      }
+      });
       for (const MlpLayer& layer : layers) {
         float* const out = &layer == &layers.back() ? logits + from * C : y;
         const float* const bias = layer.bias.numel() > 0 ? floats(layer.bias) : nullptr;

@@ -3,11 +3,6 @@
 
 #include "linear_relu_kernels.h"
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
 // ---------------------------------------------------------------------------------------------
 // A batch: out (rows, k_end - k_begin) = images[order[row]] (K) · scale + shift
 
@@ -85,8 +80,8 @@ double mlp_loss_kernel(const float* const* parts, int64_t part_count, const floa
 }
 
 // ---------------------------------------------------------------------------------------------
-// dz (rows, width) = Σ_p parts[p][:, k_begin...] where h > 0, or everywhere. Rows of the parts are
-// `part_stride` wide, those of h `h_stride`.
+// dz (rows, width) = Σ_p parts[p] where h > 0, or everywhere. Rows of the parts are `part_stride`
+// wide, those of h `h_stride`.
 
 template <bool kRelu>
 void mlp_mask_kernel(const float* const* parts, int64_t part_count, int64_t part_stride,
@@ -255,11 +250,12 @@ void mlp_update_kernel(const float* dz, int64_t m_stride, int64_t n_stride, cons
       for (int64_t t = tile; t < tile_end; ++t) tile_at(vectors, t, k, skip);
     };
     int64_t k = 0;
-    for (; k + kWide <= K; k += kWide) tiles_at(Constant<kProductVectors>{}, k, 0);
+    for (; k + kWide <= K; k += kWide)
+      tiles_at(std::integral_constant<int, kProductVectors>{}, k, 0);
     // What is left reaches back over columns already done, and skips them.
     for (; k < K; k += kStep) {
       const int64_t from = k + kStep <= K ? k : K - kStep;
-      tiles_at(Constant<1>{}, from, k - from);
+      tiles_at(std::integral_constant<int, 1>{}, from, k - from);
     }
   };
   // Where weight and state stay in the second-level cache, all rows of a few columns, whose x stays

@@ -83,12 +83,12 @@ template <class Pass>
 FASTNET_INLINE void each_unit_vectors(int64_t vectors, const Pass& pass) {
   int64_t v = 0;
   for (; v + kMostUnitVectors <= vectors; v += kMostUnitVectors)
-    pass(Constant<kMostUnitVectors>{}, v);
+    pass(std::integral_constant<int, kMostUnitVectors>{}, v);
   if (v + 2 <= vectors) {
-    pass(Constant<2>{}, v);
+    pass(std::integral_constant<int, 2>{}, v);
     v += 2;
   }
-  if (v < vectors) pass(Constant<1>{}, v);
+  if (v < vectors) pass(std::integral_constant<int, 1>{}, v);
 }
 
 // out (M, units) = relu(base + z · wᵀ), rows `out_stride` apart; `is_own` says that so are as many
@@ -165,8 +165,8 @@ void mlp_sparse_grad_kernel(const float* values, const int32_t* columns, const i
             }
           };
           int64_t e = begin;
-          for (; e + kAtOnce <= end; e += kAtOnce) add(e, Constant<kAtOnce>{});
-          for (; e < end; ++e) add(e, Constant<1>{});
+          for (; e + kAtOnce <= end; e += kAtOnce) add(e, std::integral_constant<int, kAtOnce>{});
+          for (; e < end; ++e) add(e, std::integral_constant<int, 1>{});
         });
   }
 }

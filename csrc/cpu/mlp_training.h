@@ -11,8 +11,6 @@
 namespace fastnet {
 namespace {
 
-constexpr int64_t kWidestVector = 16;  // floats
-
 int64_t in_whole_vectors(int64_t count) {
   return divide_up(count, kWidestVector) * kWidestVector;
 }
@@ -28,6 +26,16 @@ Range share_of(int64_t items, int64_t thread, int64_t threads) {
 
 float* floats(const Tensor& tensor) {
   return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
+// Calls body(pixels) with those of images, of their type.
+template <class Body>
+void with_pixels(const Tensor& images, const Body& body) {
+  if (images.scalar_type() == ScalarType::Byte) {
+    body(static_cast<const uint8_t*>(images.const_data_ptr()));
+  } else {
+    body(static_cast<const float*>(images.const_data_ptr()));
+  }
 }
 
 struct Training {
@@ -73,14 +81,15 @@ struct Training {
 
 // So that the next batch, which lies anywhere, is on its way while this one is worked on.
 void prefetch(const Training& t, const int64_t* order, int64_t rows, Range columns) {
-  const int64_t size = t.images.scalar_type() == ScalarType::Byte ? 1 : 4;
-  const auto* pixels = static_cast<const char*>(t.images.const_data_ptr());
-  for (int64_t row = 0; row < rows; ++row) {
-    const char* const from = pixels + order[row] * t.layers.front().in * size;
-    for (int64_t at = columns.begin * size; at < columns.end * size; at += 64) {
-      __builtin_prefetch(from + at, 0, 2);
+  with_pixels(t.images, [&](const auto* pixels) {
+    constexpr int64_t kLine = 64 / sizeof(*pixels);
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto* const from = pixels + order[row] * t.layers.front().in;
+      for (int64_t at = columns.begin; at < columns.end; at += kLine) {
+        __builtin_prefetch(from + at, 0, 2);
+      }
     }
-  }
+  });
 }
 
 // What one thread has of a layer: its units, that is, rows of the weight; of the last layer,
@@ -205,17 +214,17 @@ Workspace::Workspace(const Training& training, int64_t thread) {
 }
 
 // The block's images, or what is not 0 of them.
-template <class Pixel>
 void gather(const Training& t, const int64_t* order, int64_t rows, const Workspace& space) {
-  const auto* pixels = static_cast<const Pixel*>(t.images.const_data_ptr());
   const int64_t K = t.layers.front().in;
-  if (t.is_sparse) {
-    FASTNET_BEST_ISA(
-        mlp_pick_kernel(pixels, order, t.scale, space.input, space.columns, space.begins, rows, K));
-  } else {
-    FASTNET_BEST_ISA(mlp_gather_kernel(pixels, order, t.scale, t.shift, space.input, rows, K,
-                                       space.pixels.begin, space.pixels.end));
-  }
+  with_pixels(t.images, [&](const auto* pixels) {
+    if (t.is_sparse) {
+      FASTNET_BEST_ISA(mlp_pick_kernel(pixels, order, t.scale, space.input, space.columns,
+                                       space.begins, rows, K));
+    } else {
+      FASTNET_BEST_ISA(mlp_gather_kernel(pixels, order, t.scale, t.shift, space.input, rows, K,
+                                         space.pixels.begin, space.pixels.end));
+    }
+  });
 }
 
 template <MlpOptimizer kOptimizer>
@@ -233,7 +242,6 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
   std::vector<const float*>& from_threads = space.from_threads;
   const Part& own = parts[L - 1];
   const int64_t width = own.width;
-  const bool is_uint8 = images.scalar_type() == ScalarType::Byte;
   double loss_sum = 0;
   int64_t right_sum = 0;
 
@@ -256,11 +264,7 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
     }
     M = std::min(block_rows, left);
     const bool is_last = M == left;
-    if (is_uint8) {
-      gather<uint8_t>(*this, order + done, M, space);
-    } else {
-      gather<float>(*this, order + done, M, space);
-    }
+    gather(*this, order + done, M, space);
 
     // Forward
     const float* x = input;

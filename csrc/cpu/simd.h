@@ -74,18 +74,15 @@ FASTNET_INLINE Vec<float> load(const bfloat16* from) {
 FASTNET_INLINE Vec<int32_t> load_bytes(const uint8_t* from) {
   using Bytes = typename VectorType<uint8_t, kLanes<float>>::unaligned;
   const Bytes* const bytes = reinterpret_cast<const Bytes*>(from);
-  Vec<int32_t> numbers;
 #if defined(__x86_64__)
+  // Said as a conversion, GCC makes it one byte at a time.
   if constexpr (kVectorBytes > 16) {
-    // Said as a conversion, GCC makes it one byte at a time.
+    Vec<int32_t> numbers;
     __asm__("vpmovzxbd %1, %0" : "=v"(numbers) : "m"(*bytes));
-  } else {
-    numbers = __builtin_convertvector(*bytes, Vec<int32_t>);
+    return numbers;
   }
-#else
-  numbers = __builtin_convertvector(*bytes, Vec<int32_t>);
 #endif
-  return numbers;
+  return __builtin_convertvector(*bytes, Vec<int32_t>);
 }
 
 FASTNET_INLINE void store(float* to, Vec<float> value) {
@@ -154,14 +151,11 @@ FASTNET_INLINE Vec<A> lane_index() {
 // ---------------------------------------------------------------------------------------------
 // Sums across lanes
 
+// The numbers of all lanes, for what is done with constants: 0, 1, 2, ...
 template <int... kLane>
-struct LaneList {};
-template <int kCount, int... kLane>
-struct MakeLanes : MakeLanes<kCount - 1, kCount - 1, kLane...> {};
-template <int... kLane>
-struct MakeLanes<0, kLane...> {
-  using type = LaneList<kLane...>;
-};
+using LaneList = std::integer_sequence<int, kLane...>;
+template <int kCount>
+using AllLanes = std::make_integer_sequence<int, kCount>;
 
 // Two vectors as the halves of one.
 template <class Half, int... kLane>
@@ -201,7 +195,7 @@ FASTNET_INLINE typename VectorType<A, kBytes>::type fold(
 template <class A>
 FASTNET_INLINE Vec4<A> reduce_add_4(Vec<A> v0, Vec<A> v1, Vec<A> v2, Vec<A> v3) {
   constexpr int kCount = kVectorBytes / sizeof(A);
-  constexpr typename MakeLanes<kCount>::type lanes{};
+  constexpr AllLanes<kCount> lanes{};
   const Vec<A> low = add_halves<1>(v0, v1, lanes), high = add_halves<1>(v2, v3, lanes);
   if constexpr (kCount == 2) {
     return Vec4<A>{low[0], low[1], high[0], high[1]};

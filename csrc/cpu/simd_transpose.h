@@ -7,7 +7,7 @@ FASTNET_INLINE typename VectorType<float, kBytes>::type load_fours(const float* 
   if constexpr (kBytes == 16) {
     return load_4(from);
   } else {
-    constexpr typename MakeLanes<kBytes / 4>::type lanes{};
+    constexpr AllLanes<kBytes / 4> lanes{};
     return join(load_fours<kBytes / 2>(from, next),
                 load_fours<kBytes / 2>(from + kBytes / 32 * next, next), lanes);
   }
@@ -60,8 +60,8 @@ FASTNET_INLINE void transpose(const From* from, int64_t from_row, To* to, int64_
   constexpr bool kByVectors =
       std::is_same_v<From, float> && std::is_same_v<To, float> && kVectorBytes > 16;
   constexpr int kStep = kLanes<float>;
-  constexpr typename MakeLanes<kStep>::type lanes{};
-  constexpr typename MakeLanes<4>::type four{};
+  constexpr AllLanes<kStep> lanes{};
+  constexpr AllLanes<4> four{};
   if (rows < 4 || columns < 4) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t column = 0; column < columns; ++column) {
