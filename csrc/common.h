@@ -140,19 +140,11 @@ Tensor call_native(const char* name, const char* overload, const Arguments&... a
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// An uninitialised dense tensor with the dtype (or the one named) and device of `like`. By the C
+// An uninitialised tensor with the dtype (or the one named) and device of `like`. By the C
 // interface, which takes a third of the dispatcher's time: at these sizes that is felt.
-inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                       std::optional<ScalarType> dtype = std::nullopt) {
-  constexpr size_t kInline = 8;
-  std::array<int64_t, kInline> few;
-  std::vector<int64_t> many(sizes.size() > kInline ? sizes.size() : 0);
-  int64_t* strides = many.empty() ? few.data() : many.data();
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= sizes[d] > 1 ? sizes[d] : 1;
-  }
+inline Tensor allocate_strided(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                               const int64_t* strides,
+                               std::optional<ScalarType> dtype = std::nullopt) {
   int32_t like_dtype, device_type, device_index;
   aoti_torch_get_dtype(like.get(), &like_dtype);
   aoti_torch_get_device_type(like.get(), &device_type);
@@ -165,6 +157,21 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
                                        like_dtype, device_type, device_index, &result),
               "fastnet: torch could not allocate a tensor of ", sizes.size(), " dimensions");
   return Tensor(result);
+}
+
+// The same, dense.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  constexpr size_t kInline = 8;
+  std::array<int64_t, kInline> few;
+  std::vector<int64_t> many(sizes.size() > kInline ? sizes.size() : 0);
+  int64_t* strides = many.empty() ? few.data() : many.data();
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  return allocate_strided(like, sizes, strides, dtype);
 }
 
 inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes) {

@@ -157,13 +157,12 @@ inline void check_conv_relu_pool_backward(const ConvReluPoolShape& shape, const 
 // is both; torch's own operators give it the strides of a contiguous one.
 inline Tensor allocate_image(const Tensor& like, const ConvReluPoolShape& shape, int64_t height,
                              int64_t width, std::optional<ScalarType> dtype = std::nullopt) {
-  if (!shape.channels_last || shape.K == 1) {
-    const std::array<int64_t, 4> sizes{shape.N, shape.K, height, width};
-    return allocate(like, sizes, dtype);
-  }
-  const std::array<int64_t, 4> sizes{shape.N, height, width, shape.K};
-  const Tensor dense = allocate(like, sizes, dtype);
-  return torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
+  const std::array<int64_t, 4> sizes{shape.N, shape.K, height, width};
+  if (!shape.channels_last || shape.K == 1) return allocate(like, sizes, dtype);
+  // No transposed view of a dense one: autograd would not let anybody write to what an op returns.
+  const int64_t row = std::max<int64_t>(1, width) * shape.K;
+  const std::array<int64_t, 4> strides{std::max<int64_t>(1, height) * row, 1, row, shape.K};
+  return allocate_strided(like, sizes, strides.data(), dtype);
 }
 
 // ---------------------------------------------------------------------------------------------

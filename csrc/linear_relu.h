@@ -83,4 +83,12 @@ inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t features) {
   return shape;
 }
 
+// A matrix (M, N) as (*, N). No view of it: autograd would not let anybody write to what an op
+// returns.
+inline Tensor with_leading(const Tensor& matrix, const std::vector<int64_t>& sizes) {
+  if (sizes.size() == 2) return matrix;
+  return call_native("aten::_unsafe_view", "", matrix,
+                     torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+}
+
 }  // namespace fastnet

@@ -235,8 +235,11 @@ def conv_relu_pool2d(
             output = ops.conv_relu_pool.apply(
                 batch, weight, bias, strides, paddings, dilations, groups
             )
+            if input.dim() == 4:
+                return output
+            # Max-pooling of three dimensions gives a contiguous result, whatever the convolution's.
             # No view: one that was made under no_grad may not be written to where gradients are on.
-            return output if input.dim() == 4 else _unsafe_view(output, output.shape[1:])
+            return _unsafe_view(output.contiguous(), output.shape[1:])
     z = F.conv2d(*given, stride, padding, dilation, groups)
     return F.max_pool2d(
         torch.relu(z), pool_kernel_size, pool_stride, pool_padding, ceil_mode=ceil_mode

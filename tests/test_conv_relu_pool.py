@@ -288,9 +288,23 @@ def test_unbatched(device):
     for channels in (4, 16):  # in both of Winograd's forms
         check((input[0, :channels], weight[:, :channels], bias), torch.float32, device, padding=1)
     assert conv_relu_pool2d(input[0], weight, bias).shape == (6, 3, 4)
-    with torch.no_grad():  # as torch's own, the result is no view, which could not be written to
-        output = conv_relu_pool2d(input[0], weight, bias)
-    output *= torch.ones((), requires_grad=True)
+
+
+@pytest.mark.usefixtures("nodes")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_results_are_no_views(memory_format):
+    """Which autograd lets nobody write to where an op returns them. Without a batch they are dense,
+    as torch's are."""
+    images = torch.randn(2, 16, 8, 8).to(memory_format=memory_format)
+    weight = torch.randn(6, 16, 3, 3).to(memory_format=memory_format).requires_grad_()
+    for input in (images, images[0]):
+        expected = F.max_pool2d(F.conv2d(input, weight).relu(), 2)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                output = conv_relu_pool2d(input, weight)
+            assert not output._is_view()
+            assert output.stride() == expected.stride()
+            output *= torch.ones((), requires_grad=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -99,6 +99,19 @@ def test_sums_of_any_length(M, K, N, device):
         check(*sample(((M,), K, N), dtype, device), dtype)
 
 
+@pytest.mark.usefixtures("nodes")
+@pytest.mark.parametrize("bias", [None, torch.ones(4, dtype=torch.bfloat16)], ids=["", "bias"])
+def test_results_are_no_views(bias):
+    """Which autograd lets nobody write to where an op returns them."""
+    weight = torch.randn(7, 4).t()  # for the library
+    for leading in ((5,), (2, 5)):
+        input = torch.randn(*leading, 7, requires_grad=True)
+        for x, w in ((input, weight), (input.bfloat16(), weight.bfloat16())):
+            b = None if bias is None else bias.to(x.dtype)
+            assert not linear_relu(x, w, b)._is_view()
+            assert not linear_relu(x.detach(), w, b)._is_view()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_half_types_are_rounded_once(transposed, device):
     """Numbers whose sums are exact in float32: a bias that is added to a rounded product shows."""

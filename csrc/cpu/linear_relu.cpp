@@ -203,7 +203,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
     } else {
       output = library_product(rows, torch::stable::transpose(weight, 0, 1));
     }
-    output = torch::stable::view(output, with_last(input, N));
+    output = with_leading(output, with_last(input, N));
     if (!kRelu && (!b || has_added)) return output;
     dispatch_float("linear_relu", input.scalar_type(), [&, N = N](auto type) {
       using T = decltype(type);
@@ -249,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                                     torch::stable::reshape(*input, {M, K}));
     }
     if (weight) {
-      grad_input = torch::stable::view(library_product(grad_z, *weight), with_last(output, K));
+      grad_input = with_leading(library_product(grad_z, *weight), with_last(output, K));
     }
     return {grad_input, grad_weight, grad_bias};
   }

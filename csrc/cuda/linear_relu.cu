@@ -243,7 +243,7 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight,
     const Tensor rows = torch::stable::reshape(input, {M, K});
     const Tensor weight_t = torch::stable::transpose(weight, 0, 1);
     if (bias) {
-      return torch::stable::view(addmm_relu(*bias, rows, weight_t), output_shape);
+      return with_leading(addmm_relu(*bias, rows, weight_t), output_shape);
     }
     const Tensor output = allocate(input, output_shape);
     Tensor product = torch::stable::view(output, {M, N});
