@@ -8,6 +8,8 @@ compiler="${CXX:-c++}"
 python=.venv/bin/python
 op_tests="tests/test_linear_relu.py tests/test_cross_entropy.py tests/test_conv_relu_pool.py
     tests/test_trainer.py"
+chosen="float64 or nan or wanted or bits or elsewhere and not hundred or global"
+chosen="$chosen or on_cuda and (hostile or factor)"
 "$python" -m pytest -q -p no:cacheprovider tests/test_emulation.py
 
 run() { # kind, library
@@ -18,7 +20,7 @@ run() { # kind, library
     # One thread: torch's own pool is not instrumented, and would be taken for racing.
     FASTNET_EMULATION="$1" LD_PRELOAD="$library" OMP_NUM_THREADS=1 \
         setarch --addr-no-randomize "$python" -m pytest -q -x -s -p no:cacheprovider $op_tests \
-        -k "emulated and (float64 or nan or wanted or bits or elsewhere and not hundred or global)" || exit 1
+        -k "emulated and ($chosen)" || exit 1
 }
 # Python and torch keep memory until the end on purpose.
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0

@@ -793,6 +793,18 @@ def test_batched_gradients(device):
     )
 
 
+def test_many_small_images_of_few_channels(device):
+    """On CUDA a block goes on with the next filters there, the last one with fewer."""
+    for channels in (1, 3):
+        for dtype in (torch.float32, torch.bfloat16):
+            input = torch.randint(-4, 5, (600, channels, 4, 3), device=device).to(dtype)
+            weight = torch.randint(-4, 5, (70, channels, 3, 3), device=device).to(dtype) / 4
+            bias = torch.randint(-4, 5, (70,), device=device).to(dtype)
+            output = conv_relu_pool2d(input, weight, bias, padding=1)
+            z = F.conv2d(input.double(), weight.double(), bias.double(), padding=1)
+            assert_near(output, F.max_pool2d(z.relu(), 2), dtype)
+
+
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_opcheck(memory_format, stride, device):

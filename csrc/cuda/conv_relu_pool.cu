@@ -51,9 +51,16 @@ void for_windows(int64_t count, bool packed, Run&& run) {
 template <class T, int kKernel>
 void launch_own(const ConvReluPoolCall<T>& call, cudaStream_t stream) {
   const unsigned tiles_x = blocks_for(call.Q, kWindowsX), tiles_y = blocks_for(call.P, kWindowsY);
-  launch(conv_relu_pool_forward_kernel<T, kKernel>,
-         dim3(static_cast<unsigned>(call.N) * tiles_x * tiles_y, blocks_for(call.K, kFilters)),
-         dim3(kWindowsX * kWindowsY), 0, stream, call, tiles_x, tiles_y);
+  const unsigned tiles = static_cast<unsigned>(call.N) * tiles_x * tiles_y;
+  const unsigned all = blocks_for(call.K, kFilters);
+  // A block that has loaded its input goes on with the next filters, as long as blocks are enough.
+  constexpr int64_t kFullBlocks = 2048;
+  const unsigned groups =
+      call.C > kChannels
+          ? 1
+          : static_cast<unsigned>(std::clamp<int64_t>(int64_t{tiles} * all / kFullBlocks, 1, all));
+  launch(conv_relu_pool_forward_kernel<T, kKernel>, dim3(tiles, blocks_for(all, groups)),
+         dim3(kWindowsX * kWindowsY), 0, stream, call, tiles_x, tiles_y, groups);
 }
 
 std::tuple<Tensor, Tensor> conv_relu_pool_forward(const Tensor& input, const Tensor& weight,

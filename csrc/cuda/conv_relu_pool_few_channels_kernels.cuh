@@ -21,27 +21,32 @@ struct ConvReluPoolCall {
   Strides4 output_at;  // of the codes, too
 };
 
-// An element of the padded input.
+// An element of the padded input. Of the padding the first element is read in its stead: a load
+// that hangs on no condition is on its way while others are asked for.
 template <class Call>
 __device__ __forceinline__ auto padded_input(const Call& call, int64_t n, int64_t c, int64_t y,
                                              int64_t x) {
   y -= call.pad_y;
   x -= call.pad_x;
   using A = decltype(widen(*call.input));
-  if (y < 0 || y >= call.H || x < 0 || x >= call.W) return A(0);
-  return widen(call.input[n * call.input_at.n + c * call.input_at.c + y * call.input_at.y +
-                          x * call.input_at.x]);
+  const bool is_there = y >= 0 && y < call.H && x >= 0 && x < call.W;
+  const int64_t at =
+      n * call.input_at.n + c * call.input_at.c + y * call.input_at.y + x * call.input_at.x;
+  const A value = widen(call.input[is_there ? at : 0]);
+  return is_there ? value : A(0);
 }
 
 // ---------------------------------------------------------------------------------------------
 // The convolution of our own. A block has 16 x 8 windows of an image, one a thread, for kFilters
-// filters; input and weights go through shared memory, kChannels channels at a time.
+// filters, then the next ones, `groups` of them; input and weights go through shared memory,
+// kChannels channels at a time. An input of no more stays there for all groups.
 
 inline constexpr int kWindowsX = 16, kWindowsY = 8, kFilters = 8, kChannels = 4;
 
 template <class T, int kKernel>
 __global__ void __launch_bounds__(kWindowsX* kWindowsY)
-    conv_relu_pool_forward_kernel(ConvReluPoolCall<T> call, unsigned tiles_x, unsigned tiles_y) {
+    conv_relu_pool_forward_kernel(ConvReluPoolCall<T> call, unsigned tiles_x, unsigned tiles_y,
+                                  unsigned groups) {
   using A = acc_t<T>;
   constexpr int kRows = 2 * kWindowsY + kKernel - 1, kColumns = 2 * kWindowsX + kKernel - 1;
   constexpr int kThreads = kWindowsX * kWindowsY, kTaps = kKernel * kKernel;
@@ -53,84 +58,88 @@ __global__ void __launch_bounds__(kWindowsX* kWindowsY)
   const int64_t n = blockIdx.x / (tiles_x * tiles_y);
   const int64_t tile = blockIdx.x % (tiles_x * tiles_y);
   const int64_t p_first = tile / tiles_x * kWindowsY, q_first = tile % tiles_x * kWindowsX;
-  const int64_t k_first = static_cast<int64_t>(blockIdx.y) * kFilters;
-
-  if (thread == 0) met_infinity = 0;
-  __syncthreads();  // before anybody may set it
-  A sum[kFilters][4];
+  for (unsigned group = 0; group < groups; ++group) {
+    const int64_t k_first = (static_cast<int64_t>(blockIdx.y) * groups + group) * kFilters;
+    if (k_first >= call.K) break;
+    if (thread == 0) met_infinity = 0;
+    __syncthreads();  // before anybody may set it
+    A sum[kFilters][4];
 #pragma unroll
-  for (int k = 0; k < kFilters; ++k) {
-    const A start = call.bias && k_first + k < call.K ? widen(call.bias[k_first + k]) : A(0);
+    for (int k = 0; k < kFilters; ++k) {
+      const A start = call.bias && k_first + k < call.K ? widen(call.bias[k_first + k]) : A(0);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[k][i] = start;
-  }
-  for (int64_t c_first = 0; c_first < call.C; c_first += kChannels) {
-    const int channels =
-        static_cast<int>(call.C - c_first < kChannels ? call.C - c_first : kChannels);
-    for (int i = thread; i < channels * kRows * kColumns; i += kThreads) {
-      const int x = i % kColumns, y = i / kColumns % kRows, c = i / (kColumns * kRows);
-      input[c][y][x] = padded_input(call, n, c_first + c, 2 * p_first + y, 2 * q_first + x);
+      for (int i = 0; i < 4; ++i) sum[k][i] = start;
     }
-    for (int i = thread; i < channels * kFilters * kTaps; i += kThreads) {
-      const int tap = i % kTaps, k = i / kTaps % kFilters, c = i / (kTaps * kFilters);
-      const A w = k_first + k < call.K ? widen(call.weight[(k_first + k) * call.weight_at.n +
-                                                           (c_first + c) * call.weight_at.c +
-                                                           tap / kKernel * call.weight_at.y +
-                                                           tap % kKernel * call.weight_at.x])
-                                       : A(0);
-      weights[c][tap].elements[k] = w;
-      if (w - w != A(0)) atomicMax(&met_infinity, 1);
-    }
-    __syncthreads();  // what others have loaded
-    if (met_infinity) {
-      const int64_t y = 2 * (p_first + window_y) - call.pad_y;
-      const int64_t x = 2 * (q_first + window_x) - call.pad_x;
-      for (int i = 0; i < channels * kTaps * 4; ++i) {
-        const int position = i % 4, tap = i / 4 % kTaps, c = i / (4 * kTaps);
-        const int dy = tap / kKernel + position / 2, dx = tap % kKernel + position % 2;
-        if (y + dy < 0 || y + dy >= call.H || x + dx < 0 || x + dx >= call.W) continue;
-        const A value = input[c][2 * window_y + dy][2 * window_x + dx];
+    for (int64_t c_first = 0; c_first < call.C; c_first += kChannels) {
+      const int channels =
+          static_cast<int>(call.C - c_first < kChannels ? call.C - c_first : kChannels);
+      const int elements = group == 0 || call.C > kChannels ? channels * kRows * kColumns : 0;
+#pragma unroll 4
+      for (int i = thread; i < elements; i += kThreads) {
+        const int x = i % kColumns, y = i / kColumns % kRows, c = i / (kColumns * kRows);
+        input[c][y][x] = padded_input(call, n, c_first + c, 2 * p_first + y, 2 * q_first + x);
+      }
+      for (int i = thread; i < channels * kFilters * kTaps; i += kThreads) {
+        const int tap = i % kTaps, k = i / kTaps % kFilters, c = i / (kTaps * kFilters);
+        const A w = k_first + k < call.K ? widen(call.weight[(k_first + k) * call.weight_at.n +
+                                                             (c_first + c) * call.weight_at.c +
+                                                             tap / kKernel * call.weight_at.y +
+                                                             tap % kKernel * call.weight_at.x])
+                                         : A(0);
+        weights[c][tap].elements[k] = w;
+        if (w - w != A(0)) atomicMax(&met_infinity, 1);
+      }
+      __syncthreads();  // what others have loaded
+      if (met_infinity) {
+        const int64_t y = 2 * (p_first + window_y) - call.pad_y;
+        const int64_t x = 2 * (q_first + window_x) - call.pad_x;
+        for (int i = 0; i < channels * kTaps * 4; ++i) {
+          const int position = i % 4, tap = i / 4 % kTaps, c = i / (4 * kTaps);
+          const int dy = tap / kKernel + position / 2, dx = tap % kKernel + position % 2;
+          if (y + dy < 0 || y + dy >= call.H || x + dx < 0 || x + dx >= call.W) continue;
+          const A value = input[c][2 * window_y + dy][2 * window_x + dx];
 #pragma unroll
-        for (int k = 0; k < kFilters; ++k) {
-          const A product = weights[c][tap].elements[k] * value;
-          if (position == 0) sum[k][0] += product;  // registers have no address
-          if (position == 1) sum[k][1] += product;
-          if (position == 2) sum[k][2] += product;
-          if (position == 3) sum[k][3] += product;
+          for (int k = 0; k < kFilters; ++k) {
+            const A product = weights[c][tap].elements[k] * value;
+            if (position == 0) sum[k][0] += product;  // registers have no address
+            if (position == 1) sum[k][1] += product;
+            if (position == 2) sum[k][2] += product;
+            if (position == 3) sum[k][3] += product;
+          }
         }
+        __syncthreads();  // as below
+        continue;
       }
-      __syncthreads();  // as below
-      continue;
-    }
-    for (int c = 0; c < channels; ++c) {
-      A patch[kPatch][kPatch];
+      for (int c = 0; c < channels; ++c) {
+        A patch[kPatch][kPatch];
 #pragma unroll
-      for (int y = 0; y < kPatch; ++y) {
+        for (int y = 0; y < kPatch; ++y) {
 #pragma unroll
-        for (int x = 0; x < kPatch; ++x) patch[y][x] = input[c][2 * window_y + y][2 * window_x + x];
-      }
+          for (int x = 0; x < kPatch; ++x)
+            patch[y][x] = input[c][2 * window_y + y][2 * window_x + x];
+        }
 #pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const Pack<A, kFilters> w = weights[c][tap];
+        for (int tap = 0; tap < kTaps; ++tap) {
+          const Pack<A, kFilters> w = weights[c][tap];
 #pragma unroll
-        for (int k = 0; k < kFilters; ++k) {
+          for (int k = 0; k < kFilters; ++k) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            sum[k][i] += w.elements[k] * patch[tap / kKernel + i / 2][tap % kKernel + i % 2];
+            for (int i = 0; i < 4; ++i) {
+              sum[k][i] += w.elements[k] * patch[tap / kKernel + i / 2][tap % kKernel + i % 2];
+            }
           }
         }
       }
+      __syncthreads();  // before the next channels take their place
     }
-    __syncthreads();  // before the next channels take their place
-  }
-  const int64_t p = p_first + window_y, q = q_first + window_x;
-  if (p >= call.P || q >= call.Q) return;
+    const int64_t p = p_first + window_y, q = q_first + window_x;
 #pragma unroll
-  for (int k = 0; k < kFilters; ++k) {
-    if (k_first + k >= call.K) break;
-    const int64_t at = n * call.output_at.n + (k_first + k) * call.output_at.c +
-                       p * call.output_at.y + q * call.output_at.x;
-    write_window<T, A>(sum[k], call.output + at, call.codes + at);
+    for (int k = 0; k < kFilters; ++k) {
+      if (k_first + k >= call.K || p >= call.P || q >= call.Q) break;
+      const int64_t at = n * call.output_at.n + (k_first + k) * call.output_at.c +
+                         p * call.output_at.y + q * call.output_at.x;
+      write_window<T, A>(sum[k], call.output + at, call.codes + at);
+    }
   }
 }
 
@@ -156,7 +165,7 @@ struct WeightGradientCall {
 };
 
 template <class T, int kKernel, int kChannels>
-__global__ void __launch_bounds__(kWarp* kGradientWarps)
+__global__ void __launch_bounds__(kWarp* kGradientWarps, 3)
     weight_gradient_kernel(WeightGradientCall<T> call) {
   constexpr int kRows = 2 * kWindowsY + kKernel - 1, kColumns = 2 * kWindowsX + kKernel - 1;
   constexpr int kThreads = kWarp * kGradientWarps, kTaps = kKernel * kKernel;
@@ -186,30 +195,43 @@ __global__ void __launch_bounds__(kWarp* kGradientWarps)
     if (thread == 0) met_infinity = 0;
     __syncthreads();  // before anybody may set it
     bool is_finite = true;
+#pragma unroll 4
     for (int i = thread; i < kChannels * kRows * kColumns; i += kThreads) {
       const int x = i % kColumns, y = i / kColumns % kRows, c = i / (kColumns * kRows);
       const float value = padded_input(call, n, c_first + c, 2 * p_first + y, 2 * q_first + x);
       is_finite = is_finite && value - value == 0;
       loaded.input[c][y][x] = value;
     }
-    for (int i = thread; i < kGradientFilters * kTile; i += kThreads) {
-      // Neighbouring threads have neighbouring windows, or filters where those lie side by side.
-      const bool by_filter = call.grad_output_at.c == 1;
-      const int k = by_filter ? i % kGradientFilters : i / kTile;
-      const int window = by_filter ? i / kGradientFilters : i % kTile;
-      const int64_t p = p_first + window / kWindowsX, q = q_first + window % kWindowsX;
-      uint8_t code = kDead;
-      float grad = 0;
-      if (k_first + k < call.K && p < call.P && q < call.Q) {
-        const auto offset = [&](const Strides4& at) {
-          return n * at.n + (k_first + k) * at.c + p * at.y + q * at.x;
+    // Neighbouring threads have neighbouring windows, or filters where those lie side by side. Some
+    // loads of each are on their way before the first is waited for.
+    const bool by_filter = call.grad_output_at.c == 1;
+    constexpr int kAtOnce = 4, kTurn = kAtOnce * kThreads;
+    static_assert(kGradientFilters * kTile % kTurn == 0);
+    for (int first = thread; first < kGradientFilters * kTile + thread; first += kTurn) {
+      uint8_t codes[kAtOnce];
+      float grads[kAtOnce];
+      const auto filter_of = [&](int i) { return by_filter ? i % kGradientFilters : i / kTile; };
+      const auto window_of = [&](int i) { return by_filter ? i / kGradientFilters : i % kTile; };
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int k = filter_of(first + j * kThreads), window = window_of(first + j * kThreads);
+        const int64_t p = p_first + window / kWindowsX, q = q_first + window % kWindowsX;
+        const bool is_there = k_first + k < call.K && p < call.P && q < call.Q;
+        const auto offset = [&](const Strides4& at) {  // where there is none, of the first element
+          return is_there ? n * at.n + (k_first + k) * at.c + p * at.y + q * at.x : 0;
         };
-        code = call.codes[offset(call.codes_at)];
-        if (code < kDead) grad = widen(call.grad_output[offset(call.grad_output_at)]);
+        const uint8_t code = call.codes[offset(call.codes_at)];
+        codes[j] = is_there ? code : kDead;
+        grads[j] = widen(call.grad_output[offset(call.grad_output_at)]);
       }
-      is_finite = is_finite && grad - grad == 0;
-      loaded.codes[k][window] = code;
-      loaded.grads[k][window] = grad;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int k = filter_of(first + j * kThreads), window = window_of(first + j * kThreads);
+        const float grad = codes[j] < kDead ? grads[j] : 0;
+        is_finite = is_finite && grad - grad == 0;
+        loaded.codes[k][window] = codes[j];
+        loaded.grads[k][window] = grad;
+      }
     }
     if (!is_finite) atomicMax(&met_infinity, 1);
     __syncthreads();  // what others have loaded
