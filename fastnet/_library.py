@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 import warnings
 from pathlib import Path
@@ -20,6 +21,14 @@ except ImportError as error:
         f"fastnet's compiled kernels could not be loaded ({error}). They are built by "
         "`pip install .` in the source folder; an editable checkout builds them with `make build`."
     ) from error
+
+# Which compares the variable with these alone, and takes anything else for "all that there is".
+ISAS = ("baseline", "avx2", "avx512")
+if os.environ.get("FASTNET_CPU_ISA", "") not in ("", *ISAS):
+    raise ImportError(
+        f"FASTNET_CPU_ISA must be one of {', '.join(ISAS)}, not "
+        f"{os.environ['FASTNET_CPU_ISA']!r}: the widest vectors that fastnet may use."
+    )
 
 
 def _load_cuda() -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +22,17 @@ from fastnet.cli import main
 from fastnet.recipes import COMPARISONS, RECIPES
 from fastnet.recipes.files import load_checkpoint
 
+# Processes start in other folders, where Python finds the fastnet that is installed.
+THIS = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
 
 def process(*arguments: str, cwd) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "fastnet", *arguments], cwd=cwd, capture_output=True, text=True
+        [sys.executable, "-m", "fastnet", *arguments],
+        cwd=cwd,
+        env=THIS,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -116,6 +125,7 @@ def test_interrupt_keeps_the_last_finished_epoch(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "fastnet", "train", "mnist-net", "--epochs", "1000"],
         cwd=tmp_path,
+        env=THIS,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -143,7 +153,10 @@ def test_interrupt_keeps_the_last_finished_epoch(tmp_path):
 def test_killed_at_any_moment_a_run_loses_one_epoch_at_most(seconds, tmp_path):
     arguments = ["train", "mnist-net", "--log-every", "0", "--epochs"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastnet", *arguments, "1000"], cwd=tmp_path, stdout=subprocess.PIPE
+        [sys.executable, "-m", "fastnet", *arguments, "1000"],
+        cwd=tmp_path,
+        env=THIS,
+        stdout=subprocess.PIPE,
     )
     process.stdout.readline()  # it has begun
     run = tmp_path / "runs" / "mnist-net"

@@ -191,6 +191,17 @@ def test_cards_that_kernels_were_built_for(listed, card, is_built, monkeypatch):
     assert _library.is_built_for.__wrapped__(0) == is_built
 
 
+def test_vectors_that_there_are_not():
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastnet"],
+        cwd=ROOT,
+        env={**os.environ, "FASTNET_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+    )
+    assert "must be one of baseline, avx2, avx512, not 'AVX2'" in done.stderr
+
+
 def test_kernels_import_without_the_extras():
     program = (
         "import sys\n"

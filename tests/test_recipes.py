@@ -292,6 +292,7 @@ def test_schedulers(schedule, rates, digits, tmp_path):
         ("mnist-net", {"schedule": {"gamma": 0.5}}, "--gamma is for other schedulers than none"),
         ("mnist-net", {"schedule": {"name": "StepLR", "patience": 2}}, "--patience is for other"),
         ("mnist-net", {"schedule": {"name": "StepLR", "gamma": -1.0}}, "--gamma must be above 0"),
+        ("mnist-net", {"schedule": {"name": "StepLR", "gamma": math.inf}}, "below inf, not inf"),
         (
             "mnist-net",
             {"schedule": {"name": "ReduceLROnPlateau", "gamma": 1.0}},

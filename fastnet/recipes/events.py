@@ -25,7 +25,7 @@ def event_log(folder: Path | None, epoch: int) -> Iterator[Callable[[dict], None
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise FastnetError(
-            f"--tensorboard needs a package ({error}): pip install tensorboard."
+            f"--tensorboard needs a package ({error}): pip install 'fastnet[tensorboard]'."
         ) from error
 
     def write(row: dict) -> None:

@@ -14,7 +14,7 @@ import torch
 from fastnet.errors import FastnetError
 
 CHECKPOINT_FORMAT = 2
-# The files that every run writes.
+# The files that runs write.
 OURS = (
     "best.pt",
     "checkpoint.pt",
@@ -85,12 +85,11 @@ def load_checkpoint(path: Path, recipe: str | None = None) -> dict[str, Any]:
     except Exception as error:
         raise FastnetError(
             f"{path} is not a checkpoint that fastnet wrote, or is damaged; delete it, or name "
-            "another folder with --out."
+            "another folder."
         ) from error
     if recipe not in (None, made_for):
         raise FastnetError(
-            f"{path} is a checkpoint of {made_for}, not of {recipe}; name another folder with "
-            "--out."
+            f"{path} is a checkpoint of {made_for}, not of {recipe}; name another folder."
         )
     if not known_format:
         raise FastnetError(

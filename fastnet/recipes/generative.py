@@ -63,7 +63,7 @@ GAN_RECIPE = Recipe(
 LSGAN = replace(
     GAN_RECIPE,
     name="lsgan",
-    summary="the same with the least-squares loss",
+    summary="a GAN with the least-squares loss, on MNIST or Fashion-MNIST; Adam, lr 0.0002",
     loss=AdversarialLoss(least_squares=True),
 )
 DCGAN_RECIPE = replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,9 +51,9 @@ class Schedule:
             )
         if self.name == "MultiStepLR" and not self.milestones:
             raise FastnetError("--scheduler MultiStepLR needs --milestones, such as 10,20.")
-        if not self.gamma > 0 or (self.name == "ReduceLROnPlateau" and self.gamma >= 1):
-            above = " and below 1" if self.name == "ReduceLROnPlateau" else ""
-            raise FastnetError(f"--gamma must be above 0{above}, not {self.gamma}.")
+        below = 1 if self.name == "ReduceLROnPlateau" else math.inf
+        if not 0 < self.gamma < below:
+            raise FastnetError(f"--gamma must be above 0 and below {below}, not {self.gamma}.")
 
     def of(self, optimizer: torch.optim.Optimizer):
         """The scheduler of an optimizer; None for none."""

@@ -86,7 +86,7 @@ SOFTMAX_REGRESSION = Recipe(
 SOFTMAX_REGRESSION_SCRATCH = replace(
     SOFTMAX_REGRESSION,
     name="softmax-regression-scratch",
-    summary="the same with softmax, cross-entropy, accuracy and SGD written by hand",
+    summary="784-10 with softmax, cross-entropy, accuracy and SGD written by hand",
     model=lambda shape, classes, backend: scratch.SoftmaxRegression(math.prod(shape), classes),  # noqa: ARG005
     optimizer=partial(scratch.SGD, lr=0.1),
     loss=scratch.cross_entropy,
@@ -105,7 +105,7 @@ LOGISTIC_REGRESSION = replace(
 LOGISTIC_REGRESSION_SCRATCH = replace(
     LOGISTIC_REGRESSION,
     name="logistic-regression-scratch",
-    summary="the same with log-softmax, its loss and SGD written by hand",
+    summary="784-10 with log-softmax, its loss and SGD written by hand",
     model=lambda shape, classes, backend: scratch.LogisticRegression(math.prod(shape), classes),  # noqa: ARG005
     optimizer=partial(scratch.SGD, lr=0.1),
     loss=scratch.nll,
