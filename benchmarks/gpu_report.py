@@ -167,37 +167,16 @@ def sanitize(tool: str, out: Path) -> Part:
     return run(tool, [*command, "-q", "-x", *SHORT_TESTS, "-k", SHORT], out, is_asked=True)
 
 
-def in_best_format(rows: list[dict]) -> list[dict]:
-    """fastnet's row of every case, in the better of the memory formats that it was timed in, with
-    its ratio to the best of the others. `format` says which that is where it was not told one."""
-    cases: dict[tuple, list[dict]] = {}
-    for row in rows:
-        key = row["op"], row["case"], row["mode"], row.get("threads")
-        cases.setdefault(key, []).append(row)
-    last = f"{FASTNET}, channels_last"
-    chosen = []
-    for sides in cases.values():
-        ours = [row for row in sides if row["side"] in (FASTNET, last)]
-        others = [float(r["median_us"]) for r in sides if not r["side"].startswith(FASTNET)]
-        if not ours:
-            continue
-        best = min(ours, key=lambda row: float(row["median_us"]))
-        ratio = best["ratio"]
-        if len(ours) > 1:
-            ratio = str(min(others, default=float("nan")) / float(best["median_us"]))
-        chosen.append({**best, "ratio": ratio, "format": best["side"].removeprefix(FASTNET)})
-    return chosen
-
-
 def figures(rows: list[dict], op: str) -> str:
     """A line for every case of an op: in each mode fastnet's ratio, its microseconds and, where a
     graph takes the card's own time, its share of what the card can do."""
     cases: dict[str, list[str]] = {}
-    for row in in_best_format(rows):
+    for row in rows:
         if row["op"] != op:
             continue
         share = max(float(row[of]) / float(row[f"{of}_limit"]) for of in ("gbs", "gflops"))
-        words = [row["mode"].replace("forward+backward", "both") + row["format"]]
+        layout = row["side"].removeprefix(FASTNET)
+        words = [row["mode"].replace("forward+backward", "both") + layout]
         words += [f"{float(row['ratio']):.2f}x", f"{float(row['median_us']):.1f}"]
         words += [f"{share:.0%}"] * (row["mode"].endswith("graph") and share > 0)
         cases.setdefault(row["case"], []).append(" ".join(words))
@@ -229,9 +208,10 @@ def report(parts: list[Part], rows: list[dict], card: dict, out: Path) -> Path:
             "| op | case | mode | fastnet, µs | ratio | peak, MB | of copy | of GEMM |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for row in in_best_format(rows):
+        for row in rows:
+            layout = row["side"].removeprefix(FASTNET)
             lines.append(
-                f"| {row['op']} | {row['case']} | {row['mode']}{row['format']} | "
+                f"| {row['op']} | {row['case']} | {row['mode']}{layout} | "
                 f"{float(row['median_us']):.1f} | {float(row['ratio']):.2f} | {row['peak_mb']} | "
                 f"{float(row['gbs']) / float(row['gbs_limit']):.1%} | "
                 f"{float(row['gflops']) / float(row['gflops_limit']):.1%} |"
@@ -313,14 +293,15 @@ def main() -> int:
 
 
 def timed_rows(out: Path) -> list[dict]:
-    """What has been timed until now, which is copied to the committed results, too."""
+    """fastnet's rows of what has been timed until now, in the better memory format. The file is
+    copied to the committed results, too."""
     from fastnet.bench import machine, results
 
     table = out / f"{machine.device_slug()}.csv"
     rows = list(results.read(table).values())
     if rows:
         shutil.copy(table, ROOT / results.RESULTS)
-    return rows
+    return [row for row in rows if results.has_ratio(row)]
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def speed_ups(rows: Iterable[Row], title: str, modes: tuple[str, ...] = MODES) -
         modes: which of them.
     """
     panels: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    for row in of_a_training([row for row in _ours(rows) if row["mode"] in modes]):
+    rows = [row for row in rows if row["mode"] in modes and results.has_ratio(row)]
+    for row in of_a_training(rows):
         cases = panels.setdefault((row["op"], row["mode"]), {})
         cases.setdefault(row["case"], {})[row["threads"]] = float(row["ratio"])
     heights = [1.2 + 0.28 * len(cases) for cases in panels.values()]
@@ -140,7 +141,8 @@ def scaling(rows: Iterable[Row], title: str) -> Figure:
     """
     rows = [row for row in rows if row["mode"] in MODES]
     most = max((row["threads"] for row in rows), key=int, default="1")
-    curved = [row for row in _ours(rows) if row["series"] and row["threads"] == most]
+    ours = [row for row in rows if row["threads"] == most and results.has_ratio(row)]
+    curved = [row for row in ours if row["series"]]
     by_op: dict[str, dict[str, list[Row]]] = {}
     for row in curved:
         by_op.setdefault(row["op"], {}).setdefault(row["series"], []).append(row)
@@ -219,10 +221,6 @@ def _threads(axes: Axes, rows: list[Row]) -> None:
     axes.legend(fontsize=7)
 
 
-def _ours(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row["side"] == results.FASTNET]
-
-
 def of_a_training(rows: list[Row]) -> list[Row]:
     """Of every series and dtype the case whose batch is nearest to 64, of those timed with any
     number of threads, and all that are in none."""
@@ -246,7 +244,7 @@ def _pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
         cases.setdefault((row["op"], row["case"], row["mode"], row["threads"]), []).append(row)
     pairs = []
     for sides in cases.values():
-        ours = _ours(sides)
+        ours = list(filter(results.has_ratio, sides))
         others = [row for row in sides if not row["side"].startswith(results.FASTNET)]
         if ours and others:
             pairs.append((ours[0], min(others, key=lambda row: float(row["median_us"]))))

@@ -15,6 +15,8 @@ from fastnet.recipes.files import write_whole
 # In a checkout this is where the committed ones are.
 RESULTS = Path("benchmarks") / "results"
 FASTNET = "fastnet"
+# The sides that are fastnet in a memory format. The better one has the case's ratio.
+FORMATS = (FASTNET, f"{FASTNET}, channels_last")
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Row:
     gbs_limit: float  # and a large copy
     peak_mb: float  # of 10^6 bytes, above what was allocated before
     saved_mb: float  # kept by autograd for the backward pass
-    ratio: float  # the best other side's median over this one's; only for fastnet
+    ratio: float  # the best other side's median over this one's; only for fastnet's better one
     calls: int
     series: str
     x: float
@@ -63,6 +65,11 @@ def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
     with path.open(newline="") as file:
         rows = [{**empty, **row} for row in csv.DictReader(file)]
     return {tuple(row[name] for name in KEY): row for row in rows}
+
+
+def has_ratio(row: dict[str, str]) -> bool:
+    """Whether a line of a file is fastnet's of its case, in the better memory format."""
+    return row["side"] in FORMATS and row["ratio"] not in ("", "nan")
 
 
 def save(rows: list[Row], folder: Path = RESULTS) -> Path:
@@ -98,12 +105,12 @@ def fallen(rows: list[Row], folder: Path = RESULTS, share: float = 0.8) -> list[
     before = read(path)
     if not before:
         raise FastnetError(f"There is no {path} to compare with: run without --check first.")
+    ratios = {key[:4]: float(row["ratio"]) for key, row in before.items() if has_ratio(row)}
     return [
         f"{row.op} {row.case} {row.mode}, {row.threads} threads: {row.ratio:.2f}, was "
-        f"{float(before[row.key]['ratio']):.2f}"
+        f"{ratios[row.key[:4]]:.2f}"
         for row in rows
-        if row.side == FASTNET and row.key in before
-        if row.ratio < share * float(before[row.key]["ratio"])
+        if row.key[:4] in ratios and row.ratio < share * ratios[row.key[:4]]
     ]
 
 
@@ -115,7 +122,7 @@ def table(rows: Iterable[Row]) -> str:
     for row in rows:
         cases.setdefault(row.key[:4], []).append(row)
     for (op, case, mode, threads), sides in cases.items():
-        ours = next((row for row in sides if row.side == FASTNET), None)
+        ours = next((row for row in sides if row.ratio == row.ratio), None)  # which is not NaN
         ratio = ours.ratio if ours else float("nan")
         share = max(ours.gflops / ours.gflops_limit, ours.gbs / ours.gbs_limit) if ours else 0.0
         of_limit = f"{share:4.0%} of limit" if share else ""
