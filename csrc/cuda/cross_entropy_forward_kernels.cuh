@@ -13,17 +13,33 @@ inline constexpr int kRowWarps = 8, kMaxWarps = 32;
 template <class T, int kPerLane>
 inline constexpr int kRowWarpsAlone = kPerLane * sizeof(acc_t<T>) <= 32 ? kMaxWarps : kRowWarps;
 
+// Sums over a block's warps of numbers that their first lanes have, in its first warp. The order of
+// additions is fixed. `shared` has room for each warp's.
+template <int kNumbers>
+__device__ __forceinline__ void sum_warps(double (&sums)[kNumbers], double (*shared)[kNumbers],
+                                          int warp, int warps) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kNumbers; ++i) {
+    if (lane == 0) shared[warp][i] = sums[i];
+  }
+  __syncthreads();  // the first warp reads what every warp has written
+  if (warp > 0) return;
+#pragma unroll
+  for (int i = 0; i < kNumbers; ++i) sums[i] = warp_sum(lane < warps ? shared[lane][i] : 0.0);
+}
+
 // One warp per row, kPerLane classes to a lane: 32 · kPerLane >= C. A block that is alone in its
 // grid also sums the rows' losses: the whole loss is one launch.
 template <class T, int kPerLane>
 __global__ void __launch_bounds__(kWarp* kRowWarpsAlone<T, kPerLane>)
     warp_row_kernel(CrossEntropyCall<T> call) {
   using A = acc_t<T>;
-  __shared__ double loss_sums[kMaxWarps], count_sums[kMaxWarps];
+  __shared__ double of_warps[kMaxWarps][2];
   const int lane = threadIdx.x, warps = blockDim.y;
   const int classes = static_cast<int>(call.C);  // at most 32 · kPerLane
   const int64_t step = kWarp * call.logits_at.cls;
-  double loss_sum = 0, count_sum = 0;
+  double sums_of_rows[2] = {};  // losses, counts
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.y; row < call.rows;
        row += static_cast<int64_t>(gridDim.x) * warps) {
     const T* const x = call.logits + call.first(call.logits_at, row) + lane * call.logits_at.cls;
@@ -66,23 +82,16 @@ __global__ void __launch_bounds__(kWarp* kRowWarpsAlone<T, kPerLane>)
     }
     if (lane == 0) {
       const RowResult<A> result = finish_row(call, row, sums);
-      loss_sum += static_cast<double>(result.loss);
-      count_sum += static_cast<double>(result.count);
+      sums_of_rows[0] += static_cast<double>(result.loss);
+      sums_of_rows[1] += static_cast<double>(result.count);
     }
   }
   if (!call.loss) return;  // the same for every thread, so none waits below
-  if (lane == 0) {
-    loss_sums[threadIdx.y] = loss_sum;
-    count_sums[threadIdx.y] = count_sum;
-  }
-  __syncthreads();  // the first thread reads what every warp has written
+  sum_warps(sums_of_rows, of_warps, static_cast<int>(threadIdx.y), warps);
   if (lane == 0 && threadIdx.y == 0) {
-    for (int w = 1; w < warps; ++w) {
-      loss_sum += loss_sums[w];
-      count_sum += count_sums[w];
-    }
-    *call.divisor = static_cast<A>(count_sum);
-    *call.loss = static_cast<A>(call.is_mean ? loss_sum / count_sum : loss_sum);
+    const auto [loss, count] = sums_of_rows;
+    *call.divisor = static_cast<A>(count);
+    *call.loss = static_cast<A>(call.is_mean ? loss / count : loss);
   }
 }
 
@@ -228,26 +237,17 @@ inline constexpr int kSumThreads = 1024;
 template <class A>
 __global__ void sum_losses_kernel(const A* losses, const A* counts, int64_t rows, A* loss,
                                   A* divisor, bool is_mean) {
-  __shared__ double loss_sums[kSumThreads / kWarp], count_sums[kSumThreads / kWarp];
-  double loss_sum = 0, count_sum = 0;
+  __shared__ double of_warps[kSumThreads / kWarp][2];
+  double sums[2] = {};  // losses, counts
   for (int64_t row = threadIdx.x; row < rows; row += kSumThreads) {
-    if (loss) loss_sum += static_cast<double>(losses[row]);
-    count_sum += static_cast<double>(counts[row]);
+    if (loss) sums[0] += static_cast<double>(losses[row]);
+    sums[1] += static_cast<double>(counts[row]);
   }
-  loss_sum = warp_sum(loss_sum);
-  count_sum = warp_sum(count_sum);
-  if (threadIdx.x % kWarp == 0) {
-    loss_sums[threadIdx.x / kWarp] = loss_sum;
-    count_sums[threadIdx.x / kWarp] = count_sum;
-  }
-  __syncthreads();  // the first thread reads what every warp has written
+  for (double& sum : sums) sum = warp_sum(sum);
+  sum_warps(sums, of_warps, static_cast<int>(threadIdx.x) / kWarp, kSumThreads / kWarp);
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kSumThreads / kWarp; ++w) {
-    loss_sum += loss_sums[w];
-    count_sum += count_sums[w];
-  }
-  *divisor = static_cast<A>(count_sum);
-  if (loss) *loss = static_cast<A>(is_mean ? loss_sum / count_sum : loss_sum);
+  *divisor = static_cast<A>(sums[1]);
+  if (loss) *loss = static_cast<A>(is_mean ? sums[0] / sums[1] : sums[0]);
 }
 
 }  // namespace

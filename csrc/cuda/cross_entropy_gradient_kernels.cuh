@@ -39,18 +39,15 @@ __global__ void __launch_bounds__(kRowThreads, kWholeRows)
 template <class T>
 __global__ void divisor_kernel(CrossEntropyCall<T> call) {
   using A = acc_t<T>;
-  __shared__ double sums[kSumThreads / kWarp];
-  double sum = 0;
+  __shared__ double of_warps[kSumThreads / kWarp][1];
+  double sums[1] = {};
   for (int64_t row = threadIdx.x; row < call.rows; row += kSumThreads) {
     const int64_t y = class_of(call, row);
-    if (y != call.ignore_index) sum += static_cast<double>(call.weight ? call.weight[y] : A(1));
+    if (y != call.ignore_index) sums[0] += static_cast<double>(call.weight ? call.weight[y] : A(1));
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
-  __syncthreads();  // the first thread reads what every warp has written
-  if (threadIdx.x != 0) return;
-  for (int w = 1; w < kSumThreads / kWarp; ++w) sum += sums[w];
-  *call.divisor = static_cast<A>(sum);
+  sums[0] = warp_sum(sums[0]);
+  sum_warps(sums, of_warps, static_cast<int>(threadIdx.x) / kWarp, kSumThreads / kWarp);
+  if (threadIdx.x == 0) *call.divisor = static_cast<A>(sums[0]);
 }
 
 // gradient (rows, C), dense, times a factor in memory, `count` packs. Of 1, which it nearly always
