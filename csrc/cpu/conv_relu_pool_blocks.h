@@ -213,6 +213,7 @@ struct Target {
   T* pooled;
   uint8_t* codes;
   int64_t next;
+  int64_t run;  // how many vectors from this one on stand side by side
 };
 
 // Of a block's vectors: into the output where their tiles stand side by side there, else through
@@ -236,9 +237,15 @@ struct Targets {
       const int64_t to = n * call.output_at.n + window;
       is_output[v] = call.output_at.x == 1 && is_whole;
       of[v] = is_output[v]
-                  ? Target<T>{at, call.output + to, codes_at(call.codes, to), call.output_at.c}
-                  : Target<T>{at, pooled + at, codes_at(codes, at), plan.tiles};
+                  ? Target<T>{at, call.output + to, codes_at(call.codes, to), call.output_at.c, 1}
+                  : Target<T>{at, pooled + at, codes_at(codes, at), plan.tiles, 1};
       for (window += kLanes<T>; window >= image; window -= image) ++n;
+    }
+    for (int64_t v = plan.tiles / kLanes<T> - 2; v >= 0; --v) {
+      const Target<T>&one = of[v], &next = of[v + 1];
+      const bool is_beside = is_output[v] && next.at == one.at + kLanes<T> &&
+                             next.pooled == one.pooled + kLanes<T> && next.next == one.next;
+      if (is_beside) of[v].run = next.run + 1;
     }
   }
 };

@@ -202,19 +202,33 @@ __attribute__((noinline)) static void one_channel_filter(const float* patches, i
   if constexpr (kRegisters == 32) {
     V w[4][4];
     FASTNET_UNROLL for (int i = 0; i < 16; ++i) w[i / 4][i % 4] = point(i / 4, i % 4);
-    for (int64_t v = 0; v * kStep < tiles; ++v) {
-      const int64_t at = targets[v].at, to = k * targets[v].next;
-      V upper[4], lower[4];
-      FASTNET_UNROLL for (int i = 0; i < 4; ++i) {
-        const V m1 = in_register(i == 1 ? w[1][i] * x(at, 1, i) + its_bias : w[1][i] * x(at, 1, i));
-        const V m2 = in_register(w[2][i] * x(at, 2, i));
-        upper[i] = (m1 + m2) + w[0][i] * x(at, 0, i);
-        lower[i] = (m1 - m2) - w[3][i] * x(at, 3, i);
+    for (int64_t v = 0; v * kStep < tiles; v += targets[v].run) {
+      const Target<T> run = targets[v];
+      T* pooled = run.pooled + k * run.next;
+      uint8_t* codes = codes_at(run.codes, k * run.next);
+      for (int64_t i = 0, at = run.at; i < run.run; ++i, at += kStep) {
+        V upper[4], lower[4];
+        FASTNET_UNROLL for (int i = 0; i < 4; ++i) {
+          const V x2 = in_register(x(at, 2, i));
+          const V m1 =
+              in_register(i == 1 ? w[1][i] * x(at, 1, i) + its_bias : w[1][i] * x(at, 1, i));
+          if (i % 2 == 0) {
+            upper[i] = in_register(m1 + w[2][i] * x2) + w[0][i] * x(at, 0, i);
+            lower[i] = in_register(m1 - w[2][i] * x2) - w[3][i] * x(at, 3, i);
+          } else {
+            const V m2 = in_register(w[2][i] * x2);
+            upper[i] = (m1 + m2) + w[0][i] * x(at, 0, i);
+            lower[i] = (m1 - m2) - w[3][i] * x(at, 3, i);
+          }
+        }
+        const V y[1][4] = {{(upper[1] + upper[2]) + upper[0], (upper[1] - upper[2]) - upper[3],
+                            (lower[1] + lower[2]) + lower[0], (lower[1] - lower[2]) - lower[3]}};
+        __builtin_prefetch(pooled + run.next, 1);
+        if (codes) __builtin_prefetch(codes + run.next, 1);
+        finish_windows<false, float, T, 1>(y, nullptr, {pooled}, {codes});
+        pooled += kStep;
+        codes = codes_at(codes, kStep);
       }
-      const V y[1][4] = {{(upper[1] + upper[2]) + upper[0], (upper[1] - upper[2]) - upper[3],
-                          (lower[1] + lower[2]) + lower[0], (lower[1] - lower[2]) - lower[3]}};
-      finish_windows<false, float, T, 1>(y, nullptr, {targets[v].pooled + to},
-                                         {codes_at(targets[v].codes, to)});
     }
     return;
   }

@@ -220,9 +220,9 @@ FASTNET_INLINE Vec<A> load_column(const A* row, int64_t half, int j) {
 }
 
 // V = Bᵀ d B of `count` neighbouring tiles, and some beyond, of a channel, kPlane from one point to
-// the next. A row of V at a time, from the two rows of the patch that it needs: the whole would not
-// fit into registers. A function of its own, in which sixteen addresses of a known distance need
-// none.
+// the next. Of 32 registers a patch has 16; of 16 a row of V is made at a time, from the two rows of
+// the patch that it needs. A function of its own, in which sixteen addresses of a known distance
+// need none.
 template <int64_t kPlane>
 __attribute__((noinline)) static void transform_row(const float* strip, int64_t half, float* to,
                                                     int64_t count) {
@@ -235,8 +235,17 @@ __attribute__((noinline)) static void transform_row(const float* strip, int64_t 
       store(to + (4 * i + 2) * kPlane, x2 - x1);
       store(to + (4 * i + 3) * kPlane, x1 - x3);
     };
+    V patch[4][4];
+    if constexpr (kRegisters == 32) {
+      const float* line = strip;
+      FASTNET_UNROLL for (int i = 0; i < 4; ++i, line += 2 * half) {
+        FASTNET_UNROLL for (int j = 0; j < 4; ++j) {
+          patch[i][j] = in_register(load_column(line, half, j));
+        }
+      }
+    }
     const auto d = [&](int i, int j) __attribute__((always_inline)) {
-      return load_column(strip + i * 2 * half, half, j);
+      return kRegisters == 32 ? patch[i][j] : load_column(strip + i * 2 * half, half, j);
     };
     row(0, d(0, 0) - d(2, 0), d(0, 1) - d(2, 1), d(0, 2) - d(2, 2), d(0, 3) - d(2, 3));
     row(1, d(1, 0) + d(2, 0), d(1, 1) + d(2, 1), d(1, 2) + d(2, 2), d(1, 3) + d(2, 3));

@@ -96,8 +96,8 @@ FASTNET_INLINE void window_maxima(const Vec<A> (&y)[kCount][4], Vec<A> (&most)[k
       const I right = y[n][0] < y[n][1], lower_right = y[n][2] < y[n][3];
       most[n] = maximum<A>(y[n][0], y[n][1]);
       lower[n] = maximum<A>(y[n][2], y[n][3]);
-      code[n] = kHasMasks ? (right ? I{} + 1 : I{}) : right & 1;
-      lower_code[n] = kHasMasks ? (lower_right ? I{} + 3 : I{} + 2) : 2 - lower_right;
+      code[n] = right & 1;
+      lower_code[n] = 2 - lower_right;
     }
     FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
       const I down = most[n] < lower[n];
@@ -105,6 +105,45 @@ FASTNET_INLINE void window_maxima(const Vec<A> (&y)[kCount][4], Vec<A> (&most)[k
       code[n] = down ? lower_code[n] : code[n];
     }
   }
+}
+
+#if defined(__x86_64__)
+// A bit for every lane in which a < b.
+FASTNET_INLINE uint16_t mask_of_less(Vec<float> a, Vec<float> b) {
+  uint16_t mask;
+  __asm__("vcmpltps %2, %1, %0" : "=Yk"(mask) : "v"(a), "v"(b));
+  return mask;
+}
+using CodeBytes = typename VectorType<uint8_t, 16>::type;
+FASTNET_INLINE CodeBytes choose(uint16_t mask, CodeBytes set, CodeBytes clear) {
+  CodeBytes result;
+  __asm__("vpblendmb %2, %1, %0%{%3%}" : "=v"(result) : "v"(clear), "v"(set), "Yk"(mask));
+  return result;
+}
+#endif
+
+// finish_windows where comparisons give masks: these choose among codes of a byte each, and none
+// has to be narrowed.
+template <class T, int kCount>
+FASTNET_INLINE void finish_windows_by_masks(const Vec<float> (&y)[kCount][4],
+                                            const Vec<float>* bias, T* const (&pooled)[kCount],
+                                            uint8_t* const (&codes)[kCount]) {
+#if defined(__x86_64__)
+  const Vec<float> zero = {};
+  const CodeBytes none = {};
+  FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
+    const Vec<float> upper = maximum<float>(y[n][0], y[n][1]);
+    const Vec<float> lower = maximum<float>(y[n][2], y[n][3]);
+    Vec<float> most = maximum<float>(upper, lower);
+    const CodeBytes upper_code = choose(mask_of_less(y[n][0], y[n][1]), none + 1, none);
+    const CodeBytes lower_code = choose(mask_of_less(y[n][2], y[n][3]), none + 3, none + 2);
+    const CodeBytes code = choose(mask_of_less(upper, lower), lower_code, upper_code);
+    if (bias) most += bias[n];
+    store(pooled[n], maximum<float>(zero, most));
+    const CodeBytes bytes = choose(mask_of_less(zero, most), code, none + kDead);
+    __builtin_memcpy(codes[n], &bytes, sizeof bytes);
+  }
+#endif
 }
 
 // Where the codes are that stand `by` further on; null where none are wanted.
@@ -127,6 +166,10 @@ FASTNET_INLINE void finish_windows(const Vec<A> (&y)[kCount][4], const Vec<A>* b
       if (bias) most[n] += bias[n];
       store(pooled[n], kMayBeNaN ? (most[n] <= zero ? zero : most[n]) : maximum<A>(zero, most[n]));
     }
+    return;
+  }
+  if constexpr (kHasMasks && !kMayBeNaN && sizeof(A) == sizeof(float)) {
+    finish_windows_by_masks(y, bias, pooled, codes);
     return;
   }
   window_maxima<kMayBeNaN, A>(y, most, code);
