@@ -65,14 +65,17 @@ FASTNET_INLINE const float* points_of_filter(const ConvForward<T>& call, int64_t
   return call.filters + k / kProductFilters * group + k % kProductFilters;
 }
 
-// Of very few channels, kFusedFilters filters of kProductVectors vectors: products and Aᵀ from the
-// left in registers, a column of points after the other, and so half as many results to memory as
-// there are points. sums[filter][column][row][vector]: in any other order the compiler finds sums
-// that two turns of the loop over filters seem to share, keeps them, and spills.
-template <int kChannels>
-FASTNET_INLINE void fused_products(
-    const float* filters, const float* patches,
-    float (&sums)[kFusedFilters][4][2][kProductVectors][kLanes<float>]) {
+// What kFusedFilters filters of kProductVectors vectors give before Aᵀ A from the right:
+// sums[filter][column][row][vector]. In any other order the compiler finds sums that two turns of
+// the loop over filters seem to share, keeps them, and spills.
+using FusedSums = float[kFusedFilters][4][2][kProductVectors][kLanes<float>];
+
+// Products and Aᵀ from the left in registers, a column of points after the other, and so half as
+// many results to memory as there are points. After each column comes a part of something else:
+// `meanwhile`, which the processor does while it multiplies on.
+template <int kChannels, class Meanwhile>
+FASTNET_INLINE void fused_products(const float* filters, const float* patches, FusedSums& sums,
+                                   const Meanwhile& meanwhile) {
   using V = Vec<float>;
   constexpr int kFilters = kFusedFilters, kVectors = kProductVectors;
 #pragma GCC unroll 1
@@ -120,52 +123,71 @@ FASTNET_INLINE void fused_products(
         store(sums[k][column][1][v], lower[k][v]);
       }
     }
+    meanwhile(column);
   }
 }
 
 // The same times A, bias, ReLU and maximum: filters [k_begin, k_end) of `tiles` tiles. All vectors
 // of a filter one after the other, so that a line of the output is whole before it leaves the
 // cache. It is asked for before the products: a store that has to wait for its line keeps those of
-// the products after it waiting, too.
+// the products after it waiting, too. What comes after the products, additions and comparisons,
+// goes on during the next ones.
 template <int kChannels, class T>
 static void fused_block(const ConvForward<T>& call, const float* patches, const Target<T>* targets,
                         int64_t tiles, int64_t k_begin, int64_t k_end) {
   using V = Vec<float>;
   constexpr int kVectors = kProductVectors;
+  alignas(64) FusedSums sums[2];
+  struct Step {
+    int64_t k_first;
+    int count;
+    const Target<T>* to;
+  };
+  const auto finish = [&](const Step& step, const FusedSums& of, int begin, int end)
+                          __attribute__((always_inline)) {
+    for (int i = begin; i < end && i < step.count; ++i) {
+      const int64_t k = step.k_first + i;
+      V y[kVectors][4], bias[kVectors];
+      T* pooled[kVectors];
+      uint8_t* codes[kVectors];
+      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+        pooled[v] = step.to[v].pooled + k * step.to[v].next;
+        codes[v] = codes_at(step.to[v].codes, k * step.to[v].next);
+        bias[v] = splat(call.bias ? widen(call.bias[k]) : 0.0f);
+        FASTNET_UNROLL for (int row = 0; row < 2; ++row) {
+          const auto m = [&](int column) __attribute__((always_inline)) {
+            return load(of[i][column][row][v]);
+          };
+          y[v][2 * row] = m(0) + (m(1) + m(2));
+          y[v][2 * row + 1] = (m(1) - m(2)) - m(3);
+        }
+      }
+      finish_windows<false, float, T, kVectors>(y, bias, pooled, codes);
+    }
+  };
+  Step before{0, 0, nullptr};
+  int at = 0;
   for (int64_t k_first = k_begin; k_first < k_end; k_first += kFusedFilters) {
     const float* const filters = points_of_filter(call, k_first);
     const int count = static_cast<int>(least(kFusedFilters, k_end - k_first));
-    for (int64_t v_first = 0; v_first * kLanes<float> < tiles; v_first += kVectors) {
-      const Target<T>* const to = targets + v_first;
+    for (int64_t v_first = 0; v_first * kLanes<float> < tiles; v_first += kVectors, at ^= 1) {
+      const Step step{k_first, count, targets + v_first};
       for (int i = 0; i < count; ++i) {
         const int64_t k = k_first + i;
         FASTNET_UNROLL for (int v = 0; v < kVectors; ++v)
-            __builtin_prefetch(to[v].pooled + k * to[v].next);
-        __builtin_prefetch(codes_at(to[0].codes, k * to[0].next));
+            __builtin_prefetch(step.to[v].pooled + k * step.to[v].next, 1);
+        __builtin_prefetch(codes_at(step.to[0].codes, k * step.to[0].next), 1);
       }
-      alignas(64) float sums[kFusedFilters][4][2][kVectors][kLanes<float>];
-      fused_products<kChannels>(filters, patches + v_first * kLanes<float>, sums);
-      for (int i = 0; i < count; ++i) {
-        const int64_t k = k_first + i;
-        V y[kVectors][4], bias[kVectors];
-        T* pooled[kVectors];
-        uint8_t* codes[kVectors];
-        FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
-          pooled[v] = to[v].pooled + k * to[v].next;
-          codes[v] = codes_at(to[v].codes, k * to[v].next);
-          bias[v] = splat(call.bias ? widen(call.bias[k]) : 0.0f);
-          FASTNET_UNROLL for (int row = 0; row < 2; ++row) {
-            const auto m = [&](int column) __attribute__((always_inline)) {
-              return load(sums[i][column][row][v]);
-            };
-            y[v][2 * row] = m(0) + (m(1) + m(2));
-            y[v][2 * row + 1] = (m(1) - m(2)) - m(3);
-          }
-        }
-        finish_windows<false, float, T, kVectors>(y, bias, pooled, codes);
-      }
+      fused_products<kChannels>(
+          filters, patches + v_first * kLanes<float>, sums[at],
+          [&](int column) __attribute__((always_inline)) {
+            finish(before, sums[at ^ 1], column * kFusedFilters / 4,
+                   (column + 1) * kFusedFilters / 4);
+          });
+      before = step;
     }
   }
+  finish(before, sums[at ^ 1], 0, kFusedFilters);
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -91,6 +91,19 @@ FASTNET_INLINE void split_columns(const T* from, int64_t stride, acc_t<T>* even,
   if (x < columns) even[x / 2] = widen(from[x * stride]);
 }
 
+// Some rows of them, to rows 2 * half apart. A function of its own, in which all has a register.
+template <class T>
+__attribute__((noinline)) static void split_rows(const T* from, Strides4 at, int64_t rows,
+                                                 int64_t columns, int64_t half, acc_t<T>* even,
+                                                 acc_t<T>* odd) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (; rows > 0; --rows, from += at.y, even += 2 * half, odd += 2 * half) {
+    // The next image's: what it lacks in the caches takes longer than copying what it has.
+    for (int64_t x = 0; at.x == 1 && x < columns; x += kLine) __builtin_prefetch(from + at.n + x);
+    split_columns(from, at.x, even, odd, columns);
+  }
+}
+
 // Copies rows [row, row + rows) of image n, counted in the padded image, into a strip whose columns
 // to the left and right of the image are 0 already, and whose channels, of whole lines, stand
 // `plane` apart. Returns whether all are known to be small.
@@ -106,28 +119,25 @@ static bool fill_strip(const ConvCall<T>& call, int64_t half, int64_t plane, int
   // The image's own even columns are odd ones of the padded image where `left` is odd.
   A* const even = strip + (left % 2 ? half + first_odd : first_even);
   A* const odd = strip + (left % 2 ? first_even : half + first_odd);
-  const int64_t stride = call.input_at.x;
-  const auto fill_row = [&](int64_t y, int64_t c) {
-    const int64_t from_y = row + y - call.pad_y, to = c * plane + y * 2 * half;
-    const T* from =
-        call.input + n * call.input_at.n + c * call.input_at.c + from_y * call.input_at.y;
-    if (from_y < 0 || from_y >= call.H) {
-      for (int64_t k = c; k < (channels_last ? call.C : c + 1); ++k) {
-        for (int64_t x = 0; x < 2 * half; ++x) strip[k * plane + y * 2 * half + x] = 0;
-      }
-    } else if (channels_last) {
-      transpose(from, 2 * stride, even + to, plane, (columns + 1) / 2, call.C);
-      transpose(from + stride, 2 * stride, odd + to, plane, columns / 2, call.C);
-    } else {
-      // The next image's: what it lacks in the caches takes longer than copying what it has.
-      for (int64_t x = 0; stride == 1 && x < columns; x += 64 / static_cast<int64_t>(sizeof(T))) {
-        __builtin_prefetch(from + call.input_at.n + x);
-      }
-      split_columns(from, stride, even + to, odd + to, columns);
+  // The rows of the strip that are the image's.
+  const Strides4 at = call.input_at;
+  const int64_t first = row < call.pad_y ? least(rows, call.pad_y - row) : 0;
+  const int64_t below = call.H + call.pad_y - row;
+  const int64_t last = below < first ? first : least(rows, below);
+  const T* const image = call.input + n * at.n + (row + first - call.pad_y) * at.y;
+  for (int64_t c = 0; c < call.C; ++c) {
+    A* const channel = strip + c * plane;
+    for (int64_t i = 0; i < first * 2 * half; ++i) channel[i] = 0;
+    for (int64_t i = last * 2 * half; i < rows * 2 * half; ++i) channel[i] = 0;
+    const int64_t to = c * plane + first * 2 * half;
+    if (!channels_last) {
+      split_rows(image + c * at.c, at, last - first, columns, half, even + to, odd + to);
     }
-  };
-  for (int64_t c = 0; c < (channels_last ? 1 : call.C); ++c) {
-    for (int64_t y = 0; y < rows; ++y) fill_row(y, c);
+  }
+  for (int64_t y = first; channels_last && y < last; ++y) {
+    const T* const from = image + (y - first) * at.y;
+    transpose(from, 2 * at.x, even + y * 2 * half, plane, (columns + 1) / 2, call.C);
+    transpose(from + at.x, 2 * at.x, odd + y * 2 * half, plane, columns / 2, call.C);
   }
   if constexpr (sizeof(A) == sizeof(float)) {
     constexpr int kStep = kLanes<float>;
