@@ -176,6 +176,16 @@ FASTNET_INLINE V add_halves(V a, V b, LaneList<kLane...>) {
                                   kLane % kBlock / kGroup * kCount)...);
 }
 
+// The halves of a vector. (Copied out of it byte by byte, the vector would live in memory.)
+template <class V, int... kLane>
+FASTNET_INLINE auto lower_half(V value, LaneList<kLane...>) {
+  return __builtin_shufflevector(value, value, kLane...);
+}
+template <class V, int... kLane>
+FASTNET_INLINE auto upper_half(V value, LaneList<kLane...>) {
+  return __builtin_shufflevector(value, value, (sizeof...(kLane) + kLane)...);
+}
+
 // Adds the upper half of a vector onto the lower until kBytes are left.
 template <class A, int kBytes, int kFrom = kVectorBytes>
 FASTNET_INLINE typename VectorType<A, kBytes>::type fold(
@@ -183,11 +193,8 @@ FASTNET_INLINE typename VectorType<A, kBytes>::type fold(
   if constexpr (kFrom == kBytes) {
     return value;
   } else {
-    using Half = typename VectorType<A, kFrom / 2>::type;
-    Half low, high;
-    __builtin_memcpy(&low, &value, kFrom / 2);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&value) + kFrom / 2, kFrom / 2);
-    return fold<A, kBytes, kFrom / 2>(low + high);
+    constexpr AllLanes<kFrom / 2 / sizeof(A)> lanes{};
+    return fold<A, kBytes, kFrom / 2>(lower_half(value, lanes) + upper_half(value, lanes));
   }
 }
 
@@ -229,10 +236,8 @@ FASTNET_INLINE A reduce_max(typename VectorType<A, kFrom>::type value) {
   if constexpr (kFrom == 2 * sizeof(A)) {
     return value[0] < value[1] ? value[1] : value[0];
   } else {
-    using Half = typename VectorType<A, kFrom / 2>::type;
-    Half low, high;
-    __builtin_memcpy(&low, &value, kFrom / 2);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&value) + kFrom / 2, kFrom / 2);
+    constexpr AllLanes<kFrom / 2 / sizeof(A)> lanes{};
+    const auto low = lower_half(value, lanes), high = upper_half(value, lanes);
     return reduce_max<A, kFrom / 2>(low < high ? high : low);
   }
 }
