@@ -127,67 +127,69 @@ FASTNET_INLINE void fused_products(const float* filters, const float* patches, F
   }
 }
 
-// The same times A, bias, ReLU and maximum: filters [k_begin, k_end) of `tiles` tiles. All vectors
-// of a filter one after the other, so that a line of the output is whole before it leaves the
-// cache. It is asked for before the products: a store that has to wait for its line keeps those of
-// the products after it waiting, too. What comes after the products, additions and comparisons,
-// goes on during the next ones.
+// What goes through fused_products at a time.
+template <class T>
+struct FusedStep {
+  int64_t k_first;  // of `count` filters
+  int count;
+  const Target<T>* to;  // of kProductVectors vectors
+};
+
+// Filters [begin, end) of a step: their sums times A, bias, ReLU and maximum. All vectors of a
+// filter one after the other, so that a line of the output is whole before it leaves the cache.
+template <class T>
+FASTNET_INLINE void finish_step(const ConvForward<T>& call, const FusedStep<T>& step,
+                                const FusedSums& sums, int begin, int end) {
+  using V = Vec<float>;
+  constexpr int kVectors = kProductVectors;
+  for (int i = begin; i < end && i < step.count; ++i) {
+    const int64_t k = step.k_first + i;
+    V y[kVectors][4], bias[kVectors];
+    T* pooled[kVectors];
+    uint8_t* codes[kVectors];
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+      pooled[v] = step.to[v].pooled + k * step.to[v].next;
+      codes[v] = codes_at(step.to[v].codes, k * step.to[v].next);
+      bias[v] = splat(call.bias ? widen(call.bias[k]) : 0.0f);
+      FASTNET_UNROLL for (int row = 0; row < 2; ++row) {
+        const auto m = [&](int column)
+                           __attribute__((always_inline)) { return load(sums[i][column][row][v]); };
+        y[v][2 * row] = m(0) + (m(1) + m(2));
+        y[v][2 * row + 1] = (m(1) - m(2)) - m(3);
+      }
+    }
+    finish_windows<false, float, T, kVectors>(y, bias, pooled, codes);
+  }
+}
+
+// Filters [k_begin, k_end) of `tiles` tiles. A step is finished during the next one's products. Its
+// output is asked for before its own: a store that has to wait for its line keeps those of the
+// products after it waiting, too.
 template <int kChannels, class T>
 static void fused_block(const ConvForward<T>& call, const float* patches, const Target<T>* targets,
                         int64_t tiles, int64_t k_begin, int64_t k_end) {
-  using V = Vec<float>;
-  constexpr int kVectors = kProductVectors;
+  constexpr int kFilters = kFusedFilters, kVectors = kProductVectors;
   alignas(64) FusedSums sums[2];
-  struct Step {
-    int64_t k_first;
-    int count;
-    const Target<T>* to;
-  };
-  const auto finish = [&](const Step& step, const FusedSums& of, int begin, int end)
-                          __attribute__((always_inline)) {
-    for (int i = begin; i < end && i < step.count; ++i) {
-      const int64_t k = step.k_first + i;
-      V y[kVectors][4], bias[kVectors];
-      T* pooled[kVectors];
-      uint8_t* codes[kVectors];
-      FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
-        pooled[v] = step.to[v].pooled + k * step.to[v].next;
-        codes[v] = codes_at(step.to[v].codes, k * step.to[v].next);
-        bias[v] = splat(call.bias ? widen(call.bias[k]) : 0.0f);
-        FASTNET_UNROLL for (int row = 0; row < 2; ++row) {
-          const auto m = [&](int column) __attribute__((always_inline)) {
-            return load(of[i][column][row][v]);
-          };
-          y[v][2 * row] = m(0) + (m(1) + m(2));
-          y[v][2 * row + 1] = (m(1) - m(2)) - m(3);
-        }
-      }
-      finish_windows<false, float, T, kVectors>(y, bias, pooled, codes);
-    }
-  };
-  Step before{0, 0, nullptr};
+  FusedStep<T> before{0, 0, nullptr};
   int at = 0;
-  for (int64_t k_first = k_begin; k_first < k_end; k_first += kFusedFilters) {
+  for (int64_t k_first = k_begin; k_first < k_end; k_first += kFilters) {
     const float* const filters = points_of_filter(call, k_first);
-    const int count = static_cast<int>(least(kFusedFilters, k_end - k_first));
+    const int count = static_cast<int>(least(kFilters, k_end - k_first));
     for (int64_t v_first = 0; v_first * kLanes<float> < tiles; v_first += kVectors, at ^= 1) {
-      const Step step{k_first, count, targets + v_first};
-      for (int i = 0; i < count; ++i) {
-        const int64_t k = k_first + i;
+      const Target<T>* const to = targets + v_first;
+      for (int64_t k = k_first; k < k_first + count; ++k) {
         FASTNET_UNROLL for (int v = 0; v < kVectors; ++v)
-            __builtin_prefetch(step.to[v].pooled + k * step.to[v].next, 1);
-        __builtin_prefetch(codes_at(step.to[0].codes, k * step.to[0].next), 1);
+            __builtin_prefetch(to[v].pooled + k * to[v].next, 1);
+        __builtin_prefetch(codes_at(to[0].codes, k * to[0].next), 1);
       }
-      fused_products<kChannels>(
-          filters, patches + v_first * kLanes<float>, sums[at],
-          [&](int column) __attribute__((always_inline)) {
-            finish(before, sums[at ^ 1], column * kFusedFilters / 4,
-                   (column + 1) * kFusedFilters / 4);
-          });
-      before = step;
+      const auto finish = [&](int column) __attribute__((always_inline)) {
+        finish_step(call, before, sums[at ^ 1], column * kFilters / 4, (column + 1) * kFilters / 4);
+      };
+      fused_products<kChannels>(filters, patches + v_first * kLanes<float>, sums[at], finish);
+      before = {k_first, count, to};
     }
   }
-  finish(before, sums[at ^ 1], 0, kFusedFilters);
+  finish_step(call, before, sums[at ^ 1], 0, kFilters);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -225,15 +227,18 @@ __attribute__((noinline)) static void one_channel_filter(const float* patches, i
     V w[4][4];
     FASTNET_UNROLL for (int i = 0; i < 16; ++i) w[i / 4][i % 4] = point(i / 4, i % 4);
     for (int64_t v = 0; v * kStep < tiles; v += targets[v].run) {
-      const Target<T> run = targets[v];
-      T* pooled = run.pooled + k * run.next;
-      uint8_t* codes = codes_at(run.codes, k * run.next);
-      for (int64_t i = 0, at = run.at; i < run.run; ++i, at += kStep) {
+      const Target<T> first = targets[v];
+      T* pooled = first.pooled + k * first.next;
+      uint8_t* codes = codes_at(first.codes, k * first.next);
+      for (int64_t n = 0, at = first.at; n < first.run; ++n, at += kStep) {
         V upper[4], lower[4];
         FASTNET_UNROLL for (int i = 0; i < 4; ++i) {
           const V x2 = in_register(x(at, 2, i));
           const V m1 =
               in_register(i == 1 ? w[1][i] * x(at, 1, i) + its_bias : w[1][i] * x(at, 1, i));
+          // A product made twice, with the additions in it, is an instruction less than a product,
+          // a sum and a difference. In two columns it is: of additions there are then as many as of
+          // multiplications, which have units of their own.
           if (i % 2 == 0) {
             upper[i] = in_register(m1 + w[2][i] * x2) + w[0][i] * x(at, 0, i);
             lower[i] = in_register(m1 - w[2][i] * x2) - w[3][i] * x(at, 3, i);
@@ -245,8 +250,8 @@ __attribute__((noinline)) static void one_channel_filter(const float* patches, i
         }
         const V y[1][4] = {{(upper[1] + upper[2]) + upper[0], (upper[1] - upper[2]) - upper[3],
                             (lower[1] + lower[2]) + lower[0], (lower[1] - lower[2]) - lower[3]}};
-        __builtin_prefetch(pooled + run.next, 1);
-        if (codes) __builtin_prefetch(codes + run.next, 1);
+        __builtin_prefetch(pooled + first.next, 1);  // the next filter's
+        if (codes) __builtin_prefetch(codes + first.next, 1);
         finish_windows<false, float, T, 1>(y, nullptr, {pooled}, {codes});
         pooled += kStep;
         codes = codes_at(codes, kStep);

@@ -230,8 +230,8 @@ FASTNET_INLINE Vec<A> load_column(const A* row, int64_t half, int j) {
 }
 
 // V = Bᵀ d B of `count` neighbouring tiles, and some beyond, of a channel, kPlane from one point to
-// the next. Of 32 registers a patch has 16; of 16 a row of V is made at a time, from the two rows of
-// the patch that it needs. A function of its own, in which sixteen addresses of a known distance
+// the next. Of 32 registers a patch has 16; of 16 a row of V is made at a time, from the two rows
+// of the patch that it needs. A function of its own, in which sixteen addresses of a known distance
 // need none.
 template <int64_t kPlane>
 __attribute__((noinline)) static void transform_row(const float* strip, int64_t half, float* to,
