@@ -325,8 +325,11 @@ def bench_command(
 
     counts = _numbers("--threads", threads) or ()
     if model is not None:
-        if ops or check:
-            raise FastnetError("--model times that network alone: leave out --check and the ops.")
+        if ops or quick or check or out or not save:
+            raise FastnetError(
+                "--model times that network alone, and writes nothing: leave out the ops, --quick, "
+                "--check, --out and --no-save."
+            )
         for count in counts or (torch.get_num_threads(),):
             torch.set_num_threads(count)
             run.bench_network(model, batch, channels, size)

@@ -175,7 +175,10 @@ def test_bench_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "accelerate     mine:network, 4x3x5x5" in done.stdout
     assert "compile, channels_last" in done.stdout
-    assert bench("linear_relu", "--model", "mine:network").returncode == 1
+    for other in ("linear_relu", "--quick", "--no-save"):
+        done = bench(other, "--model", "mine:network")
+        assert done.returncode == 1
+        assert "leave out the ops, --quick" in done.stderr
 
 
 def test_bench_writes_and_checks(tmp_path, monkeypatch, capsys):

@@ -414,8 +414,16 @@ def test_best_weights_are_kept(digits, tmp_path, monkeypatch):
     with pytest.raises(FastnetError, match="nowhere"):
         train(recipe, settings(recipe, epochs=1, weights="nowhere"), *data, tmp_path)
     assert (tmp_path / "best.pt").exists()
+    # Nor one that ends before its first epoch does: what describes the files stays with them.
+    with monkeypatch.context() as patched:
+        patched.setattr("fastnet.recipes.training._train_epoch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(RECIPES["mnist-net"], settings(RECIPES["mnist-net"]), *digits, tmp_path)
+    assert (tmp_path / "best.pt").exists()
+    assert '"recipe": "resnet18-transfer"' in (tmp_path / "config.json").read_text()
     train(RECIPES["mnist-net"], settings(RECIPES["mnist-net"], epochs=1), *digits, tmp_path)
     assert not (tmp_path / "best.pt").exists()
+    assert '"recipe": "mnist-net"' in (tmp_path / "config.json").read_text()
 
 
 def test_batches_unlike_the_first_go_past_the_graph(monkeypatch):

@@ -97,10 +97,9 @@ def train(
             _say(runtime, f"nothing to do: --epochs is {settings.epochs}")
     trainer = native_trainer(task) if settings.native else None
     step = step_in_graph(task)
-    if runtime.is_first:
+    if runtime.is_first and history:
         write_json(out / "config.json", configuration(recipe, settings, runtime, data))
-        if history:  # a run that was killed may have written the one and not the other
-            write_metrics(out, history)
+        write_metrics(out, history)  # a run that was killed may have left them an epoch behind
     content = {
         "recipe": recipe.name,
         "dataset": recipe.data.name,
@@ -147,9 +146,10 @@ def train(
             if not runtime.is_first:
                 continue
             state = {**content, **task.state_dict(), "history": history}
-            # Another run's would be taken for this one's, but stays until there is one of this.
+            # Another run's would be taken for this one's, but stay until there is one of this.
             if epoch == 1:
                 best.unlink(missing_ok=True)
+                write_json(out / "config.json", configuration(recipe, settings, runtime, data))
             if recipe.keep_best and row is max(history, key=lambda row: row["test_accuracy"]):
                 save_checkpoint(best, {**content, "model": state["model"], "history": history})
             save_checkpoint(checkpoint, state)
