@@ -253,8 +253,18 @@ def _pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
 
 def main(
     file: Annotated[Path, typer.Argument(help="The results file.")],
-    out: Annotated[Path, typer.Option(help="The folder of the pictures.")] = Path("docs"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of the pictures.",
+            show_default="docs for the file that README.md tells of, else the file's own",
+        ),
+    ] = None,
 ) -> None:
+    from benchmarks.tables import DOCUMENTS  # which takes rows from here
+
+    if out is None:
+        out = Path("docs") if "README.md" in DOCUMENTS.get(file.name, ()) else file.parent
     rows = list(results.read(file).values())
     title = f"fastnet on {rows[0]['device']}"
     for name, draw in (("speed-up", speed_ups), ("roofline", roofline), ("scaling", scaling)):

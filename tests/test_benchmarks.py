@@ -658,6 +658,18 @@ def test_tables_are_those_of_the_results():
     assert tables.updated(made, both + steps) == made
 
 
+def test_pictures_in_the_documents_are_of_the_machine_they_tell_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    for file, documents in tables.DOCUMENTS.items():
+        folder = tmp_path / file.removesuffix(".csv")
+        folder.mkdir()
+        (folder / file).write_bytes((ROOT / results.RESULTS / file).read_bytes())
+        plot.main(folder / file, None)
+        assert len(list(folder.glob("*.png"))) == (0 if "README.md" in documents else 3)
+    assert len(list((tmp_path / "docs").glob("*.png"))) == 3
+
+
 @pytest.mark.parametrize("name", tables.DOCUMENTS)
 def test_documents_tell_what_was_measured(name):
     file = ROOT / results.RESULTS / name

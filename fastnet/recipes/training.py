@@ -146,13 +146,14 @@ def train(
             if not runtime.is_first:
                 continue
             state = {**content, **task.state_dict(), "history": history}
-            # Another run's would be taken for this one's, but stay until there is one of this.
+            # Another run's would be taken for this one's, but stays until there is one of this.
             if epoch == 1:
                 best.unlink(missing_ok=True)
-                write_json(out / "config.json", configuration(recipe, settings, runtime, data))
             if recipe.keep_best and row is max(history, key=lambda row: row["test_accuracy"]):
                 save_checkpoint(best, {**content, "model": state["model"], "history": history})
             save_checkpoint(checkpoint, state)
+            if epoch == 1:
+                write_json(out / "config.json", configuration(recipe, settings, runtime, data))
             write_metrics(out, history)
             log(row)
             tqdm.write(f"epoch {epoch}/{settings.epochs}: {describe(row)}")
