@@ -1,5 +1,5 @@
-"""python -m benchmarks.plot FILE: draws docs/speed-up.png, docs/roofline.png and docs/scaling.png
-from a results file."""
+"""python -m benchmarks.plot FILE: draws speed-up.png, roofline.png and scaling.png from a results
+file, of README.md's into docs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from matplotlib.ticker import LogLocator
 
 from fastnet.bench import results
 
+# Of which results file which documents tell.
+DOCUMENTS = {
+    "amd-epyc-of-family-25-2-cores-avx2.csv": ("README.md", "docs/measured.md"),
+    "amd-epyc-of-family-25-2-cores-avx512.csv": ("docs/measured-zen4.md",),
+    "amd-epyc-of-family-26-2-cores-avx512.csv": ("docs/measured-zen5.md",),
+}
 # What a training does; a forward pass alone is in the tables.
 MODES = ("forward+backward", "step", "epoch")
 # Curves whose x is no batch.
@@ -261,8 +267,6 @@ def main(
         ),
     ] = None,
 ) -> None:
-    from benchmarks.tables import DOCUMENTS  # which takes rows from here
-
     if out is None:
         out = Path("docs") if "README.md" in DOCUMENTS.get(file.name, ()) else file.parent
     rows = list(results.read(file).values())

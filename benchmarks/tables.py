@@ -13,16 +13,10 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.plot import Row, of_a_training
+from benchmarks.plot import DOCUMENTS, Row, of_a_training
 from fastnet.bench import results
 
 ROOT = Path(__file__).parent.parent
-# Of which results file which documents tell.
-DOCUMENTS = {
-    "amd-epyc-of-family-25-2-cores-avx2.csv": ("README.md", "docs/measured.md"),
-    "amd-epyc-of-family-25-2-cores-avx512.csv": ("docs/measured-zen4.md",),
-    "amd-epyc-of-family-26-2-cores-avx512.csv": ("docs/measured-zen5.md",),
-}
 BOTH = "forward+backward"
 
 

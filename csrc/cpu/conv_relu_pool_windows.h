@@ -120,7 +120,6 @@ FASTNET_INLINE CodeBytes choose(uint16_t mask, CodeBytes set, CodeBytes clear) {
   __asm__("vpblendmb %2, %1, %0%{%3%}" : "=v"(result) : "v"(clear), "v"(set), "Yk"(mask));
   return result;
 }
-#endif
 
 // finish_windows where comparisons give masks: these choose among codes of a byte each, and none
 // has to be narrowed.
@@ -128,7 +127,6 @@ template <class T, int kCount>
 FASTNET_INLINE void finish_windows_by_masks(const Vec<float> (&y)[kCount][4],
                                             const Vec<float>* bias, T* const (&pooled)[kCount],
                                             uint8_t* const (&codes)[kCount]) {
-#if defined(__x86_64__)
   const Vec<float> zero = {};
   const CodeBytes none = {};
   FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
@@ -143,8 +141,8 @@ FASTNET_INLINE void finish_windows_by_masks(const Vec<float> (&y)[kCount][4],
     const CodeBytes bytes = choose(mask_of_less(zero, most), code, none + kDead);
     __builtin_memcpy(codes[n], &bytes, sizeof bytes);
   }
-#endif
 }
+#endif
 
 // Where the codes are that stand `by` further on; null where none are wanted.
 FASTNET_INLINE uint8_t* codes_at(uint8_t* codes, int64_t by) {
@@ -168,10 +166,12 @@ FASTNET_INLINE void finish_windows(const Vec<A> (&y)[kCount][4], const Vec<A>* b
     }
     return;
   }
+#if defined(__x86_64__)
   if constexpr (kHasMasks && !kMayBeNaN && sizeof(A) == sizeof(float)) {
     finish_windows_by_masks(y, bias, pooled, codes);
     return;
   }
+#endif
   window_maxima<kMayBeNaN, A>(y, most, code);
   FASTNET_UNROLL for (int n = 0; n < kCount; ++n) {
     if (bias) most[n] += bias[n];

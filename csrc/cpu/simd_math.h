@@ -11,7 +11,7 @@
 #if defined(__x86_64__)
 // Of 16 lanes: x = (16 m + i) ln 2 / 16 + r with |r| <= ln 2 / 32, and 2^(i / 16) by its lower bits
 // i from a vector, less those that m's exponent brings along when 16 m + i is shifted into its
-// place. The polynomial is four terms shorter then, and a vector waits less. Of what would be
+// place. The polynomial is three terms shorter then, and a vector waits less. Of what would be
 // subnormal something smaller is left.
 template <int kCount>
 FASTNET_INLINE void exp_each_of_16(Vec<float> (&x)[kCount]) {

@@ -18,11 +18,9 @@ FASTNET_INLINE void store_fours(float* to, int64_t next,
   if constexpr (kBytes == 16) {
     store_4(to, value);
   } else {
-    typename VectorType<float, kBytes / 2>::type low, high;
-    __builtin_memcpy(&low, &value, sizeof low);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
-    store_fours<kBytes / 2>(to, next, low);
-    store_fours<kBytes / 2>(to + kBytes / 32 * next, next, high);
+    constexpr AllLanes<kBytes / 8> lanes{};
+    store_fours<kBytes / 2>(to, next, lower_half(value, lanes));
+    store_fours<kBytes / 2>(to + kBytes / 32 * next, next, upper_half(value, lanes));
   }
 }
 
