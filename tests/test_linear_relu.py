@@ -175,6 +175,52 @@ def test_nan_and_infinity_pass_as_in_torch(device, M, K, N):
         torch.testing.assert_close(actual, wanted, equal_nan=True, rtol=1e-3, atol=1e-3)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the device stays as it is
+@given(
+    M=st.integers(1, 150),
+    K=st.integers(20, 260),
+    N=st.integers(1, 150),
+    live=st.sampled_from([0.0, 0.02, 0.3, 0.6]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    needs=st.sampled_from([(True, True), (True, False), (False, True)]),
+    seed=st.integers(0, 9),
+)
+def test_the_dead_are_passed_over(device, M, K, N, live, dtype, needs, seed):
+    """Outputs of zero, of which no gradient goes on: few others, a few of them, or none."""
+    torch.manual_seed(seed)
+    output = torch.where(torch.rand(M, N) < live, torch.rand(M, N), 0.0)
+    input, weight, grad = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+    z = torch.where(output > 0, grad, 0.0).double()
+    expected = (z @ weight.double(), z.T @ input.double(), z.sum(0))
+    tensors = [t.to(device, dtype) for t in (grad, output, input, weight)]
+    tensors[2:] = [t if is_needed else None for t, is_needed in zip(tensors[2:], needs, strict=True)]
+    results = device.ops.linear_relu_backward(*tensors, True)
+    with threads(1):
+        alone = device.ops.linear_relu_backward(*tensors, True)
+    for actual, again, wanted in zip(results, alone, expected, strict=True):
+        if actual is not None:
+            assert_near(actual, wanted, dtype, times=4)
+            assert torch.equal(actual, again)
+
+
+@pytest.mark.parametrize("shape", [(64, 784, 28), (70, 300, 129), (300, 600, 200)], ids=str)
+def test_the_dead_times_infinity(shape, device):
+    """Is NaN, as in torch, wherever infinity stands: at the end of a row, in a row of which all
+    outputs are dead, in one of several blocks."""
+    M, K, N = shape
+    torch.manual_seed(0)
+    output = torch.where(torch.rand(M, N) < 0.2, 1.0, 0.0)
+    output[5] = 0
+    input, weight, grad = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+    input[5, 7], input[M - 1, K - 1], weight[2, 9] = float("inf"), -float("inf"), float("nan")
+    z = torch.where(output > 0, grad, 0.0)
+    tensors = [t.to(device) for t in (grad, output, input, weight)]
+    grad_input, grad_weight, _ = device.ops.linear_relu_backward(*tensors, False)
+    for actual, wanted in ((grad_input, z @ weight), (grad_weight, z.T @ input)):
+        torch.testing.assert_close(actual.cpu(), wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert grad_weight[:, 7].isnan().sum() == N
+
+
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_only_wanted_gradients(needs, device):
     inputs = [t.detach() for t in sample(((6,), 20, 5), torch.float64, device)[:3]]
@@ -487,7 +533,7 @@ def test_tensor_subclasses_keep_their_behaviour():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    run_on_isa(isa, __file__, "cpu and (float64 or strides or nan or bits)")
+    run_on_isa(isa, __file__, "cpu and (float64 or strides or nan or bits or dead)")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ namespace {
 struct Cpu {
   Isa isa = Isa::baseline;
   bool has_bfloat16 = false, has_bfloat16_tiles = false, prefers_onednn = false;
+  bool multiplies_wide = false;
 };
 
 Cpu detect() {
@@ -38,6 +39,7 @@ Cpu detect() {
   __get_cpuid(1, &model, &b, &c, &d);
   const unsigned family = (model >> 8 & 0xf) + (model >> 20 & 0xff);
   constexpr unsigned kZen5 = 26;
+  cpu.multiplies_wide = !__builtin_cpu_is("amd") || family >= kZen5;
   cpu.prefers_onednn = __builtin_cpu_is("amd") && family >= kZen5;
 #endif
   return cpu;
@@ -57,6 +59,10 @@ bool cpu_has_bfloat16_tiles() {
 
 bool cpu_prefers_onednn() {
   return detected.prefers_onednn;
+}
+
+bool cpu_multiplies_wide() {
+  return detected.multiplies_wide;
 }
 
 Isa cpu_isa() {

@@ -23,6 +23,10 @@ bool cpu_has_bfloat16_tiles();
 // arithmetic units are as wide, too.
 bool cpu_prefers_onednn();
 
+// Whether it multiplies vectors of 512 bits, as far as they are used, at once: twice as fast as it
+// loads them, if each product takes two. AMD's processors before Zen 5 take two passes for them.
+bool cpu_multiplies_wide();
+
 // How the kernels see a bfloat16 in memory.
 struct bfloat16 {
   uint16_t bits;

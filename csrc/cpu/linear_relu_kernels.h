@@ -186,14 +186,17 @@ void bias_relu_kernel(T* out, const T* bias, int64_t rows, int64_t N) {
 // Backward, first step: of `columns` columns of matrices of N, grad_z = grad_out where out > 0, and
 // the sums of its columns, in one pass. As in torch, a NaN in out lets the gradient through. Z is
 // the type that the gradient is wanted in: T for a library's product, acc_t<T> for the product
-// below. Without kRelu there is no out, and nothing is masked; either result may be null.
+// below. Without kRelu there is no out, and nothing is masked; either result may be null. Returns
+// how many elements of grad_z are not zero.
 
 template <bool kRelu, class T, class Z>
-void masked_grad_kernel(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
+int64_t masked_grad_kernel(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
                         int64_t rows, int64_t columns, int64_t N) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
   const Vec<A> zero = {};
+  decltype(zero == zero) not_zero = {};  // less their number, in each lane
+  int64_t count = 0;
   for (int64_t n = 0; column_sums && n < columns; ++n) column_sums[n] = 0;
   const auto masked_rows = [&](auto has_z, auto has_sums) {
     for (int64_t m = 0; m < rows; ++m) {
@@ -202,20 +205,32 @@ void masked_grad_kernel(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* co
         const Vec<A> grad = load(grad_out + m * N + n);
         Vec<A> masked = grad;
         if constexpr (kRelu) masked = load(out + m * N + n) <= zero ? zero : grad;
-        if constexpr (has_z.value) store(grad_z + m * N + n, masked);
+        if constexpr (has_z.value) {
+          store(grad_z + m * N + n, masked);
+          not_zero += masked != zero;
+        }
         if constexpr (has_sums.value) store(column_sums + n, load(column_sums + n) + masked);
       }
       for (; n < columns; ++n) {
         A masked = widen(grad_out[m * N + n]);
         if constexpr (kRelu) masked = widen(out[m * N + n]) <= 0 ? A(0) : masked;
-        if constexpr (has_z.value) narrow(masked, grad_z + m * N + n);
+        if constexpr (has_z.value) {
+          narrow(masked, grad_z + m * N + n);
+          count += masked != 0;
+        }
         if constexpr (has_sums.value) column_sums[n] += masked;
       }
     }
   };
-  if (!column_sums) return masked_rows(std::true_type{}, std::false_type{});
-  if (!grad_z) return masked_rows(std::false_type{}, std::true_type{});
-  masked_rows(std::true_type{}, std::true_type{});
+  if (!column_sums) {
+    masked_rows(std::true_type{}, std::false_type{});
+  } else if (!grad_z) {
+    masked_rows(std::false_type{}, std::true_type{});
+  } else {
+    masked_rows(std::true_type{}, std::true_type{});
+  }
+  for (int lane = 0; lane < kStep; ++lane) count -= not_zero[lane];
+  return count;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -363,3 +378,5 @@ void product_kernel(const acc_t<T>* a, int64_t a_row, int64_t a_step, const T* b
     j += steps;
   } while (j < J);
 }
+
+#include "linear_relu_sparse_kernels.h"

@@ -1,0 +1,148 @@
+// The product of linear_relu's backward pass, c (I, K) = Σ_j a[i, j] · b (J, K)[j, :], where many
+// elements of a are zero, as behind a ReLU: a row of c is made of the rows of b that it has a
+// factor for, and the others are passed over. Included by linear_relu_kernels.h.
+
+// A tile is one row of c and so many vectors that the rows of b it is made of, some at a time, stay
+// in the first-level cache, of 32 kB, and that their sums stay in registers.
+inline constexpr int kSparseVectors = kVectorBytes == 64 ? 7 : 13;
+inline constexpr int kSparseDepth = 64;
+// Rows of c for which factors are listed at a time.
+inline constexpr int kSparseRows = 96;
+
+// Calls body with `count`, of 1 to kMost, as a constant.
+template <int kMost, class Body>
+FASTNET_INLINE void with_constant(int64_t count, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_constant<kMost - 1>(count, body);
+  }
+  body(std::integral_constant<int, kMost>{});
+}
+
+// Of the rows of a tile's columns of b, side by side: with rows of a power of two they would share
+// a few places of the cache. Returns whether all are finite.
+template <int kVectors, class T>
+static bool pack_rows(const T* b, int64_t K, int64_t rows, T* packed, int64_t stride) {
+  constexpr int kStep = kLanes<T>;
+  Vec<T> zeros[kVectors];
+  FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) zeros[v] = Vec<T>{};
+  for (int64_t row = 0; row < rows; ++row) {
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
+      const Vec<T> value = load(b + row * K + v * kStep);
+      store(packed + row * stride + v * kStep, value);
+      zeros[v] += value * T(0);  // NaN of an infinity, too
+    }
+  }
+  FASTNET_UNROLL for (int v = 1; v < kVectors; ++v) zeros[0] += zeros[v];
+  return reduce_add<T>(zeros[0]) == 0;
+}
+
+// The factors of a row of c, of `all` the zeros, too, and where their rows of b lie among those
+// packed. Returns how many there are; a vector more is written at most.
+template <class T>
+static int64_t list_factors(const T* a, int64_t steps, int32_t stride, bool all, T* factors,
+                            int32_t* places) {
+  int64_t count = 0, j = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    constexpr int kStep = kLanes<T>;
+    const Vec<int32_t> always = splat(all ? -1 : 0);
+    for (; j + kStep <= steps; j += kStep) {
+      Vec<float> factor = load(a + j);
+      Vec<int32_t> place = (lane_index<int32_t>() + static_cast<int32_t>(j)) * stride;
+      const int picked = pick((factor != Vec<float>{}) | always, &factor, &place);
+      store(factors + count, factor);
+      store(places + count, place);
+      count += picked;
+    }
+  }
+  for (; j < steps; ++j) {
+    factors[count] = a[j];
+    places[count] = static_cast<int32_t>(j) * stride;
+    count += (a[j] != 0) | all;
+  }
+  return count;
+}
+
+// One tile. The first `skip` columns, which another tile has computed, stay as they are.
+template <int kVectors, class T>
+FASTNET_INLINE void sparse_tile(const T* factors, const int32_t* places, int64_t count,
+                                const T* packed, T* c, bool add, int64_t skip) {
+  constexpr int kStep = kLanes<T>;
+  Vec<T> sum[kVectors];
+  if (add) {
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = load(c + v * kStep);
+  } else {
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = Vec<T>{};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec<T> factor = splat(factors[i]);
+    const T* const row = packed + places[i];
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] += factor * load(row + v * kStep);
+  }
+  if (skip) sum[0] = lane_index<T>() >= splat(static_cast<T>(skip)) ? sum[0] : load(c);
+  FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) store(c + v * kStep, sum[v]);
+}
+
+// c[i, k] for i in [i_begin, i_end), k in [k_begin, k_end); with `is_more`, added to what is there.
+// A range of k is either as wide as a vector at least, or all of K. Zero times what is infinite or
+// NaN is NaN here, too: of b where that stands, no row is passed over.
+template <class T>
+void sparse_product_kernel(const T* a, int64_t a_row, int64_t a_step, const T* b, T* c, int64_t J,
+                           int64_t K, int64_t i_begin, int64_t i_end, int64_t k_begin,
+                           int64_t k_end, bool is_more = false) {
+  constexpr int kStep = kLanes<T>;
+  const int64_t width = k_end - k_begin, vectors = (width + kStep - 1) / kStep;
+  if (width < kStep || J == 0) {
+    product_kernel(a, a_row, a_step, b, c, J, K, i_begin, i_end, k_begin, k_end, is_more);
+    return;
+  }
+  // Tiles of about the same width, of which the last reaches back over what the one before did.
+  const bool has_one = vectors <= kSparseVectors && width % kStep == 0;
+  const int64_t least = (vectors + kSparseVectors - 1) / kSparseVectors;
+  const int64_t tiles = has_one || least > 1 ? least : 2;
+  const int64_t stride = (vectors + tiles - 1) / tiles * kStep;
+  const int64_t blocks = (J + kSparseDepth - 1) / kSparseDepth;
+
+  alignas(64) T packed[kSparseDepth * kSparseVectors * kStep];
+  T turned[kSparseRows * kSparseDepth], factors[kSparseRows * kSparseDepth + kStep];
+  int32_t places[kSparseRows * kSparseDepth + kStep];
+  int64_t counts[kSparseRows];
+  for (int64_t i = i_begin; i < i_end; i += kSparseRows) {
+    const int64_t rows = i_end - i < kSparseRows ? i_end - i : kSparseRows;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t j = block * J / blocks, steps = (block + 1) * J / blocks - j;
+      const bool add = is_more || j > 0;
+      const T* from = a + i * a_row + j * a_step;
+      int64_t from_row = a_row;
+      if (a_step != 1) {
+        transpose(from, a_step, turned, kSparseDepth, steps, rows);
+        from = turned;
+        from_row = kSparseDepth;
+      }
+      const auto list = [&](bool all) {
+        for (int64_t r = 0; r < rows; ++r) {
+          counts[r] = list_factors(from + r * from_row, steps, static_cast<int32_t>(stride), all,
+                                   factors + r * kSparseDepth, places + r * kSparseDepth);
+        }
+      };
+      list(false);
+      bool has_all = false;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = tile * vectors / tiles, count = (tile + 1) * vectors / tiles - first;
+        const int64_t planned = k_begin + first * kStep;
+        const int64_t k = planned + count * kStep <= k_end ? planned : k_end - count * kStep;
+        with_constant<kSparseVectors>(count, [&](auto constant) {
+          constexpr int kVectors = decltype(constant)::value;
+          const bool is_finite = pack_rows<kVectors>(b + j * K + k, K, steps, packed, stride);
+          if (!is_finite && !has_all) {
+            list(true);
+            has_all = true;
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            sparse_tile<kVectors>(factors + r * kSparseDepth, places + r * kSparseDepth, counts[r],
+                                  packed, c + (i + r) * K + k, add, planned - k);
+          }
+        });
+      }
+    }
+  }
+}
