@@ -193,7 +193,7 @@ def test_the_dead_are_passed_over(device, M, K, N, live, dtype, needs, seed):
     z = torch.where(output > 0, grad, 0.0).double()
     expected = (z @ weight.double(), z.T @ input.double(), z.sum(0))
     tensors = [t.to(device, dtype) for t in (grad, output, input, weight)]
-    tensors[2:] = [t if is_needed else None for t, is_needed in zip(tensors[2:], needs, strict=True)]
+    tensors[2:] = [t if need else None for t, need in zip(tensors[2:], needs, strict=True)]
     results = device.ops.linear_relu_backward(*tensors, True)
     with threads(1):
         alone = device.ops.linear_relu_backward(*tensors, True)

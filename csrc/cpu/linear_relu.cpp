@@ -96,13 +96,14 @@ bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight
 }
 
 // Whether the products of a grad_z of which so many elements are not zero are better made of these
-// alone. Measured, in multiplications of all: what is not zero, from the list; rows packed first,
-// for all that they are multiplied by; the list itself, for all columns.
-bool sparse_is_better(const LinearReluShape& shape, int64_t not_zero,
+// alone. Measured, with a product of all as 1: what is not zero, taken from a list; packing a row
+// of the other matrix, for all that it is multiplied by; the list itself, for all columns.
+bool sparse_is_better(const LinearReluShape& shape, int64_t not_zero, bool by_library,
                       const std::optional<Tensor>& input, const std::optional<Tensor>& weight) {
   const auto [M, K, N] = shape;
   const int products = input.has_value() + weight.has_value();
   if (M * K * N * products == 0 || (weight && !weight->is_contiguous())) return false;
+  if (by_library && cpu_isa() == Isa::baseline) return false;  // the library's vectors may be wider
   const double each = cpu_multiplies_wide() ? 1.75 : 1.15;
   const double packing = (input ? 4.0 / N : 0.0) + (weight ? 4.0 / M : 0.0);
   const double share = static_cast<double>(not_zero) / static_cast<double>(M * N);
@@ -113,7 +114,7 @@ bool sparse_is_better(const LinearReluShape& shape, int64_t not_zero,
 // elements of grad_z are not zero.
 template <bool kRelu, class T, class Z>
 int64_t masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
-                 Tensor* grad_bias, int64_t M, int64_t N) {
+                    Tensor* grad_bias, int64_t M, int64_t N) {
   if (!grad_z && !grad_bias) return 0;
   using A = acc_t<T>;
   // Fixed chunks of rows, whatever the number of threads: the sums come out the same, bit by bit.
@@ -186,13 +187,12 @@ void own_products(const A* grad_z, const E* x, const E* w, E* grad_weight, E* gr
 
 // The same of a grad_z that is zero for a good part. Every thread has a share of the columns, for
 // which it lists all that is not zero, or, where the rows are too many for that, a share of these.
-template <class A>
-void own_sparse_products(const A* grad_z, const A* x, const A* w, A* grad_weight, A* grad_input,
-                         int64_t M, int64_t K, int64_t N) {
+void own_sparse_products(const float* grad_z, const float* x, const float* w, float* grad_weight,
+                         float* grad_input, int64_t M, int64_t K, int64_t N) {
   const int64_t work = M * N * K * ((grad_weight != nullptr) + (grad_input != nullptr));
   const int64_t shares = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
-  const auto product = [&](const A* a, int64_t a_row, int64_t a_step, const A* b, A* c, int64_t I,
-                           int64_t J, int64_t begin, int64_t end) {
+  const auto product = [&](const float* a, int64_t a_row, int64_t a_step, const float* b, float* c,
+                           int64_t I, int64_t J, int64_t begin, int64_t end) {
     constexpr int64_t kUnit = kWidestVector;
     const bool by_columns = K >= std::max(8 * I, shares * kUnit);
     const int64_t units = by_columns ? K / kUnit : I;
@@ -289,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, K = K, N = N](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
-    constexpr bool kIsWide = std::is_same_v<T, A>;
+    constexpr bool kIsWide = std::is_same_v<T, A>, kMayBeSparse = kRelu && std::is_same_v<T, float>;
     // Without a ReLU the gradient is taken as it is, but that half types are widened.
     constexpr bool kIsMade = kRelu || !kIsWide;
     std::unique_ptr<A[]> made;
@@ -305,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       if (kIsMade) z = made.get();
     }
     const bool is_sparse =
-        kRelu && kIsWide && sparse_is_better({M, K, N}, not_zero, input, weight);
+        kMayBeSparse && sparse_is_better({M, K, N}, not_zero, by_library, input, weight);
     is_done = is_sparse || !by_library;
     if (!is_done) return;
 
@@ -316,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     const auto* const w_data = weight ? data<T>(*weight) : nullptr;
     auto* const grad_w = input ? mutable_data<T>(grad_weight) : nullptr;
     auto* const grad_x = weight ? mutable_data<T>(grad_input) : nullptr;
-    if constexpr (kRelu && kIsWide) {
+    if constexpr (kMayBeSparse) {
       if (is_sparse) return own_sparse_products(z, x_data, w_data, grad_w, grad_x, M, K, N);
     }
     own_products(z, x_data, w_data, grad_w, grad_x, M, K, N);

@@ -191,7 +191,7 @@ void bias_relu_kernel(T* out, const T* bias, int64_t rows, int64_t N) {
 
 template <bool kRelu, class T, class Z>
 int64_t masked_grad_kernel(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
-                        int64_t rows, int64_t columns, int64_t N) {
+                           int64_t rows, int64_t columns, int64_t N) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
   const Vec<A> zero = {};

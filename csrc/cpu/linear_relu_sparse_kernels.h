@@ -1,6 +1,7 @@
 // The product of linear_relu's backward pass, c (I, K) = Σ_j a[i, j] · b (J, K)[j, :], where many
 // elements of a are zero, as behind a ReLU: a row of c is made of the rows of b that it has a
-// factor for, and the others are passed over. Included by linear_relu_kernels.h.
+// factor for, and the others are passed over. Everything is float32. Included by
+// linear_relu_kernels.h.
 
 // A tile is one row of c and so many vectors that the rows of b it is made of, some at a time, stay
 // in the first-level cache, of 32 kB, and that their sums stay in registers.
@@ -20,39 +21,36 @@ FASTNET_INLINE void with_constant(int64_t count, const Body& body) {
 
 // Of the rows of a tile's columns of b, side by side: with rows of a power of two they would share
 // a few places of the cache. Returns whether all are finite.
-template <int kVectors, class T>
-static bool pack_rows(const T* b, int64_t K, int64_t rows, T* packed, int64_t stride) {
-  constexpr int kStep = kLanes<T>;
-  Vec<T> zeros[kVectors];
-  FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) zeros[v] = Vec<T>{};
+template <int kVectors>
+static bool pack_rows(const float* b, int64_t K, int64_t rows, float* packed, int64_t stride) {
+  constexpr int kStep = kLanes<float>;
+  Vec<float> zeros[kVectors];
+  FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) zeros[v] = Vec<float>{};
   for (int64_t row = 0; row < rows; ++row) {
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
-      const Vec<T> value = load(b + row * K + v * kStep);
+      const Vec<float> value = load(b + row * K + v * kStep);
       store(packed + row * stride + v * kStep, value);
-      zeros[v] += value * T(0);  // NaN of an infinity, too
+      zeros[v] += value * 0.0f;  // NaN of an infinity, too
     }
   }
   FASTNET_UNROLL for (int v = 1; v < kVectors; ++v) zeros[0] += zeros[v];
-  return reduce_add<T>(zeros[0]) == 0;
+  return reduce_add<float>(zeros[0]) == 0;
 }
 
 // The factors of a row of c, of `all` the zeros, too, and where their rows of b lie among those
 // packed. Returns how many there are; a vector more is written at most.
-template <class T>
-static int64_t list_factors(const T* a, int64_t steps, int32_t stride, bool all, T* factors,
+static int64_t list_factors(const float* a, int64_t steps, int32_t stride, bool all, float* factors,
                             int32_t* places) {
   int64_t count = 0, j = 0;
-  if constexpr (std::is_same_v<T, float>) {
-    constexpr int kStep = kLanes<T>;
-    const Vec<int32_t> always = splat(all ? -1 : 0);
-    for (; j + kStep <= steps; j += kStep) {
-      Vec<float> factor = load(a + j);
-      Vec<int32_t> place = (lane_index<int32_t>() + static_cast<int32_t>(j)) * stride;
-      const int picked = pick((factor != Vec<float>{}) | always, &factor, &place);
-      store(factors + count, factor);
-      store(places + count, place);
-      count += picked;
-    }
+  constexpr int kStep = kLanes<float>;
+  const Vec<int32_t> always = splat(all ? -1 : 0);
+  for (; j + kStep <= steps; j += kStep) {
+    Vec<float> factor = load(a + j);
+    Vec<int32_t> place = (lane_index<int32_t>() + static_cast<int32_t>(j)) * stride;
+    const int picked = pick((factor != Vec<float>{}) | always, &factor, &place);
+    store(factors + count, factor);
+    store(places + count, place);
+    count += picked;
   }
   for (; j < steps; ++j) {
     factors[count] = a[j];
@@ -63,36 +61,35 @@ static int64_t list_factors(const T* a, int64_t steps, int32_t stride, bool all,
 }
 
 // One tile. The first `skip` columns, which another tile has computed, stay as they are.
-template <int kVectors, class T>
-FASTNET_INLINE void sparse_tile(const T* factors, const int32_t* places, int64_t count,
-                                const T* packed, T* c, bool add, int64_t skip) {
-  constexpr int kStep = kLanes<T>;
-  Vec<T> sum[kVectors];
+template <int kVectors>
+FASTNET_INLINE void sparse_tile(const float* factors, const int32_t* places, int64_t count,
+                                const float* packed, float* c, bool add, int64_t skip) {
+  constexpr int kStep = kLanes<float>;
+  Vec<float> sum[kVectors];
   if (add) {
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = load(c + v * kStep);
   } else {
-    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = Vec<T>{};
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = Vec<float>{};
   }
   for (int64_t i = 0; i < count; ++i) {
-    const Vec<T> factor = splat(factors[i]);
-    const T* const row = packed + places[i];
+    const Vec<float> factor = splat(factors[i]);
+    const float* const row = packed + places[i];
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] += factor * load(row + v * kStep);
   }
-  if (skip) sum[0] = lane_index<T>() >= splat(static_cast<T>(skip)) ? sum[0] : load(c);
+  if (skip) sum[0] = lane_index<float>() >= splat(static_cast<float>(skip)) ? sum[0] : load(c);
   FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) store(c + v * kStep, sum[v]);
 }
 
-// c[i, k] for i in [i_begin, i_end), k in [k_begin, k_end); with `is_more`, added to what is there.
-// A range of k is either as wide as a vector at least, or all of K. Zero times what is infinite or
-// NaN is NaN here, too: of b where that stands, no row is passed over.
-template <class T>
-void sparse_product_kernel(const T* a, int64_t a_row, int64_t a_step, const T* b, T* c, int64_t J,
-                           int64_t K, int64_t i_begin, int64_t i_end, int64_t k_begin,
-                           int64_t k_end, bool is_more = false) {
-  constexpr int kStep = kLanes<T>;
+// c[i, k] for i in [i_begin, i_end), k in [k_begin, k_end). A range of k is either as wide as a
+// vector at least, or all of K. Zero times what is infinite or NaN is NaN here, too: of b where
+// that stands, no row is passed over.
+inline void sparse_product_kernel(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                  float* c, int64_t J, int64_t K, int64_t i_begin, int64_t i_end,
+                                  int64_t k_begin, int64_t k_end) {
+  constexpr int kStep = kLanes<float>;
   const int64_t width = k_end - k_begin, vectors = (width + kStep - 1) / kStep;
   if (width < kStep || J == 0) {
-    product_kernel(a, a_row, a_step, b, c, J, K, i_begin, i_end, k_begin, k_end, is_more);
+    product_kernel(a, a_row, a_step, b, c, J, K, i_begin, i_end, k_begin, k_end);
     return;
   }
   // Tiles of about the same width, of which the last reaches back over what the one before did.
@@ -102,16 +99,15 @@ void sparse_product_kernel(const T* a, int64_t a_row, int64_t a_step, const T* b
   const int64_t stride = (vectors + tiles - 1) / tiles * kStep;
   const int64_t blocks = (J + kSparseDepth - 1) / kSparseDepth;
 
-  alignas(64) T packed[kSparseDepth * kSparseVectors * kStep];
-  T turned[kSparseRows * kSparseDepth], factors[kSparseRows * kSparseDepth + kStep];
+  alignas(64) float packed[kSparseDepth * kSparseVectors * kStep];
+  float turned[kSparseRows * kSparseDepth], factors[kSparseRows * kSparseDepth + kStep];
   int32_t places[kSparseRows * kSparseDepth + kStep];
   int64_t counts[kSparseRows];
   for (int64_t i = i_begin; i < i_end; i += kSparseRows) {
     const int64_t rows = i_end - i < kSparseRows ? i_end - i : kSparseRows;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t j = block * J / blocks, steps = (block + 1) * J / blocks - j;
-      const bool add = is_more || j > 0;
-      const T* from = a + i * a_row + j * a_step;
+      const float* from = a + i * a_row + j * a_step;
       int64_t from_row = a_row;
       if (a_step != 1) {
         transpose(from, a_step, turned, kSparseDepth, steps, rows);
@@ -139,7 +135,7 @@ void sparse_product_kernel(const T* a, int64_t a_row, int64_t a_step, const T* b
           }
           for (int64_t r = 0; r < rows; ++r) {
             sparse_tile<kVectors>(factors + r * kSparseDepth, places + r * kSparseDepth, counts[r],
-                                  packed, c + (i + r) * K + k, add, planned - k);
+                                  packed, c + (i + r) * K + k, j > 0, planned - k);
           }
         });
       }
