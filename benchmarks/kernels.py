@@ -25,12 +25,17 @@ from fastnet.bench.passes import eighths, rotation
 from fastnet.errors import FastnetError
 
 LOGITS = ((16, 10), (64, 10), (256, 10), (1024, 10), (64, 100), (64, 1000), (1024, 1000))
-# Batch, in_features, out_features, and whether the input's gradient is wanted.
+# Batch, in_features, out_features, whether the input's gradient is wanted, and how much of a hundred
+# the ReLU lets through: the backward pass need not multiply the rest.
 LAYERS = (
-    (64, 784, 28, False),
-    (64, 784, 300, False),
-    (64, 300, 100, True),
-    (256, 1024, 1024, True),
+    (64, 784, 28, False, 50),
+    (64, 784, 300, False, 25),
+    (64, 784, 300, False, 50),
+    (64, 784, 300, False, 75),
+    (64, 300, 100, True, 50),
+    (256, 1024, 1024, True, 25),
+    (256, 1024, 1024, True, 50),
+    (256, 1024, 1024, True, 75),
 )
 # Numbers that one call of a side goes through, so that its own start costs nothing.
 WORK = 200_000
@@ -89,16 +94,21 @@ def loss(N: int, C: int) -> Case:
     )
 
 
-def layer(M: int, K: int, N: int, needs_input: bool) -> Case:
-    """Linear+ReLU."""
+def layer(M: int, K: int, N: int, needs_input: bool, live: int = 50) -> Case:
+    """Linear+ReLU, of whose outputs `live` of a hundred are above zero."""
     torch.manual_seed(0)
     draw = functools.partial(eighths, dtype=torch.float32)
-    weight, bias = draw(N, K), draw(N)
+    weight = draw(N, K)
+    # As many are above zero as numbers of a normal distribution, which sums of products are nearly.
+    deviation = weight.var() * math.sqrt(K)
+    bias = draw(N) + deviation * torch.special.ndtri(torch.tensor(live / 100))
     batches = rotation(lambda: (draw(M, K), weight, bias, draw(M, N)), 4 * M * (K + N))
     kernels, repeats = compiled(), math.ceil(WORK / (M * (K + N)))
     return Case(
         op="kernels",
-        case=f"linear_relu: {M}x{K}->{N}" + (", input gradient" if needs_input else ""),
+        case=f"linear_relu: {M}x{K}->{N}"
+        + (", input gradient" if needs_input else "")
+        + (f", {live} % live" if live != 50 else ""),
         mode="C++",
         sides={
             "eager": lambda: kernels.linear_relu_torch(batches, needs_input, repeats),
