@@ -25,8 +25,8 @@ from fastnet.bench.passes import eighths, rotation
 from fastnet.errors import FastnetError
 
 LOGITS = ((16, 10), (64, 10), (256, 10), (1024, 10), (64, 100), (64, 1000), (1024, 1000))
-# Batch, in_features, out_features, whether the input's gradient is wanted, and how much of a hundred
-# the ReLU lets through: the backward pass need not multiply the rest.
+# Batch, in_features, out_features, whether the input's gradient is wanted, and how many outputs of
+# a hundred the ReLU lets through: the backward pass need not multiply the rest.
 LAYERS = (
     (64, 784, 28, False, 50),
     (64, 784, 300, False, 25),
