@@ -203,6 +203,18 @@ def test_the_dead_are_passed_over(device, M, K, N, live, dtype, needs, seed):
             assert torch.equal(actual, again)
 
 
+def test_the_dead_among_many_rows():
+    """Sums of many numbers of one sign, in which one running sum would lose digits."""
+    torch.manual_seed(0)
+    M, K, N = 50_000, 64, 24
+    output = torch.where(torch.rand(M, N) < 0.2, 1.0, 0.0)
+    input, grad = torch.rand(M, K), torch.rand(M, N)
+    z = torch.where(output > 0, grad, 0.0)
+    _, grad_weight, _ = torch.ops.fastnet.linear_relu_backward(grad, output, input, None, False)
+    expected = z.double().T @ input.double()
+    assert ((grad_weight - expected).abs() / expected).max() < 2e-6
+
+
 @pytest.mark.parametrize("shape", [(64, 784, 28), (70, 300, 129), (300, 600, 200)], ids=str)
 def test_the_dead_times_infinity(shape, device):
     """Is NaN, as in torch, wherever infinity stands: at the end of a row, in a row of which all

@@ -23,8 +23,9 @@ bool cpu_has_bfloat16_tiles();
 // arithmetic units are as wide, too.
 bool cpu_prefers_onednn();
 
-// Whether it multiplies vectors of 512 bits, as far as they are used, at once: twice as fast as it
-// loads them, if each product takes two. AMD's processors before Zen 5 take two passes for them.
+// Whether vectors of 512 bits are used, and multiplied at once: then two multiplications take as
+// long as two loads, and a loop that loads a vector for each is bound by its loads. AMD's
+// processors before Zen 5 multiply in two passes.
 bool cpu_multiplies_wide();
 
 // How the kernels see a bfloat16 in memory.

@@ -65,9 +65,10 @@ struct Limits {
   // elements of a weight up to which the backward kernel reads it so.
   int64_t forward_rows, backward_weight;
 };
-// Measured on two AVX2 cores, and on two of Zen 5, where the kernels have oneDNN's rate backward.
+// Measured on two AVX2 cores, and on two of Zen 5, where the kernels have oneDNN's rate backward,
+// and large gradients lie in huge pages, which those that oneDNN makes do not.
 constexpr Limits kMklLimits = {64'000'000, 16'000'000, 16, 3'500'000};
-constexpr Limits kOnednnLimits = {32'000'000, 4'000'000'000, 4, 1'000'000'000};
+constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 4, 1'000'000'000};
 constexpr int64_t kCachedWeight = 3'500'000;  // elements; larger ones come from memory
 constexpr int64_t kSkinny = 32;               // rows, or outputs
 
@@ -95,19 +96,30 @@ bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight
                            is_cached && std::min(M, N) <= kSkinny);
 }
 
-// Whether the products of a grad_z of which so many elements are not zero are better made of these
-// alone. Measured, with a product of all as 1: what is not zero, taken from a list; packing a row
-// of the other matrix, for all that it is multiplied by; the list itself, for all columns.
+// What the products of a grad_z take that are made of its elements that are not zero, where a
+// product of all of them takes 1: measured, per element of grad_z.
+struct SparseCosts {
+  double each;     // of an element that is not zero: it is loaded for one row, not for several
+  double packing;  // over the rows that what is packed is multiplied by
+  double listing;  // over the columns that an element is multiplied by
+};
+constexpr SparseCosts kSparseCosts = {1.15, 4, 16};      // AVX2, and AVX-512 in two passes
+constexpr SparseCosts kWideSparseCosts = {1.75, 4, 16};  // AVX-512 at once
+constexpr SparseCosts kBaselineSparseCosts = {1.15, 4, 48};
+
 bool sparse_is_better(const LinearReluShape& shape, int64_t not_zero, bool by_library,
                       const std::optional<Tensor>& input, const std::optional<Tensor>& weight) {
   const auto [M, K, N] = shape;
   const int products = input.has_value() + weight.has_value();
   if (M * K * N * products == 0 || (weight && !weight->is_contiguous())) return false;
-  if (by_library && cpu_isa() == Isa::baseline) return false;  // the library's vectors may be wider
-  const double each = cpu_multiplies_wide() ? 1.75 : 1.15;
-  const double packing = (input ? 4.0 / N : 0.0) + (weight ? 4.0 / M : 0.0);
+  const bool is_baseline = cpu_isa() == Isa::baseline;
+  if (by_library && is_baseline) return false;  // the library's vectors may be wider
+  const auto [each, packing, listing] = is_baseline             ? kBaselineSparseCosts
+                                        : cpu_multiplies_wide() ? kWideSparseCosts
+                                                                : kSparseCosts;
   const double share = static_cast<double>(not_zero) / static_cast<double>(M * N);
-  return each * share + packing / products + 16.0 / K < 1;
+  const double packings = (input ? packing / N : 0.0) + (weight ? packing / M : 0.0);
+  return each * share + packings / products + listing / K < 1;
 }
 
 // grad_z and grad_bias, in one pass over grad_out and out; either may be null. Returns how many
@@ -185,8 +197,8 @@ void own_products(const A* grad_z, const E* x, const E* w, E* grad_weight, E* gr
   });
 }
 
-// The same of a grad_z that is zero for a good part. Every thread has a share of the columns, for
-// which it lists all that is not zero, or, where the rows are too many for that, a share of these.
+// The same of a grad_z that is zero for a good part. Threads share out the columns, and each lists
+// all that is not zero for itself; or, where that would take a good part of the time, the rows.
 void own_sparse_products(const float* grad_z, const float* x, const float* w, float* grad_weight,
                          float* grad_input, int64_t M, int64_t K, int64_t N) {
   const int64_t work = M * N * K * ((grad_weight != nullptr) + (grad_input != nullptr));
@@ -289,37 +301,41 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, K = K, N = N](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
-    constexpr bool kIsWide = std::is_same_v<T, A>, kMayBeSparse = kRelu && std::is_same_v<T, float>;
-    // Without a ReLU the gradient is taken as it is, but that half types are widened.
-    constexpr bool kIsMade = kRelu || !kIsWide;
-    std::unique_ptr<A[]> made;
-    const A* z = kIsWide ? static_cast<const A*>(g.const_data_ptr()) : nullptr;
-    int64_t not_zero;
+    constexpr bool kMayBeSparse = kRelu && std::is_same_v<T, float>;
+    const auto masked = [&](auto* z) {
+      return masked_grad<kRelu, T>(data<T>(g), data<T>(out), z, wanted_bias, M, N);
+    };
+    const auto is_sparse = [&](int64_t not_zero) {
+      return kMayBeSparse && sparse_is_better({M, K, N}, not_zero, by_library, input, weight);
+    };
+    const auto multiply = [&](const A* z, bool sparse) {
+      if (weight) grad_input = in_huge_pages(allocate(output, with_last(output, K)));
+      if (input) grad_weight = in_huge_pages(allocate(output, {N, K}));
+      is_done = true;
+      const Tensor x = input ? dense(*input) : Tensor();
+      const auto* const x_data = input ? data<T>(x) : nullptr;
+      const auto* const w_data = weight ? data<T>(*weight) : nullptr;
+      auto* const grad_w = input ? mutable_data<T>(grad_weight) : nullptr;
+      auto* const grad_x = weight ? mutable_data<T>(grad_input) : nullptr;
+      if constexpr (kMayBeSparse) {
+        if (sparse) return own_sparse_products(z, x_data, w_data, grad_w, grad_x, M, K, N);
+      }
+      own_products(z, x_data, w_data, grad_w, grad_x, M, K, N);
+    };
     if (by_library) {
-      auto* const to = kRelu ? mutable_data<T>(grad_z) : nullptr;
-      not_zero = masked_grad<kRelu, T>(data<T>(g), data<T>(out), to, wanted_bias, M, N);
-      if constexpr (kRelu && kIsWide) z = to;
-    } else {
-      if (kIsMade) made.reset(new A[std::max<int64_t>(1, M * N)]);
-      not_zero = masked_grad<kRelu, T>(data<T>(g), data<T>(out), made.get(), wanted_bias, M, N);
-      if (kIsMade) z = made.get();
+      auto* const z = kRelu ? mutable_data<T>(grad_z) : nullptr;
+      const int64_t not_zero = masked(z);
+      if constexpr (kMayBeSparse) {
+        if (is_sparse(not_zero)) multiply(z, true);
+      }
+    } else if (kRelu || sizeof(T) != sizeof(A)) {
+      const std::unique_ptr<A[]> z(new A[std::max<int64_t>(1, M * N)]);
+      const int64_t not_zero = masked(z.get());
+      multiply(z.get(), is_sparse(not_zero));
+    } else {  // without a ReLU the gradient is taken as it is, but that half types are widened
+      masked(static_cast<A*>(nullptr));
+      multiply(static_cast<const A*>(g.const_data_ptr()), false);
     }
-    const bool is_sparse =
-        kMayBeSparse && sparse_is_better({M, K, N}, not_zero, by_library, input, weight);
-    is_done = is_sparse || !by_library;
-    if (!is_done) return;
-
-    if (weight) grad_input = in_huge_pages(allocate(output, with_last(output, K)));
-    if (input) grad_weight = in_huge_pages(allocate(output, {N, K}));
-    const Tensor x = input ? dense(*input) : Tensor();
-    const auto* const x_data = input ? data<T>(x) : nullptr;
-    const auto* const w_data = weight ? data<T>(*weight) : nullptr;
-    auto* const grad_w = input ? mutable_data<T>(grad_weight) : nullptr;
-    auto* const grad_x = weight ? mutable_data<T>(grad_input) : nullptr;
-    if constexpr (kMayBeSparse) {
-      if (is_sparse) return own_sparse_products(z, x_data, w_data, grad_w, grad_x, M, K, N);
-    }
-    own_products(z, x_data, w_data, grad_w, grad_x, M, K, N);
   });
   if (is_done) return {grad_input, grad_weight, grad_bias};
 

@@ -10,17 +10,8 @@ inline constexpr int kSparseDepth = 64;
 // Rows of c for which factors are listed at a time.
 inline constexpr int kSparseRows = 96;
 
-// Calls body with `count`, of 1 to kMost, as a constant.
-template <int kMost, class Body>
-FASTNET_INLINE void with_constant(int64_t count, const Body& body) {
-  if constexpr (kMost > 1) {
-    if (count < kMost) return with_constant<kMost - 1>(count, body);
-  }
-  body(std::integral_constant<int, kMost>{});
-}
-
 // Of the rows of a tile's columns of b, side by side: with rows of a power of two they would share
-// a few places of the cache. Returns whether all are finite.
+// a few places of the cache. Returns whether all are finite: 0 times what is not is NaN.
 template <int kVectors>
 static bool pack_rows(const float* b, int64_t K, int64_t rows, float* packed, int64_t stride) {
   constexpr int kStep = kLanes<float>;
@@ -30,7 +21,7 @@ static bool pack_rows(const float* b, int64_t K, int64_t rows, float* packed, in
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) {
       const Vec<float> value = load(b + row * K + v * kStep);
       store(packed + row * stride + v * kStep, value);
-      zeros[v] += value * 0.0f;  // NaN of an infinity, too
+      zeros[v] += value * 0.0f;
     }
   }
   FASTNET_UNROLL for (int v = 1; v < kVectors; ++v) zeros[0] += zeros[v];
@@ -38,7 +29,8 @@ static bool pack_rows(const float* b, int64_t K, int64_t rows, float* packed, in
 }
 
 // The factors of a row of c, of `all` the zeros, too, and where their rows of b lie among those
-// packed. Returns how many there are; a vector more is written at most.
+// packed, whose distance is `stride`. Returns how many there are. Of the `steps` places that both
+// lists have, those behind the last factor are written to as well.
 static int64_t list_factors(const float* a, int64_t steps, int32_t stride, bool all, float* factors,
                             int32_t* places) {
   int64_t count = 0, j = 0;
@@ -66,15 +58,15 @@ FASTNET_INLINE void sparse_tile(const float* factors, const int32_t* places, int
                                 const float* packed, float* c, bool add, int64_t skip) {
   constexpr int kStep = kLanes<float>;
   Vec<float> sum[kVectors];
-  if (add) {
-    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = load(c + v * kStep);
-  } else {
-    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = Vec<float>{};
-  }
+  FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = Vec<float>{};
   for (int64_t i = 0; i < count; ++i) {
     const Vec<float> factor = splat(factors[i]);
     const float* const row = packed + places[i];
     FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] += factor * load(row + v * kStep);
+  }
+  // Only here: of many rows one sum after the other is more exact than one of all.
+  if (add) {
+    FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] += load(c + v * kStep);
   }
   if (skip) sum[0] = lane_index<float>() >= splat(static_cast<float>(skip)) ? sum[0] : load(c);
   FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) store(c + v * kStep, sum[v]);
@@ -88,10 +80,6 @@ inline void sparse_product_kernel(const float* a, int64_t a_row, int64_t a_step,
                                   int64_t k_begin, int64_t k_end) {
   constexpr int kStep = kLanes<float>;
   const int64_t width = k_end - k_begin, vectors = (width + kStep - 1) / kStep;
-  if (width < kStep || J == 0) {
-    product_kernel(a, a_row, a_step, b, c, J, K, i_begin, i_end, k_begin, k_end);
-    return;
-  }
   // Tiles of about the same width, of which the last reaches back over what the one before did.
   const bool has_one = vectors <= kSparseVectors && width % kStep == 0;
   const int64_t least = (vectors + kSparseVectors - 1) / kSparseVectors;
@@ -100,8 +88,8 @@ inline void sparse_product_kernel(const float* a, int64_t a_row, int64_t a_step,
   const int64_t blocks = (J + kSparseDepth - 1) / kSparseDepth;
 
   alignas(64) float packed[kSparseDepth * kSparseVectors * kStep];
-  float turned[kSparseRows * kSparseDepth], factors[kSparseRows * kSparseDepth + kStep];
-  int32_t places[kSparseRows * kSparseDepth + kStep];
+  float turned[kSparseRows * kSparseDepth], factors[kSparseRows * kSparseDepth];
+  int32_t places[kSparseRows * kSparseDepth];
   int64_t counts[kSparseRows];
   for (int64_t i = i_begin; i < i_end; i += kSparseRows) {
     const int64_t rows = i_end - i < kSparseRows ? i_end - i : kSparseRows;

@@ -25,6 +25,15 @@ inline constexpr bool kHasMasks = kVectorBytes == 64;
 template <class T>
 inline constexpr int kLanes = kVectorBytes / sizeof(acc_t<T>);
 
+// Calls body with `count`, of 1 to kMost, as a constant.
+template <int kMost, class Body>
+FASTNET_INLINE void with_constant(int64_t count, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_constant<kMost - 1>(count, body);
+  }
+  body(std::integral_constant<int, kMost>{});
+}
+
 // ---------------------------------------------------------------------------------------------
 // Loads and stores: memory holds T, registers hold acc_t<T>
 
