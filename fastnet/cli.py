@@ -38,6 +38,7 @@ OF_MODEL = "A network of yours"
 
 @app.command("train")
 def train_command(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="The training; `fastnet list` names them.")],
     epochs: Annotated[
         int | None,
@@ -155,6 +156,8 @@ def train_command(
     from fastnet.recipes.runtime import start
 
     if name == "numpy-forward":
+        if given := _options_given(context):
+            raise FastnetError(f"{name} takes no options: leave out {', '.join(given)}.")
         print(numpy_forward.run())
         return
     if name not in RECIPES and name not in COMPARISONS:
@@ -217,6 +220,16 @@ def train_command(
 
 def _names(recipes) -> str:
     return ", ".join(recipe.name for recipe in recipes)
+
+
+def _options_given(context: typer.Context) -> list[str]:
+    """Those that stand on the command line."""
+    return [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.param_type_name == "option"
+        and context.get_parameter_source(parameter.name).name == "COMMANDLINE"
+    ]
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -219,6 +219,9 @@ def test_numpy_forward(tmp_path):
     assert done.returncode == 0, done.stderr
     values = [line.split()[-1] for line in done.stdout.splitlines()[-2:]]
     assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-14)
+    refused = command("train", "numpy-forward", "--epochs", "3", "--compile", cwd=tmp_path)
+    assert refused.returncode != 0
+    assert "leave out --epochs, --compile" in refused.stderr
 
 
 def test_linear_regression_tells_its_errors(tmp_path):
