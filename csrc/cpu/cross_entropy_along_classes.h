@@ -37,11 +37,12 @@ FASTNET_INLINE acc_t<T> block_maximum(const T* x, int64_t count) {
 }
 
 // Σ exp(x - shift); with kStores the exponentials go to `out`, too, which is not x. What comes to
-// be read then, `ahead` elements further on, is asked for: where a page ends the processor's own
-// foresight does, too.
+// be read later, `ahead` elements further on, and to be written, `out_ahead`, is asked for: where a
+// page ends the processor's own foresight does, too. What is read is better asked for two blocks
+// before its turn: at the next one it may still be on its way from memory.
 template <class T, bool kStores = false>
 FASTNET_INLINE acc_t<T> block_exp_sum(const T* x, int64_t count, int64_t ahead, acc_t<T> shift,
-                                      T* out = nullptr) {
+                                      T* out = nullptr, int64_t out_ahead = 0) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
   const auto add = [&](int64_t c, auto& exps, Vec<A>* sums) {
@@ -60,7 +61,7 @@ FASTNET_INLINE acc_t<T> block_exp_sum(const T* x, int64_t count, int64_t ahead, 
   for (; c + 4 * kStep <= count; c += 4 * kStep) {
     FASTNET_UNROLL for (int at = 0; at < 4 * kStep; at += 64 / static_cast<int>(sizeof(T))) {
       __builtin_prefetch(x + ahead + c + at);
-      if constexpr (kStores) __builtin_prefetch(out + ahead + c + at, 1);
+      if constexpr (kStores) __builtin_prefetch(out + out_ahead + c + at, 1);
     }
     add(c, four, sums);
   }
@@ -138,7 +139,7 @@ static Sums<acc_t<T>> row_sums(const CrossEntropyCall<T>& call, const T* logits,
       if (first > 0) sums.dot += sums.q * fall;
       sums.maximum = most;
     }
-    sums.exps += block_exp_sum(x, padded, padded, shift_of(sums.maximum));
+    sums.exps += block_exp_sum(x, padded, 2 * padded, shift_of(sums.maximum));
     if (!call.needs_dot) continue;
     const T* const t = probabilities
                            ? side_by_side(probabilities + first * call.target_at.cls,

@@ -148,7 +148,8 @@ static acc_t<T> row_with_gradient(const CrossEntropyCall<T>& call, int64_t row, 
       sums.maximum = most;
     }
     *shift = shift_of(sums.maximum);
-    sums.exps += block_exp_sum<T, true>(x + first, count, count, *shift++, gradient + first);
+    sums.exps +=
+        block_exp_sum<T, true>(x + first, count, 2 * count, *shift++, gradient + first, count);
   }
   const A log_sum = log(splat(sums.exps))[0];
   const A loss = finish_row(call, row, sums, log_sum, x, 1, divisor);
@@ -180,7 +181,7 @@ static acc_t<T> rows_with_gradient(const CrossEntropyCall<T>& call, int64_t row,
   FASTNET_UNROLL for (int r = 0; r < kRows; ++r) sums[r] = {block_maximum(x[r], call.C), 0, 0, 0};
   FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
     sums[r].exps = block_exp_sum<T, true>(x[r], call.C, kRows * call.C, shift_of(sums[r].maximum),
-                                          gradient[r]);
+                                          gradient[r], kRows * call.C);
     exp_sums[r] = sums[r].exps;
   }
   const Vec<A> log_sums = log(exp_sums);
