@@ -55,6 +55,7 @@ constexpr fastnet::cpu::Ops kCpuOps{
     .conv_relu_pool_forward = &fastnet::cpu::conv_relu_pool_forward,
     .conv_relu_pool_inference = &fastnet::cpu::conv_relu_pool_inference,
     .conv_relu_pool_backward = &fastnet::cpu::conv_relu_pool_backward,
+    .apply_optimizer = &fastnet::cpu::apply_optimizer,
 };
 
 }  // namespace

@@ -4,34 +4,9 @@
 #include <algorithm>
 
 #include "common.h"
+#include "optimizer.h"
 
 namespace fastnet {
-
-enum class MlpOptimizer : int64_t { sgd = 0, momentum = 1, adam = 2 };
-
-// One step of an optimizer, as its formula needs it.
-//   sgd:       w -= lr · g
-//   momentum:  first = beta1 · first + g;  w -= lr · first
-//   adam:      first += (1 - beta1) (g - first);  second = beta2 · second + (1 - beta2) g²
-//              w -= lr · first / (second_scale · √second + eps)
-// with g the gradient plus weight_decay · w; Adam's lr and second_scale hold the corrections of the
-// averages for their start from zero.
-struct MlpStep {
-  float lr, beta1, beta2, eps, weight_decay, second_scale;
-  float beta1_rest, beta2_rest;  // 1 - beta, of which float32 would lose half the digits
-};
-
-// What all steps have in common, with the corrections still to come.
-inline MlpStep mlp_step(double lr, double beta1, double beta2, double eps, double weight_decay) {
-  return {.lr = static_cast<float>(lr),
-          .beta1 = static_cast<float>(beta1),
-          .beta2 = static_cast<float>(beta2),
-          .eps = static_cast<float>(eps),
-          .weight_decay = static_cast<float>(weight_decay),
-          .second_scale = 1,
-          .beta1_rest = static_cast<float>(1 - beta1),
-          .beta2_rest = static_cast<float>(1 - beta2)};
-}
 
 // A layer: weight (out, in), bias (out) or empty, and the optimizer's state of both.
 struct MlpLayer {
@@ -84,9 +59,9 @@ inline int64_t check_mlp_images(const Tensor& images, const Tensor& scale, const
   return images.size(0);
 }
 
-inline MlpOptimizer mlp_optimizer(int64_t number) {
+inline OptimizerKind mlp_optimizer(int64_t number) {
   check(number >= 0 && number <= 2, "mlp: there is no optimizer ", number);
-  return static_cast<MlpOptimizer>(number);
+  return static_cast<OptimizerKind>(number);
 }
 
 // All that a call of mlp_train takes, but for the values in targets and order. Returns the layers
@@ -95,7 +70,7 @@ inline std::vector<MlpLayer> check_mlp_training(
     const Tensor& images, const Tensor& targets, const Tensor& order, int64_t* batch_size,
     const Tensor& scale, const Tensor& shift, std::vector<Tensor>& weights,
     std::vector<Tensor>& biases, const std::vector<bool>& relu, std::vector<Tensor>& first,
-    std::vector<Tensor>& second, std::vector<Tensor>& steps, MlpOptimizer optimizer) {
+    std::vector<Tensor>& second, std::vector<Tensor>& steps, OptimizerKind optimizer) {
   std::vector<MlpLayer> layers = check_mlp_layers(weights, biases, relu);
   check_mlp_images(images, scale, shift, layers.front());
   const int64_t n = images.size(0);
@@ -127,10 +102,10 @@ inline std::vector<MlpLayer> check_mlp_training(
       layers[l].*bias = of_bias;
     }
   };
-  if (optimizer != MlpOptimizer::sgd) {
+  if (optimizer != OptimizerKind::sgd) {
     add_state(first, &MlpLayer::weight_first, &MlpLayer::bias_first);
   }
-  if (optimizer == MlpOptimizer::adam) {
+  if (optimizer == OptimizerKind::adam) {
     check(!steps.empty(), "mlp: Adam needs to know how many steps it has taken");
     add_state(second, &MlpLayer::weight_second, &MlpLayer::bias_second);
   }

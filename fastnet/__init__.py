@@ -1,6 +1,6 @@
 """Fused kernels that make small and mid-size PyTorch networks train faster."""
 
-from fastnet import functional
+from fastnet import functional, optim
 from fastnet._library import build_info
 from fastnet._version import __version__
 from fastnet.acceleration import accelerate, accelerate_report
@@ -17,4 +17,5 @@ __all__ = [
     "accelerate_report",
     "build_info",
     "functional",
+    "optim",
 ]

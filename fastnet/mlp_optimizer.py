@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from fastnet import optim
 from fastnet.mlp_layers import Layer
 from fastnet.ops import mlp
 
@@ -17,6 +18,10 @@ OPTIMIZERS = {
     "adam": (partial(torch.optim.Adam, fused=True), ("lr", "weight_decay", "betas", "eps")),
     "sgd": (torch.optim.SGD, ("lr", "momentum", "weight_decay")),
 }
+
+
+ADAMS = (torch.optim.Adam, optim.Adam)
+SGDS = (torch.optim.SGD, optim.SGD)
 
 
 def optimizer_of(
@@ -50,9 +55,10 @@ def read_optimizer(
     Raises:
         ValueError: for other parameters than these, and for options that are not trained natively.
     """
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.SGD):
+    if type(optimizer) not in (*ADAMS, *SGDS):
         raise ValueError(
-            f"MLPTrainer applies torch.optim.Adam and SGD, not {type(optimizer).__name__}"
+            f"MLPTrainer applies Adam and SGD of torch.optim or fastnet.optim, not "
+            f"{type(optimizer).__name__}"
         )
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     hooks += (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
@@ -69,7 +75,7 @@ def read_optimizer(
         if group.get(name):
             raise ValueError(f"MLPTrainer has no {name}={group[name]!r}")
     lr, decay = float(group["lr"]), float(group["weight_decay"])
-    if type(optimizer) is torch.optim.Adam:
+    if type(optimizer) in ADAMS:
         return mlp.ADAM, (lr, *map(float, group["betas"]), float(group["eps"]), decay)
     momentum = float(group["momentum"])
     return mlp.MOMENTUM if momentum else mlp.SGD, (lr, momentum, 0.0, 0.0, decay)

@@ -5,16 +5,14 @@
 // It serves the torch that it was compiled with (see fastnet/_library.py); under any other one, and
 // wherever torch.compile is at work, the Functions in Python do the same.
 
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <atomic>
-
 #include "ops_with_gradients.h"
+#include "optimizers.h"
+#include "quick.h"
 
 namespace fastnet::autograd {
 namespace {
@@ -22,47 +20,6 @@ namespace {
 // What fastnet/functional.py asks before it calls a kernel takes ten microseconds there, as long as
 // the kernel of a small layer. Here it takes less than one. `quick_*` answer None where a call is
 // not of the plain kind, and leave it to that file.
-
-// Of Python's objects: torch.Tensor and torch.nn.Parameter, and no class that may know better; and
-// the mode of a default device, which looks at no function of ours.
-PyTypeObject* parameter_class = nullptr;
-PyTypeObject* device_context_class = nullptr;
-
-bool are_functions_watched() {
-  using Modes = at::impl::PythonTorchFunctionTLS;
-  for (int64_t index = 0; index < Modes::stack_len(); ++index) {
-    const PyObject* const mode = Modes::get_stack_at(index)->ptr(getPyInterpreter());
-    if (Py_TYPE(mode) != device_context_class) return true;
-  }
-  return false;
-}
-
-// Whether calls are answered here at all. Not where forward-mode derivatives are taken, of whatever
-// tensor: what comes later may have a tangent. Nor where somebody watches Python's functions.
-bool is_quick() {
-  return is_quiet() && !torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
-         !are_functions_watched();
-}
-
-// The GPUs that the CUDA kernels are for, a bit each.
-std::atomic<uint64_t> cuda_devices = 0;
-
-bool is_plain_on_gpu(const Tensor& tensor) {
-  const auto devices = cuda_devices.load(std::memory_order_relaxed);
-  return devices != 0 && tensor.is_cuda() && (devices >> tensor.get_device() & 1) &&
-         is_plain_on<c10::DispatchKey::CUDA>(tensor);
-}
-
-// A reference of its own, as Python's object may get another tensor while others have the lock.
-OptionalTensor plain(const pybind11::handle& object) {
-  const PyTypeObject* type = Py_TYPE(object.ptr());
-  if (type != reinterpret_cast<PyTypeObject*>(THPVariableClass) && type != parameter_class) {
-    return std::nullopt;
-  }
-  const Tensor& tensor = THPVariable_Unpack(object.ptr());
-  const bool is_ours = is_plain(tensor) || is_plain_on_gpu(tensor);
-  return is_ours ? OptionalTensor(tensor) : std::nullopt;
-}
 
 template <class Call>
 pybind11::object wrapped(const Call& call) {
@@ -241,6 +198,7 @@ PYBIND11_MODULE(_nodes, module) {
     if (device >= 0 && device < 64) fastnet::autograd::cuda_devices |= uint64_t{1} << device;
   });
   module.def("release_memory", [] { fastnet::autograd::kept_memory().release(); });
+  module.def("optimizer_step", &fastnet::autograd::optimizer_step);
   module.def("quick_linear_relu", &fastnet::autograd::quick_linear_relu);
   module.def("quick_linear", &fastnet::autograd::quick_linear);
   module.def("quick_conv_relu_pool", &fastnet::autograd::quick_conv_relu_pool);

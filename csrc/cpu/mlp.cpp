@@ -80,7 +80,7 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
                  std::vector<Tensor> first, std::vector<Tensor> second, std::vector<Tensor> steps,
                  int64_t optimizer, double lr, double beta1, double beta2, double eps,
                  double weight_decay) {
-  const MlpOptimizer kind = mlp_optimizer(optimizer);
+  const OptimizerKind kind = mlp_optimizer(optimizer);
   const std::vector<MlpLayer> layers =
       check_mlp_training(images, targets, order, &batch_size, scale, shift, weights, biases, relu,
                          first, second, steps, kind);
@@ -140,12 +140,12 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
   for (int64_t thread = 0; thread < threads; ++thread) spaces.emplace_back(training, thread);
   const auto run = [&](int64_t thread) {
     switch (kind) {
-      case MlpOptimizer::sgd:
-        return training.run<MlpOptimizer::sgd>(thread, spaces[thread]);
-      case MlpOptimizer::momentum:
-        return training.run<MlpOptimizer::momentum>(thread, spaces[thread]);
-      case MlpOptimizer::adam:
-        return training.run<MlpOptimizer::adam>(thread, spaces[thread]);
+      case OptimizerKind::sgd:
+        return training.run<OptimizerKind::sgd>(thread, spaces[thread]);
+      case OptimizerKind::momentum:
+        return training.run<OptimizerKind::momentum>(thread, spaces[thread]);
+      case OptimizerKind::adam:
+        return training.run<OptimizerKind::adam>(thread, spaces[thread]);
     }
   };
   // One of torch's threads for each. They wait for each other, so where torch has fewer, being

@@ -2,6 +2,7 @@
 // products of linear_relu. Everything is float32, row-major and dense.
 
 #include "linear_relu_kernels.h"
+#include "optimizer_kernels.h"
 
 // ---------------------------------------------------------------------------------------------
 // A batch: out (rows, k_end - k_begin) = images[order[row]] (K) · scale + shift
@@ -106,84 +107,16 @@ void mlp_mask_kernel(const float* const* parts, int64_t part_count, int64_t part
 }
 
 // ---------------------------------------------------------------------------------------------
-// The optimizers, on a vector of gradients that has just been computed
-
-// Said as sqrt of each element, it is computed of each element.
-FASTNET_INLINE Vec<float> square_root(Vec<float> x) {
-  Vec<float> root;
-#if defined(__x86_64__)
-  if constexpr (kVectorBytes == 16) {
-    __asm__("sqrtps %1, %0" : "=x"(root) : "x"(x));
-  } else {
-    __asm__("vsqrtps %1, %0" : "=v"(root) : "v"(x));
-  }
-#else
-  for (int i = 0; i < kLanes<float>; ++i) root[i] = __builtin_sqrtf(x[i]);
-#endif
-  return root;
-}
-
-// As torch.optim's; `first` and `second` are exp_avg and exp_avg_sq, or momentum_buffer and unused.
-template <MlpOptimizer kOptimizer>
-FASTNET_INLINE Vec<float> updated(Vec<float> w, Vec<float> gradient, Vec<float>& first,
-                                  Vec<float>& second, const MlpStep& step) {
-  gradient += w * splat(step.weight_decay);
-  if constexpr (kOptimizer == MlpOptimizer::sgd) {
-    return w - splat(step.lr) * gradient;
-  } else if constexpr (kOptimizer == MlpOptimizer::momentum) {
-    first = first * splat(step.beta1) + gradient;
-    return w - splat(step.lr) * first;
-  } else {
-    // Of the two ways to go from one to the other, that which keeps the nearer.
-    const Vec<float> way = gradient - first;
-    first = step.beta1_rest < 0.5f ? first + way * splat(step.beta1_rest)
-                                   : gradient - way * splat(step.beta1);
-    second = second * splat(step.beta2) + (gradient * gradient) * splat(step.beta2_rest);
-    const Vec<float> deviation = square_root(second) * splat(step.second_scale) + splat(step.eps);
-    return w - (first * splat(step.lr)) / deviation;
-  }
-}
-
-// In memory: `skip` lanes, and those from `end` on, stay as they are.
-template <MlpOptimizer kOptimizer>
-FASTNET_INLINE void update(float* w, float* first, float* second, Vec<float> gradient,
-                           const MlpStep& step, int64_t skip, int64_t end = kLanes<float>) {
-  constexpr int kStep = kLanes<float>;
-  const bool whole = skip == 0 && end == kStep;
-  Vec<float> a = {}, b = {}, value = {};
-  const auto read = [&](const float* from, Vec<float>& to) {
-    if (whole) {
-      to = load(from);
-    } else {
-      for (int64_t i = skip; i < end; ++i) to[i] = from[i];
-    }
-  };
-  const auto write = [&](float* to, Vec<float> from) {
-    if (whole) {
-      store(to, from);
-    } else {
-      for (int64_t i = skip; i < end; ++i) to[i] = from[i];
-    }
-  };
-  read(w, value);
-  if constexpr (kOptimizer != MlpOptimizer::sgd) read(first, a);
-  if constexpr (kOptimizer == MlpOptimizer::adam) read(second, b);
-  write(w, updated<kOptimizer>(value, gradient, a, b, step));
-  if constexpr (kOptimizer != MlpOptimizer::sgd) write(first, a);
-  if constexpr (kOptimizer == MlpOptimizer::adam) write(second, b);
-}
-
-// ---------------------------------------------------------------------------------------------
 // The gradient of a weight, applied where it is computed: of w (N, K), for all K and N,
 //   grad[n, k] = before[n, k] + Σ_m dz[m, n] · x[m, k],  m in [0, M)
 // `before` is of other rows of the batch, or null. dz[m, n] lies at m · m_stride + n · n_stride.
 // Vectors lie along K; dz's elements are broadcast.
 
-template <MlpOptimizer kOptimizer, int kRows, int kVectors>
+template <OptimizerKind kOptimizer, int kRows, int kVectors>
 FASTNET_INLINE void mlp_update_tile(const float* dz, int64_t m_stride, int64_t n_stride,
                                     const float* x, const float* before, float* w, float* first,
                                     float* second, int64_t M, int64_t K, int64_t skip,
-                                    const MlpStep& step) {
+                                    const OptimizerStep& step) {
   constexpr int kStep = kLanes<float>;
   Vec<float> sum[kRows][kVectors];
   FASTNET_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -207,10 +140,10 @@ FASTNET_INLINE void mlp_update_tile(const float* dz, int64_t m_stride, int64_t n
   }
 }
 
-template <MlpOptimizer kOptimizer, int kRows, int kVectors>
+template <OptimizerKind kOptimizer, int kRows, int kVectors>
 static void mlp_update_rows(const float* dz, int64_t m_stride, int64_t n_stride, const float* x,
                             const float* before, float* w, float* first, float* second, int64_t M,
-                            int64_t K, int64_t rows, int64_t skip, const MlpStep& step) {
+                            int64_t K, int64_t rows, int64_t skip, const OptimizerStep& step) {
   if (rows == kRows) {
     mlp_update_tile<kOptimizer, kRows, kVectors>(dz, m_stride, n_stride, x, before, w, first,
                                                  second, M, K, skip, step);
@@ -220,10 +153,10 @@ static void mlp_update_rows(const float* dz, int64_t m_stride, int64_t n_stride,
   }
 }
 
-template <MlpOptimizer kOptimizer>
+template <OptimizerKind kOptimizer>
 void mlp_update_kernel(const float* dz, int64_t m_stride, int64_t n_stride, const float* x,
                        const float* before, float* w, float* first, float* second, int64_t M,
-                       int64_t N, int64_t K, const MlpStep& step) {
+                       int64_t N, int64_t K, const OptimizerStep& step) {
   constexpr int kStep = kLanes<float>;
   constexpr int kWide = kStep * kProductVectors;
   if (K < kStep) {
@@ -295,9 +228,9 @@ void mlp_sum_kernel(const float* dz, int64_t m_stride, int64_t n_stride, float* 
 }
 
 // A bias (N), by its gradient.
-template <MlpOptimizer kOptimizer>
+template <OptimizerKind kOptimizer>
 void mlp_update_bias_kernel(const float* grad, float* bias, float* first, float* second, int64_t N,
-                            const MlpStep& step) {
+                            const OptimizerStep& step) {
   constexpr int kStep = kLanes<float>;
   for (int64_t n = 0; n < N; n += kStep) {
     update<kOptimizer>(bias + n, first + n, second + n, load(grad + n), step, 0,

@@ -172,10 +172,10 @@ void mlp_sparse_grad_kernel(const float* values, const int32_t* columns, const i
 }
 
 // The gradient, to which sums (units) · shift belongs still, applied, and set to 0 for the next.
-template <MlpOptimizer kOptimizer>
+template <OptimizerKind kOptimizer>
 void mlp_sparse_update_kernel(float* grad, const float* shift, const float* sums, float* w,
                               float* first, float* second, int64_t K, int64_t width,
-                              const MlpStep& step) {
+                              const OptimizerStep& step) {
   constexpr int kStep = kLanes<float>;
   for (int64_t k = 0; k < K; ++k) {
     for (int64_t v = 0; v < width; v += kStep) {

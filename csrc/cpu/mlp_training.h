@@ -45,7 +45,7 @@ struct Training {
   int64_t count, batch_size;
   const float *scale, *shift;
   const std::vector<MlpLayer>& layers;
-  MlpOptimizer optimizer;
+  OptimizerKind optimizer;
   double lr, beta1, beta2, eps, weight_decay;
   int64_t first_step;
 
@@ -65,17 +65,15 @@ struct Training {
   // Whether a batch has several blocks.
   bool is_in_blocks() const { return block_rows < batch_size; }
 
-  MlpStep step(int64_t number) const {
-    MlpStep s = mlp_step(lr, beta1, beta2, eps, weight_decay);
-    if (optimizer == MlpOptimizer::adam) {
-      const double t = static_cast<double>(first_step + number);
-      s.lr = static_cast<float>(lr / (1 - std::pow(beta1, t)));
-      s.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t)));
+  OptimizerStep step(int64_t number) const {
+    OptimizerStep s = optimizer_step(lr, beta1, beta2, eps, weight_decay);
+    if (optimizer == OptimizerKind::adam) {
+      correct(s, lr, beta1, beta2, static_cast<double>(first_step + number));
     }
     return s;
   }
 
-  template <MlpOptimizer kOptimizer>
+  template <OptimizerKind kOptimizer>
   void run(int64_t thread, struct Workspace& space) noexcept;
 };
 
@@ -227,10 +225,10 @@ void gather(const Training& t, const int64_t* order, int64_t rows, const Workspa
   });
 }
 
-template <MlpOptimizer kOptimizer>
+template <OptimizerKind kOptimizer>
 void Training::run(int64_t thread, Workspace& space) noexcept {
   // Not where a gradient that is as small may be divided by itself.
-  const TinyAsZero tiny_as_zero(optimizer != MlpOptimizer::adam || eps > 1e-12);
+  const TinyAsZero tiny_as_zero(optimizer != OptimizerKind::adam || eps > 1e-12);
   const int64_t L = static_cast<int64_t>(layers.size());
   const MlpLayer& last = layers.back();
   // Logits and their gradient are (C, rows), with vectors along the rows.
@@ -251,7 +249,7 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
                                      part.units.size(), part.width));
   };
   if (is_sparse) find_base();
-  MlpStep now{};
+  OptimizerStep now{};
   int64_t M = 0, left = 0;  // rows of a block, and those of its batch from it on
   bool is_more = false;     // whether gradients of the batch's rows before it are there
   float share = 0;
@@ -383,8 +381,8 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
     is_more = true;
   }
 
-  const int states = optimizer == MlpOptimizer::sgd        ? 1
-                     : optimizer == MlpOptimizer::momentum ? 2
+  const int states = optimizer == OptimizerKind::sgd        ? 1
+                     : optimizer == OptimizerKind::momentum ? 2
                                                            : 3;
   const std::array<const Tensor*, 6> whole = tensors_of(last);
   if (is_sparse) {

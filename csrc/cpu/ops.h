@@ -11,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../optimizer.h"
+
 namespace fastnet::cpu {
 
 using torch::stable::Tensor;
@@ -74,6 +76,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_pool_backward(
     const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
     bool needs_input, bool needs_weight, bool needs_bias);
 
+// A step of all of these.
+void apply_optimizer(const std::vector<OptimizedTensor>& tensors);
+
 // What fastnet._C hands to fastnet._nodes of the same build, in a capsule.
 struct Ops {
   decltype(&cpu::linear_relu_forward) linear_relu_forward;
@@ -90,6 +95,7 @@ struct Ops {
   decltype(&cpu::conv_relu_pool_forward) conv_relu_pool_forward;
   decltype(&cpu::conv_relu_pool_inference) conv_relu_pool_inference;
   decltype(&cpu::conv_relu_pool_backward) conv_relu_pool_backward;
+  decltype(&cpu::apply_optimizer) apply_optimizer;
 };
 
 inline constexpr const char* kOpsCapsule = "fastnet._C.cpu_ops";

@@ -30,7 +30,7 @@ struct ClusterSize {
 
 // How a network is shared out: of the call, all that shapes decide.
 ClusterCall plan_cluster(const std::vector<int64_t>& widths, int64_t batch_size,
-                         MlpOptimizer optimizer, ClusterSize size) {
+                         OptimizerKind optimizer, ClusterSize size) {
   ClusterCall call{};
   const int blocks = call.blocks = size.blocks;
   const int states = static_cast<int>(optimizer);  // 0, 1 or 2 for each parameter
@@ -83,7 +83,7 @@ size_t shared_bytes(const ClusterCall& call) {
 // As many blocks as find work, and more where the network needs their memory. Fewer only where the
 // device has no room for as many side by side.
 ClusterSize choose_cluster(const Tensor& images, const std::vector<int64_t>& widths,
-                           int64_t batch_size, MlpOptimizer optimizer) {
+                           int64_t batch_size, OptimizerKind optimizer) {
   constexpr int64_t kColumnsPerBlock = 32;
   // Beyond this no network fits, and sizes would not fit an int.
   constexpr int64_t kWidest = 1 << 16, kMostParameters = 1 << 24;
@@ -96,7 +96,7 @@ ClusterSize choose_cluster(const Tensor& images, const std::vector<int64_t>& wid
     return {};
   }
   // One stands for all: they differ in nothing that a launch asks for.
-  auto* const kernel = mlp_cluster_kernel<MlpOptimizer::adam, uint8_t>;
+  auto* const kernel = mlp_cluster_kernel<OptimizerKind::adam, uint8_t>;
   const size_t most_shared = cluster_shared_bytes(images, kernel);
   int wanted = 1;
   while (wanted < kMaxCluster && widths[0] >= 2 * wanted * kColumnsPerBlock) wanted *= 2;
@@ -123,7 +123,7 @@ ClusterSize choose_cluster(const Tensor& images, const std::vector<int64_t>& wid
 
 int64_t mlp_cluster(const Tensor& images, std::vector<int64_t> widths, int64_t batch_size,
                     int64_t optimizer) {
-  const MlpOptimizer kind = mlp_optimizer(optimizer);
+  const OptimizerKind kind = mlp_optimizer(optimizer);
   return choose_cluster(images, widths, batch_size, kind).blocks;
 }
 
@@ -133,7 +133,7 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
                  std::vector<Tensor> first, std::vector<Tensor> second, std::vector<Tensor> steps,
                  int64_t optimizer, double lr, double beta1, double beta2, double eps,
                  double weight_decay) {
-  const MlpOptimizer kind = mlp_optimizer(optimizer);
+  const OptimizerKind kind = mlp_optimizer(optimizer);
   const std::vector<MlpLayer> layers =
       check_mlp_training(images, targets, order, &batch_size, scale, shift, weights, biases, relu,
                          first, second, steps, kind);
@@ -169,7 +169,7 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
   call.lr = lr;
   call.beta1 = beta1;
   call.beta2 = beta2;
-  call.step = mlp_step(lr, beta1, beta2, eps, weight_decay);
+  call.step = optimizer_step(lr, beta1, beta2, eps, weight_decay);
   // torch.optim keeps its counters on the device, or on the host, which need not wait to read them.
   std::vector<float*> on_host;
   for (const Tensor& step : steps) {
@@ -195,14 +195,14 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
     is_uint8 ? launch_with(optimizer, uint8_t{}) : launch_with(optimizer, float{});
   };
   switch (kind) {
-    case MlpOptimizer::sgd:
-      launch_for(std::integral_constant<MlpOptimizer, MlpOptimizer::sgd>{});
+    case OptimizerKind::sgd:
+      launch_for(std::integral_constant<OptimizerKind, OptimizerKind::sgd>{});
       break;
-    case MlpOptimizer::momentum:
-      launch_for(std::integral_constant<MlpOptimizer, MlpOptimizer::momentum>{});
+    case OptimizerKind::momentum:
+      launch_for(std::integral_constant<OptimizerKind, OptimizerKind::momentum>{});
       break;
-    case MlpOptimizer::adam:
-      launch_for(std::integral_constant<MlpOptimizer, MlpOptimizer::adam>{});
+    case OptimizerKind::adam:
+      launch_for(std::integral_constant<OptimizerKind, OptimizerKind::adam>{});
       break;
   }
   for (float* counter : on_host) {

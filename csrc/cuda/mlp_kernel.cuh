@@ -137,7 +137,7 @@ __device__ __forceinline__ void for_each_parameter(const ClusterCall& call, floa
   }
 }
 
-template <MlpOptimizer kOptimizer, class Pixel>
+template <OptimizerKind kOptimizer, class Pixel>
 __global__ void __launch_bounds__(kMlpThreads, 1)
     mlp_cluster_kernel(const __grid_constant__ ClusterCall call) {
   FASTNET_DYNAMIC_SHARED(ClusterHeader, header);
@@ -190,8 +190,8 @@ __global__ void __launch_bounds__(kMlpThreads, 1)
     }
     if (looks_up) find_row(next + thread);
     if (thread == 0) {
-      MlpStep step = call.step;
-      if constexpr (kOptimizer == MlpOptimizer::adam) {
+      OptimizerStep step = call.step;
+      if constexpr (kOptimizer == OptimizerKind::adam) {
         power1 *= call.beta1;
         power2 *= call.beta2;
         step.lr = static_cast<float>(call.lr / (1 - power1));

@@ -44,7 +44,7 @@ struct ClusterCall {
   int batch_size;
   const float *scale, *shift;
   double lr, beta1, beta2;
-  MlpStep step;                  // without what changes from step to step
+  OptimizerStep step;                  // without what changes from step to step
   float* steps[2 * kMaxLayers];  // the optimizer's counters on the device
   int step_count;
   double steps_before;  // where step_count is 0
@@ -54,7 +54,7 @@ struct ClusterCall {
 
 // What lies before the floats.
 struct ClusterHeader {
-  MlpStep step;
+  OptimizerStep step;
   double sums[2][kMlpWarps];
   int64_t rows[kMlpThreads];
   int targets[kMlpThreads];
@@ -84,19 +84,19 @@ __device__ __forceinline__ void store_quad(float* to, const Quad& quad) {
 // ---------------------------------------------------------------------------------------------
 // The optimizers, as ../cpu/mlp_kernels.h has them
 
-template <MlpOptimizer kOptimizer>
-inline constexpr int kStates = kOptimizer == MlpOptimizer::adam       ? 2
-                               : kOptimizer == MlpOptimizer::momentum ? 1
+template <OptimizerKind kOptimizer>
+inline constexpr int kStates = kOptimizer == OptimizerKind::adam       ? 2
+                               : kOptimizer == OptimizerKind::momentum ? 1
                                                                       : 0;
 
 // One parameter with its states.
-template <MlpOptimizer kOptimizer>
+template <OptimizerKind kOptimizer>
 __device__ __forceinline__ void update(float* w, float* first_at, float* second_at, float gradient,
-                                       const MlpStep& step) {
+                                       const OptimizerStep& step) {
   gradient += *w * step.weight_decay;
-  if constexpr (kOptimizer == MlpOptimizer::sgd) {
+  if constexpr (kOptimizer == OptimizerKind::sgd) {
     *w -= step.lr * gradient;
-  } else if constexpr (kOptimizer == MlpOptimizer::momentum) {
+  } else if constexpr (kOptimizer == OptimizerKind::momentum) {
     const float first = *first_at * step.beta1 + gradient;
     *first_at = first;
     *w -= step.lr * first;
@@ -204,10 +204,10 @@ __device__ __forceinline__ void input_gradient_tiles(const ClusterLayer& layer, 
 
 // The gradient of a weight, applied where it is computed: gradᵀ (units, rows) · x (rows, in), of
 // the block's units and features.
-template <MlpOptimizer kOptimizer>
+template <OptimizerKind kOptimizer>
 __device__ __forceinline__ void update_weight(const ClusterLayer& layer, const float* grad,
                                               const float* x, float* w, Share units, Share features,
-                                              int rows, const MlpStep& step) {
+                                              int rows, const OptimizerStep& step) {
   const int quads = (features.size + 3) / 4, tiles = quads * ((units.size + 3) / 4);
   const int64_t begin = static_cast<int64_t>(units.begin) * layer.in + features.begin;
   float* const first = layer.keeps_states ? w + layer.weight_size : layer.weight[1] + begin;
@@ -240,9 +240,9 @@ __device__ __forceinline__ void update_weight(const ClusterLayer& layer, const f
 }
 
 // The last threads do, who have least of the weight.
-template <MlpOptimizer kOptimizer>
+template <OptimizerKind kOptimizer>
 __device__ __forceinline__ void update_bias(const ClusterLayer& layer, const float* grad,
-                                            float* bias, int units, int rows, const MlpStep& step) {
+                                            float* bias, int units, int rows, const OptimizerStep& step) {
   for (int unit = kMlpThreads - 1 - threadIdx.x; unit < units; unit += kMlpThreads) {
     float sum = 0;
 #pragma unroll 8

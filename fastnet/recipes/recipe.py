@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,8 @@ class Recipe:
         task: what a step and a measurement are.
         model: makes the network from the shape of an input, the number of classes and a backend
             ("fastnet" or "torch"); with `pretrained` also from `weights=`.
-        optimizer: of the parameters.
+        optimizer: of the parameters: a class and its options. Adam and SGD of torch.optim are
+            fastnet's own on the backend "fastnet".
         loss: of the network's output and the targets; the mean over the batch. Of two adversaries
             it has two halves (see `tasks.Adversaries`). `F.cross_entropy` is fastnet's own on the
             backend "fastnet".
@@ -97,7 +99,7 @@ class Recipe:
     summary: str
     task: type[Task]
     model: Callable[..., nn.Module]
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    optimizer: partial[torch.optim.Optimizer]
     loss: Callable[[Tensor, Tensor], Tensor]
     datasets: tuple[Dataset, ...]
     epochs: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from fastnet import functional
+from fastnet import functional, optim
 from fastnet.data import Batches, Samples
 from fastnet.graphs import GraphedStep
 from fastnet.recipes import plots
@@ -20,6 +21,9 @@ from fastnet.recipes.runtime import Runtime
 Measures = dict[str, Tensor]  # means over a batch, by the name they get in the metrics
 
 Step = Callable[[Tensor, Tensor, float], Measures]
+
+# Torch's optimizers, and fastnet's of the same.
+QUICK = {torch.optim.Adam: optim.Adam, torch.optim.SGD: optim.SGD}
 
 
 class Task:
@@ -47,6 +51,9 @@ class Task:
         backend = "torch" if settings.backend == "compile" else settings.backend
         is_fused = backend == "fastnet" and recipe.loss is F.cross_entropy
         self.loss = functional.cross_entropy if is_fused else recipe.loss
+        optimizer = recipe.optimizer
+        if backend == "fastnet" and optimizer.func in QUICK:
+            optimizer = partial(QUICK[optimizer.func], **optimizer.keywords)
         options = {"weights": settings.weights} if recipe.pretrained else {}
         with runtime.in_turn():
             self.network = recipe.model(shape, classes, backend, **options).to(runtime.device)
@@ -61,9 +68,7 @@ class Task:
             if compiled:
                 part.compile()
             self.parallel.append(runtime.parallel(part))
-            self.optimizers.append(
-                recipe.optimizer([p for p in part.parameters() if p.requires_grad])
-            )
+            self.optimizers.append(optimizer([p for p in part.parameters() if p.requires_grad]))
         schedules = (settings.schedule.of(optimizer) for optimizer in self.optimizers)
         self.schedulers = [schedule for schedule in schedules if schedule is not None]
 
