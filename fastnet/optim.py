@@ -1,4 +1,4 @@
-"""torch.optim's Adam, AdamW and SGD, with a `step` and a `zero_grad` of little more than arithmetic.
+"""Adam, AdamW and SGD of torch.optim, with a `step` that takes little beyond its arithmetic.
 
 Of a network as small as MnistNet torch's step takes as long as the backward pass, nearly all of it
 in Python and in torch's operators. Here it is one call of a kernel. Arguments, state, state dicts,
@@ -63,7 +63,7 @@ class _QuickStep(torch.optim.Optimizer):
             super().step()
         return loss
 
-    # Torch would wrap it to call hooks and tell profilers; its own step does so where there are any.
+    # Torch would wrap it to call hooks and tell profilers. Where there are any, its own step does.
     step.hooked = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -76,7 +76,7 @@ class _QuickStep(torch.optim.Optimizer):
                 parameter.grad = None
 
     def _is_watched(self) -> bool:
-        """Whether more is asked for than an update: hooks, a profile, a trace, a scaler's checks."""
+        """Whether more than an update is asked for: hooks, a profile, a trace, a scaler."""
         return bool(
             torch.compiler.is_compiling()
             or torch.autograd._profiler_enabled()

@@ -1,4 +1,5 @@
-// A step of fastnet/optim.py's optimizers: of all parameters in one call, without torch's operators.
+// A step of fastnet/optim.py's optimizers: of all parameters in one call, without torch's
+// operators.
 #pragma once
 
 #include <algorithm>
@@ -96,7 +97,8 @@ bool add_parameter(const pybind11::handle& parameter, const pybind11::dict& stat
   tensors.push_back({
       .kind = numbers.kind,
       .step = numbers.step(count ? *count + 1.0 : 1.0),
-      .shrink = static_cast<float>(numbers.is_decoupled ? 1 - numbers.lr * numbers.weight_decay : 1),
+      .shrink =
+          static_cast<float>(numbers.is_decoupled ? 1 - numbers.lr * numbers.weight_decay : 1),
       .is_nesterov = numbers.is_nesterov,
       .weight = memory(now.weight),
       .gradient = static_cast<const float*>(gradient.const_data_ptr()),

@@ -383,7 +383,7 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
 
   const int states = optimizer == OptimizerKind::sgd        ? 1
                      : optimizer == OptimizerKind::momentum ? 2
-                                                           : 3;
+                                                            : 3;
   const std::array<const Tensor*, 6> whole = tensors_of(last);
   if (is_sparse) {
     const Part& part = parts[0];

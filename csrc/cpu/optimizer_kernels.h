@@ -66,7 +66,6 @@ FASTNET_INLINE void update(float* w, float* first, float* second, Vec<float> gra
   if constexpr (kOptimizer == OptimizerKind::adam) write(second, b);
 }
 
-
 // ---------------------------------------------------------------------------------------------
 // Elements of a tensor, with their gradients where autograd has left them
 

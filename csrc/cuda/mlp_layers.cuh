@@ -44,7 +44,7 @@ struct ClusterCall {
   int batch_size;
   const float *scale, *shift;
   double lr, beta1, beta2;
-  OptimizerStep step;                  // without what changes from step to step
+  OptimizerStep step;            // without what changes from step to step
   float* steps[2 * kMaxLayers];  // the optimizer's counters on the device
   int step_count;
   double steps_before;  // where step_count is 0
@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_quad(float* to, const Quad& quad) {
 template <OptimizerKind kOptimizer>
 inline constexpr int kStates = kOptimizer == OptimizerKind::adam       ? 2
                                : kOptimizer == OptimizerKind::momentum ? 1
-                                                                      : 0;
+                                                                       : 0;
 
 // One parameter with its states.
 template <OptimizerKind kOptimizer>
@@ -242,7 +242,8 @@ __device__ __forceinline__ void update_weight(const ClusterLayer& layer, const f
 // The last threads do, who have least of the weight.
 template <OptimizerKind kOptimizer>
 __device__ __forceinline__ void update_bias(const ClusterLayer& layer, const float* grad,
-                                            float* bias, int units, int rows, const OptimizerStep& step) {
+                                            float* bias, int units, int rows,
+                                            const OptimizerStep& step) {
   for (int unit = kMlpThreads - 1 - threadIdx.x; unit < units; unit += kMlpThreads) {
     float sum = 0;
 #pragma unroll 8

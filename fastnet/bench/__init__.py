@@ -10,6 +10,7 @@ OPS = (
     "cross_entropy",
     "conv_relu_pool",
     "accelerate",
+    "optimizer",
     "mlp_trainer",
     "recipes",
 )
