@@ -186,12 +186,15 @@ Tensor library_convolution(Convolution* convolution, const Tensor& input, const 
 // With the strides that torch.empty_like gives.
 inline Tensor laid_out_like(const Tensor& like, const Tensor& tensor) {
   if (!tensor.defined()) return tensor;
+  const auto has_strides_of = [&](const Tensor& other) {
+    for (int64_t d = 0; d < like.dim(); ++d) {
+      if (like.size(d) != 1 && other.stride(d) != tensor.stride(d)) return false;
+    }
+    return true;
+  };
+  if (has_strides_of(like)) return tensor;  // as it is dense, torch would give these
   Tensor result = allocate_like(like);
-  bool is_so = true;
-  for (int64_t d = 0; d < like.dim(); ++d) {
-    is_so &= like.size(d) == 1 || result.stride(d) == tensor.stride(d);
-  }
-  return is_so ? tensor : torch::stable::copy_(result, tensor);
+  return has_strides_of(result) ? tensor : torch::stable::copy_(result, tensor);
 }
 
 template <class Backward>
@@ -216,12 +219,14 @@ std::tuple<Tensor, Tensor, Tensor> library_convolution_backward(
                shape.padding.data(), 2, shape.dilation.data(), 2, /*transposed=*/0, none.data(), 2,
                shape.groups, wanted.data(), 3, &gradients[0], &gradients[1], &gradients[2]),
       "conv_relu_pool_backward: torch's convolution_backward failed");
-  // A gradient that was not asked for comes as an undefined tensor, or as none.
+  // A gradient that was not asked for comes as an undefined tensor, or as none. All are owned
+  // before anything can fail.
   const auto tensor = [&](int i) {
     const Tensor gradient = gradients[i] ? Tensor(gradients[i]) : Tensor();
     return wanted[i] ? gradient : Tensor();
   };
-  return {laid_out_like(input, tensor(0)), laid_out_like(weight, tensor(1)), tensor(2)};
+  const Tensor of_input = tensor(0), of_weight = tensor(1), of_bias = tensor(2);
+  return {laid_out_like(input, of_input), laid_out_like(weight, of_weight), of_bias};
 }
 
 }  // namespace fastnet

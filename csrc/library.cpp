@@ -40,23 +40,7 @@ pybind11::dict build_info() {
   return info;
 }
 
-constexpr fastnet::cpu::Ops kCpuOps{
-    .linear_relu_forward = &fastnet::cpu::linear_relu_forward,
-    .linear_relu_backward = &fastnet::cpu::linear_relu_backward,
-    .linear_forward = &fastnet::cpu::linear_forward,
-    .linear_backward = &fastnet::cpu::linear_backward,
-    .prefers_linear = &fastnet::cpu::prefers_linear,
-    .cross_entropy_forward = &fastnet::cpu::cross_entropy_forward,
-    .cross_entropy_backward = &fastnet::cpu::cross_entropy_backward,
-    .cross_entropy_backward_out = &fastnet::cpu::cross_entropy_backward_out,
-    .cross_entropy_with_gradient = &fastnet::cpu::cross_entropy_with_gradient,
-    .cross_entropy_with_gradient_out = &fastnet::cpu::cross_entropy_with_gradient_out,
-    .cross_entropy_rows = &fastnet::cpu::cross_entropy_rows,
-    .conv_relu_pool_forward = &fastnet::cpu::conv_relu_pool_forward,
-    .conv_relu_pool_inference = &fastnet::cpu::conv_relu_pool_inference,
-    .conv_relu_pool_backward = &fastnet::cpu::conv_relu_pool_backward,
-    .apply_optimizer = &fastnet::cpu::apply_optimizer,
-};
+constexpr fastnet::cpu::Ops kCpuOps{};
 
 }  // namespace
 

@@ -138,7 +138,7 @@ int64_t check_classes(const int64_t* classes, int64_t rows, int64_t C, int64_t i
 
 // From so many bytes on a gradient lies in huge pages: less than elsewhere, as csrc/autograd keeps
 // the memory of the last one, and with it the pages.
-constexpr int64_t kKeptBytes = int64_t{4} << 20;
+constexpr int64_t kHugePagesFrom = int64_t{4} << 20;
 
 // The tensors of a call, kept alive while the kernels use them.
 template <class T>
@@ -293,7 +293,7 @@ Tensor cpu::cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits
                                    const Tensor& target, const std::optional<Tensor>& weight,
                                    const Tensor& statistics, int64_t reduction,
                                    int64_t ignore_index, double label_smoothing) {
-  Tensor gradient = in_huge_pages(allocate_like(logits), kKeptBytes);
+  Tensor gradient = in_huge_pages(allocate_like(logits), kHugePagesFrom);
   cross_entropy_backward_out(grad_loss, logits, target, weight, statistics, reduction, ignore_index,
                              label_smoothing, gradient);
   return gradient;
@@ -331,7 +331,7 @@ std::tuple<Tensor, Tensor> cpu::cross_entropy_with_gradient(const Tensor& logits
                                                             const std::optional<Tensor>& weight,
                                                             int64_t reduction, int64_t ignore_index,
                                                             double label_smoothing) {
-  Tensor gradient = in_huge_pages(allocate_like(logits), kKeptBytes);
+  Tensor gradient = in_huge_pages(allocate_like(logits), kHugePagesFrom);
   Tensor loss = cross_entropy_with_gradient_out(logits, target, weight, reduction, ignore_index,
                                                 label_smoothing, gradient);
   return {loss, gradient};

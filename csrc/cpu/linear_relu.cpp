@@ -376,8 +376,8 @@ std::tuple<Tensor, Tensor, Tensor> cpu::linear_backward(const Tensor& grad_outpu
   return backward<false>(grad_output, grad_output, input, weight, needs_bias);
 }
 
-void cpu::linear_forward_out(const Tensor& input, const Tensor& weight,
-                             const std::optional<Tensor>& bias, Tensor out) {
+static void linear_forward_out(const Tensor& input, const Tensor& weight,
+                               const std::optional<Tensor>& bias, Tensor out) {
   const auto [M, K, N] = check_linear_relu(input, weight, bias);
   check(input.scalar_type() == ScalarType::Float, "linear_forward.out: only for float32, not ",
         input.scalar_type());
@@ -389,8 +389,9 @@ void cpu::linear_forward_out(const Tensor& input, const Tensor& weight,
                      mutable_data<float>(out), M, K, N);
 }
 
-void cpu::linear_backward_out(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                              std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight) {
+static void linear_backward_out(const Tensor& grad_output, const Tensor& input,
+                                const Tensor& weight, std::optional<Tensor> grad_input,
+                                std::optional<Tensor> grad_weight) {
   const auto [M, K, N] = check_linear_relu_backward(grad_output, grad_output, input, weight);
   check(grad_output.scalar_type() == ScalarType::Float,
         "linear_backward.out: only for float32, not ", grad_output.scalar_type());
@@ -425,8 +426,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
   library.impl("linear_relu_backward", TORCH_BOX(&cpu::linear_relu_backward));
   library.impl("linear_forward", TORCH_BOX(&cpu::linear_forward));
   library.impl("linear_backward", TORCH_BOX(&cpu::linear_backward));
-  library.impl("linear_forward.out", TORCH_BOX(&cpu::linear_forward_out));
-  library.impl("linear_backward.out", TORCH_BOX(&cpu::linear_backward_out));
+  library.impl("linear_forward.out", TORCH_BOX(&linear_forward_out));
+  library.impl("linear_backward.out", TORCH_BOX(&linear_backward_out));
 }
 
 }  // namespace fastnet

@@ -152,9 +152,30 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
   // inside a parallel region already, the others are made here.
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     std::vector<std::thread> others;
-    for (int64_t thread = begin + 1; thread < end; ++thread) others.emplace_back(run, thread);
+    enum { kNotYet, kAll, kNone };  // run: where one cannot be made the others would wait for it
+    std::atomic<int> which = kNotYet;
+    const auto begin_all = [&](int now) {
+      which = now;
+      which.notify_all();
+    };
+    const auto join_all = [&] {
+      for (std::thread& other : others) other.join();
+    };
+    try {
+      for (int64_t thread = begin + 1; thread < end; ++thread) {
+        others.emplace_back([&, thread] {
+          which.wait(kNotYet);
+          if (which == kAll) run(thread);
+        });
+      }
+    } catch (...) {
+      begin_all(kNone);
+      join_all();
+      throw;
+    }
+    begin_all(kAll);
     run(begin);
-    for (std::thread& other : others) other.join();
+    join_all();
   });
   // Here, and not by the caller, whom an interrupt may keep from it.
   for (const Tensor& step : steps) {

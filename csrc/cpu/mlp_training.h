@@ -62,6 +62,9 @@ struct Training {
   double loss = 0;
   int64_t right = 0;
 
+  // How many numbers a weight has: itself and the optimizer's.
+  int numbers() const { return 1 + static_cast<int>(optimizer); }
+
   // Whether a batch has several blocks.
   bool is_in_blocks() const { return block_rows < batch_size; }
 
@@ -160,7 +163,7 @@ Workspace::Workspace(const Training& training, int64_t thread) {
     if (l == 0 && training.is_sparse) {
       part.width = in_whole_vectors(part.units.size());
       const std::array<const Tensor*, 6> whole = tensors_of(layer);
-      for (int i = 0; i < 3; ++i) {
+      for (int i = 0; i < training.numbers(); ++i) {
         part.copies[i] = Floats(layer.in * part.width);
         FASTNET_BEST_ISA(mlp_transpose_kernel(floats(*whole[i]) + from, layer.in, part.copies[i],
                                               part.width, part.units.size(), layer.in));
@@ -182,7 +185,7 @@ Workspace::Workspace(const Training& training, int64_t thread) {
   own.width = L > 1 ? in_whole_vectors(own.units.size()) : own.units.size();
   const int64_t width = own.width;
   const std::array<const Tensor*, 6> whole = tensors_of(last);
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < training.numbers(); ++i) {
     own.copies[i] = Floats(C * width);
     copy_columns(floats(*whole[i]) + own.units.begin, last.in, own.copies[i], width, C,
                  own.units.size());
@@ -381,21 +384,18 @@ void Training::run(int64_t thread, Workspace& space) noexcept {
     is_more = true;
   }
 
-  const int states = optimizer == OptimizerKind::sgd        ? 1
-                     : optimizer == OptimizerKind::momentum ? 2
-                                                            : 3;
   const std::array<const Tensor*, 6> whole = tensors_of(last);
   if (is_sparse) {
     const Part& part = parts[0];
     const MlpLayer& layer = layers.front();
     const std::array<const Tensor*, 6> first = tensors_of(layer);
-    for (int i = 0; i < states; ++i) {
+    for (int i = 0; i < numbers(); ++i) {
       FASTNET_BEST_ISA(mlp_transpose_kernel(part.copies[i], part.width,
                                             floats(*first[i]) + part.units.begin * layer.in,
                                             layer.in, layer.in, part.units.size()));
     }
   }
-  for (int i = 0; i < states; ++i) {
+  for (int i = 0; i < numbers(); ++i) {
     copy_columns(own.copies[i], width, floats(*whole[i]) + own.units.begin, last.in, C,
                  own.units.size());
     if (thread == 0 && last.bias.numel() > 0) {

@@ -31,11 +31,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output,
                                                    const OptionalTensor& input,
                                                    const OptionalTensor& weight, bool needs_bias);
 
-void linear_forward_out(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                        Tensor out);
-void linear_backward_out(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                         OptionalTensor grad_input, OptionalTensor grad_weight);
-
 // Whether a layer of that size is quicker by these two than by torch's product, with autograd's own
 // nodes around it.
 bool prefers_linear(int64_t rows, int64_t in_features, int64_t out_features,
@@ -81,21 +76,25 @@ void apply_optimizer(const std::vector<OptimizedTensor>& tensors);
 
 // What fastnet._C hands to fastnet._nodes of the same build, in a capsule.
 struct Ops {
-  decltype(&cpu::linear_relu_forward) linear_relu_forward;
-  decltype(&cpu::linear_relu_backward) linear_relu_backward;
-  decltype(&cpu::linear_forward) linear_forward;
-  decltype(&cpu::linear_backward) linear_backward;
-  decltype(&cpu::prefers_linear) prefers_linear;
-  decltype(&cpu::cross_entropy_forward) cross_entropy_forward;
-  decltype(&cpu::cross_entropy_backward) cross_entropy_backward;
-  decltype(&cpu::cross_entropy_backward_out) cross_entropy_backward_out;
-  decltype(&cpu::cross_entropy_with_gradient) cross_entropy_with_gradient;
-  decltype(&cpu::cross_entropy_with_gradient_out) cross_entropy_with_gradient_out;
-  decltype(&cpu::cross_entropy_rows) cross_entropy_rows;
-  decltype(&cpu::conv_relu_pool_forward) conv_relu_pool_forward;
-  decltype(&cpu::conv_relu_pool_inference) conv_relu_pool_inference;
-  decltype(&cpu::conv_relu_pool_backward) conv_relu_pool_backward;
-  decltype(&cpu::apply_optimizer) apply_optimizer;
+  decltype(&cpu::linear_relu_forward) linear_relu_forward = &cpu::linear_relu_forward;
+  decltype(&cpu::linear_relu_backward) linear_relu_backward = &cpu::linear_relu_backward;
+  decltype(&cpu::linear_forward) linear_forward = &cpu::linear_forward;
+  decltype(&cpu::linear_backward) linear_backward = &cpu::linear_backward;
+  decltype(&cpu::prefers_linear) prefers_linear = &cpu::prefers_linear;
+  decltype(&cpu::cross_entropy_forward) cross_entropy_forward = &cpu::cross_entropy_forward;
+  decltype(&cpu::cross_entropy_backward) cross_entropy_backward = &cpu::cross_entropy_backward;
+  decltype(&cpu::cross_entropy_backward_out) cross_entropy_backward_out =
+      &cpu::cross_entropy_backward_out;
+  decltype(&cpu::cross_entropy_with_gradient) cross_entropy_with_gradient =
+      &cpu::cross_entropy_with_gradient;
+  decltype(&cpu::cross_entropy_with_gradient_out) cross_entropy_with_gradient_out =
+      &cpu::cross_entropy_with_gradient_out;
+  decltype(&cpu::cross_entropy_rows) cross_entropy_rows = &cpu::cross_entropy_rows;
+  decltype(&cpu::conv_relu_pool_forward) conv_relu_pool_forward = &cpu::conv_relu_pool_forward;
+  decltype(&cpu::conv_relu_pool_inference) conv_relu_pool_inference =
+      &cpu::conv_relu_pool_inference;
+  decltype(&cpu::conv_relu_pool_backward) conv_relu_pool_backward = &cpu::conv_relu_pool_backward;
+  decltype(&cpu::apply_optimizer) apply_optimizer = &cpu::apply_optimizer;
 };
 
 inline constexpr const char* kOpsCapsule = "fastnet._C.cpu_ops";
