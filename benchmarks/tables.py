@@ -193,6 +193,9 @@ TABLES = {
     "accelerate": Table(
         "network", "accelerate", "step", {**SIDES, "ratio": ratio(), **ONE}, cases="."
     ),
+    "optimizer": Table(
+        "a step", "optimizer", "step", {**SIDES, "ratio": ratio(), **ONE}, cases="."
+    ),
     "steps": Table("training", "recipes", "step", {**SIDES, "ratio": ratio(), **ONE}, cases="."),
     "epochs": Table(
         "training, an epoch",

@@ -23,11 +23,11 @@ Tensor kept(const pybind11::dict& state, const char* name) {
   return value && THPVariable_Check(value) ? THPVariable_Unpack(value) : Tensor();
 }
 
-// A parameter with its state, the tensors that a step writes to.
+// A parameter with its gradient, and its state; undefined where that optimizer has none.
 struct Stepped {
-  Tensor weight, first, second, count;  // undefined where that optimizer has none
+  Tensor weight, gradient, first, second, count;
 
-  // Whatever autograd has saved of them is no longer what it was.
+  // Whatever autograd has saved of what was written to is no longer what it was.
   void bump_versions() const {
     for (const Tensor* tensor : {&weight, &first, &second, &count}) {
       if (tensor->defined()) tensor->unsafeGetTensorImpl()->bump_version();
@@ -51,17 +51,24 @@ struct GroupNumbers {
         is_decoupled(given[6].cast<bool>()),
         is_nesterov(given[7].cast<bool>()) {}
 
-  OptimizerStep step(double number) const {
-    OptimizerStep step = optimizer_step(lr, beta1, beta2, eps, is_decoupled ? 0 : weight_decay);
-    if (kind == OptimizerKind::adam) correct(step, lr, beta1, beta2, number);
-    return step;
+  // Step `number`, which is mostly that of the parameter before, too.
+  const OptimizerStep& step(double number) {
+    if (number != last_number) {
+      last = optimizer_step(lr, beta1, beta2, eps, is_decoupled ? 0 : weight_decay);
+      if (kind == OptimizerKind::adam) correct(last, lr, beta1, beta2, number);
+      last_number = number;
+    }
+    return last;
   }
+
+  double last_number = 0;
+  OptimizerStep last{};
 };
 
 // Adds what a step of the parameter works on. False where it cannot be done here; a parameter
 // without a gradient is left out.
 bool add_parameter(const pybind11::handle& parameter, const pybind11::dict& state,
-                   const GroupNumbers& numbers, std::vector<Stepped>& stepped,
+                   GroupNumbers& numbers, std::vector<Stepped>& stepped,
                    std::vector<OptimizedTensor>& tensors) {
   const OptionalTensor weight = plain(parameter);
   if (!weight || !weight->is_leaf() || !fits(*weight, *weight) ||
@@ -71,7 +78,7 @@ bool add_parameter(const pybind11::handle& parameter, const pybind11::dict& stat
   const Tensor& gradient = weight->grad();
   if (!gradient.defined()) return true;
   if (!fits(gradient, *weight)) return false;
-  Stepped now{*weight, {}, {}, {}};
+  Stepped now{*weight, gradient, {}, {}, {}};
   if (numbers.kind != OptimizerKind::sgd) {
     // Before its first step a parameter has no state: torch makes it.
     PyObject* const own = PyDict_GetItemWithError(state.ptr(), parameter.ptr());  // borrowed
@@ -130,8 +137,9 @@ bool optimizer_step(const pybind11::list& groups, const pybind11::dict& state) {
   std::vector<OptimizedTensor> tensors;
   for (const auto& item : groups) {
     const auto group = item.cast<pybind11::tuple>();
-    const GroupNumbers numbers(group[1].cast<pybind11::tuple>());
-    for (const auto& parameter : group[0].cast<pybind11::list>()) {
+    GroupNumbers numbers(group[1].cast<pybind11::tuple>());
+    const pybind11::object parameters = group[0];
+    for (const auto& parameter : parameters) {
       if (!add_parameter(parameter, state, numbers, stepped, tensors)) return false;
     }
   }
