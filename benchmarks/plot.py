@@ -257,8 +257,22 @@ def _pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
     return pairs
 
 
+def measured(file: Path) -> list[Row]:
+    """The rows of a results file that a command was given.
+
+    Raises:
+        BadParameter: for a file without any, of which nothing could be drawn or told.
+    """
+    rows = list(results.read(file).values())
+    if not rows:
+        raise typer.BadParameter(
+            f"{file} has no rows: name a file that `fastnet bench` has written"
+        )
+    return rows
+
+
 def main(
-    file: Annotated[Path, typer.Argument(help="The results file.")],
+    file: Annotated[Path, typer.Argument(help="The results file.", exists=True, dir_okay=False)],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -269,7 +283,7 @@ def main(
 ) -> None:
     if out is None:
         out = Path("docs") if "README.md" in DOCUMENTS.get(file.name, ()) else file.parent
-    rows = list(results.read(file).values())
+    rows = measured(file)
     title = f"fastnet on {rows[0]['device']}"
     for name, draw in (("speed-up", speed_ups), ("roofline", roofline), ("scaling", scaling)):
         draw(rows, title).savefig(out / f"{name}.png", dpi=80)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.plot import DOCUMENTS, Row, of_a_training
+from benchmarks.plot import DOCUMENTS, Row, measured, of_a_training
 from fastnet.bench import results
 
 ROOT = Path(__file__).parent.parent
@@ -269,13 +269,14 @@ def updated(text: str, rows: Iterable[Row]) -> str:
 
 
 def main(
-    file: Annotated[Path, typer.Argument(help="The results file.")],
+    file: Annotated[Path, typer.Argument(help="The results file.", exists=True, dir_okay=False)],
 ) -> None:
     if file.name not in DOCUMENTS:
         raise typer.BadParameter(f"no document tells of {file.name}, but of {', '.join(DOCUMENTS)}")
+    rows = measured(file)
     for name in DOCUMENTS[file.name]:
         document = ROOT / name
-        document.write_text(updated(document.read_text(), results.read(file).values()))
+        document.write_text(updated(document.read_text(), rows))
         print(document)
 
 

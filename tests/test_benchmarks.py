@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
+from typer.testing import CliRunner
 
 import fastnet
 from benchmarks import gpu_report, kernels, peers, plot, tables
@@ -668,6 +670,30 @@ def test_pictures_in_the_documents_are_of_the_machine_they_tell_of(tmp_path, mon
         plot.main(folder / file, None)
         assert len(list(folder.glob("*.png"))) == (0 if "README.md" in documents else 3)
     assert len(list((tmp_path / "docs").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("command", [tables, plot])
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "does not exist"), ("op,case,mode,threads,side\n", "has no rows")]
+)
+def test_without_rows_the_documents_stay_as_they_are(
+    command, content, words, tmp_path, monkeypatch
+):
+    """As of a name without its folder, which `make plot` is easily given."""
+    file, documents = next(iter(tables.DOCUMENTS.items()))
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    for name in documents:
+        (tmp_path / name).write_text("<!-- measured: linear -->\nfigures\n<!-- end -->\n")
+    app = typer.Typer()
+    app.command()(command.main)
+    told = CliRunner().invoke(app, [str(tmp_path / file)], env={"COLUMNS": "400"})
+    assert told.exit_code == 2
+    assert words in " ".join(told.output.replace("│", " ").split())
+    assert all("figures" in (tmp_path / name).read_text() for name in documents)
+    assert not list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.parametrize("name", tables.DOCUMENTS)
