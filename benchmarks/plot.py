@@ -34,10 +34,11 @@ COLOURS = {
 Row = dict[str, str]
 
 
-def speed_ups(rows: Iterable[Row], title: str, modes: tuple[str, ...] = MODES) -> Figure:
+def speed_ups(rows: Iterable[Row], title: str, modes: tuple[str, ...] = MODES) -> Figure | None:
     """A panel for each op and mode: bars of fastnet's ratio to the best alternative, one for each
     case and number of threads. Left of the line fastnet is slower. Of a case at several batches
-    there is the one nearest to 64; the others, and what is no case of a training, are curves.
+    there is the one nearest to 64; the others, and what is no case of a training, are curves. None
+    where no case has a bar.
 
     Args:
         rows: of a results file.
@@ -49,6 +50,8 @@ def speed_ups(rows: Iterable[Row], title: str, modes: tuple[str, ...] = MODES) -
     for row in of_a_training(rows):
         cases = panels.setdefault((row["op"], row["mode"]), {})
         cases.setdefault(row["case"], {})[row["threads"]] = float(row["ratio"])
+    if not panels:
+        return None
     heights = [1.2 + 0.28 * len(cases) for cases in panels.values()]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     figure.suptitle(title)
@@ -85,13 +88,13 @@ def speed_ups(rows: Iterable[Row], title: str, modes: tuple[str, ...] = MODES) -
     return figure
 
 
-def roofline(rows: Iterable[Row], title: str) -> Figure:
+def roofline(rows: Iterable[Row], title: str) -> Figure | None:
     """Every op's forward and backward under what the machine can do: GFLOP/s over the operations
     that there are for each byte that must be moved. Dots are fastnet, rings the best alternative.
 
     Left of the bend memory is the limit, right of it arithmetic; what fits into a cache may lie
     above the slope, which is that of a copy in main memory, and Winograd's form of a convolution
-    above the top, as it needs fewer operations than are counted.
+    above the top, as it needs fewer operations than are counted. None where there is no dot.
     """
     rows = [row for row in rows if row["mode"] == "forward+backward" and row["gflops_limit"]]
     rows = [row for row in rows if float(row["gbs"]) > 0]
@@ -111,6 +114,8 @@ def roofline(rows: Iterable[Row], title: str) -> Figure:
             axes.plot(intensity, heights[1], "o", color=colour, markersize=4)
         axes.plot([], [], "o", color=colour, label=f"{op}, fastnet")
         axes.plot([], [], "o", color=colour, fillstyle="none", label=f"{op}, best alternative")
+    if not places:
+        return None
     gbs = max(float(row["gbs_limit"]) for row in rows)
     first, last = min(places) / 1.5, max(places) * 1.5
     drawn: list[float] = []
@@ -137,9 +142,10 @@ def roofline(rows: Iterable[Row], title: str) -> Figure:
     return figure
 
 
-def scaling(rows: Iterable[Row], title: str) -> Figure:
+def scaling(rows: Iterable[Row], title: str) -> Figure | None:
     """Curves of fastnet's ratio over the batch, the width of a layer and the size of what goes in,
-    and of the gain of both sides from more threads. A line of panels for each op.
+    and of the gain of both sides from more threads. A line of panels for each op; None where no
+    case is a point of a curve.
 
     Args:
         rows: of a results file.
@@ -152,6 +158,8 @@ def scaling(rows: Iterable[Row], title: str) -> Figure:
     by_op: dict[str, dict[str, list[Row]]] = {}
     for row in curved:
         by_op.setdefault(row["op"], {}).setdefault(row["series"], []).append(row)
+    if not by_op:
+        return None
     figure = Figure(figsize=(14, 3.2 * len(by_op)), layout="constrained")
     figure.suptitle(f"{title}: times as fast as the best alternative, {most} threads")
     grid = figure.subplots(len(by_op), 4, squeeze=False)
@@ -162,7 +170,8 @@ def scaling(rows: Iterable[Row], title: str) -> Figure:
         _ratios(line[2], {op: series.get(LADDER, [])}, "bytes of the input")
         _threads(line[3], [row for row in rows if row["op"] == op])
         line[0].set_ylabel(op)
-        line[0].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+        if line[0].lines:
+            line[0].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -286,7 +295,11 @@ def main(
     rows = measured(file)
     title = f"fastnet on {rows[0]['device']}"
     for name, draw in (("speed-up", speed_ups), ("roofline", roofline), ("scaling", scaling)):
-        draw(rows, title).savefig(out / f"{name}.png", dpi=80)
+        figure = draw(rows, title)
+        if figure is None:  # as of one op alone
+            print(f"{name}.png is left out: {file} has no rows for it.")
+            continue
+        figure.savefig(out / f"{name}.png", dpi=80)
         print(out / f"{name}.png")
 
 

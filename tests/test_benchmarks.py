@@ -672,6 +672,30 @@ def test_pictures_in_the_documents_are_of_the_machine_they_tell_of(tmp_path, mon
     assert len(list((tmp_path / "docs").glob("*.png"))) == 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "drawn"),
+    [
+        ({"mode": "step"}, {"speed-up"}),  # as of trainings alone
+        ({"side": "eager", "ratio": "nan"}, set()),
+        ({"series": "64->64", "x": "64"}, {"speed-up", "roofline", "scaling"}),
+        ({"series": "64->64", "x": "64", "mode": "forward"}, set()),
+    ],
+)
+def test_pictures_without_rows_are_left_out_by_name(changes, drawn, tmp_path, capsys):
+    file = tmp_path / "card.csv"
+    sides = [row("linear", "a", "forward+backward", side) for side in ("fastnet", "eager")]
+    sides[1]["ratio"] = "nan"
+    with file.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, [*sides[0], "device"])
+        writer.writeheader()
+        writer.writerows([{**side, "device": "card", **changes} for side in sides])
+    plot.main(file, None)
+    assert {path.stem for path in tmp_path.glob("*.png")} == drawn
+    told = capsys.readouterr().out
+    for name in {"speed-up", "roofline", "scaling"} - drawn:
+        assert f"{name}.png is left out: {file} has no rows for it." in told
+
+
 @pytest.mark.parametrize("command", [tables, plot])
 @pytest.mark.parametrize(
     ("content", "words"), [(None, "does not exist"), ("op,case,mode,threads,side\n", "has no rows")]
