@@ -6,9 +6,9 @@ installed, and nvcc), runs the CUDA tests, every benchmark against eager torch a
 Puts four files into DIR: <device>.csv, tests.log, parts.log of what the other parts printed, and
 report.md, which is written anew after every part; and the figures into benchmarks/results as well.
 Prints the ratios of every part as they come, and last what failed: in all no more than a reader
-takes in who gets the end of it only. What fails is reported and stops nothing else. Ends within 16
-minutes. Where a card is there for minutes at a time, `--only` divides the parts (LIMITS names them)
-into turns.
+takes in who gets the end of it only. What fails is reported and stops nothing else. All parts
+together end within 17 minutes: their LIMITS, and PATIENCE with some. Where a card is there for
+minutes at a time, `--only` divides the parts (LIMITS names them) into turns.
 """
 
 from __future__ import annotations
@@ -293,15 +293,16 @@ def main() -> int:
 
 
 def timed_rows(out: Path) -> list[dict]:
-    """fastnet's rows of what has been timed until now, in the better memory format. The file is
-    copied to the committed results, too."""
+    """fastnet's rows of what has been timed until now, in the better memory format. All rows go
+    into the committed results, too, whose other rows stay: what is timed here are the quick cases.
+    """
     from fastnet.bench import machine, results
 
-    table = out / f"{machine.device_slug()}.csv"
-    rows = list(results.read(table).values())
+    name = f"{machine.device_slug()}.csv"
+    rows = results.read(out / name)
     if rows:
-        shutil.copy(table, ROOT / results.RESULTS)
-    return [row for row in rows if results.has_ratio(row)]
+        results.put(rows, ROOT / results.RESULTS / name)
+    return list(filter(results.has_ratio, rows.values()))
 
 
 if __name__ == "__main__":

@@ -519,6 +519,30 @@ def test_parts_tell_what_they_have_found_when_their_time_is_up(tmp_path, monkeyp
     assert "test_slow.py::test_wrong" in part.log
 
 
+def test_figures_of_the_report_go_into_the_committed_ones(tmp_path, monkeypatch):
+    """Also where there is no folder of them yet."""
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+    out, committed = tmp_path / "out", tmp_path / results.RESULTS
+    quick = harness.run(case())
+    path = results.save(quick, out)
+    assert len(gpu_report.timed_rows(out)) == 1
+    assert (committed / path.name).read_text() == path.read_text()
+    results.save([replace(row, case="6", median_us=1.0) for row in quick], committed)
+    results.save([replace(row, median_us=2.0) for row in quick], out)
+    assert [row["median_us"] for row in gpu_report.timed_rows(out)] == ["2.0"]
+    medians = {
+        (row["case"], row["median_us"]) for row in results.read(committed / path.name).values()
+    }
+    assert medians == {("5", "2.0"), ("6", "1.0")}
+
+
+def test_parts_end_within_the_time_that_is_told():
+    asked = [name for name in gpu_report.LIMITS if name in ("tests", "memcheck", "racecheck")]
+    longest = sum(gpu_report.LIMITS.values()) + len(asked) * gpu_report.PATIENCE
+    (told,) = re.findall(r"within (\d+)\s+minutes", gpu_report.__doc__)
+    assert 60 * (int(told) - 1) < longest <= 60 * int(told)
+
+
 def test_what_tells_most_of_a_failure_is_kept():
     lines = ["NOT TIMED  a: differs", *(f"table {i}" for i in range(50)), "Traceback", "KeyError"]
     assert gpu_report.kept(lines)[0] == "NOT TIMED  a: differs"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -75,9 +75,15 @@ def has_ratio(row: dict[str, str]) -> bool:
 def save(rows: list[Row], folder: Path = RESULTS) -> Path:
     """Puts the rows into this device's file, in place of earlier ones of the same case and side."""
     path = folder / f"{machine.device_slug()}.csv"
+    put({row.key: asdict(row) for row in rows}, path)
+    return path
+
+
+def put(rows: Mapping[tuple[str, ...], dict], path: Path) -> None:
+    """Puts lines, by their keys, into a file, in place of earlier ones of the same keys."""
     kept = read(path)
-    kept.update({row.key: asdict(row) for row in rows})
-    folder.mkdir(parents=True, exist_ok=True)
+    kept.update(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(file: Path) -> None:
         with file.open("w", newline="") as lines:
@@ -87,7 +93,6 @@ def save(rows: list[Row], folder: Path = RESULTS) -> Path:
             writer.writerows(sorted(kept.values(), key=_place))
 
     write_whole(path, write)
-    return path
 
 
 def _place(row: dict) -> tuple:
