@@ -153,6 +153,20 @@ def test_a_build_that_cannot_be_ends_in_one_sentence(environment, words):
     assert "Traceback" not in done.stderr
 
 
+def test_a_source_distribution_can_be_built_from(tmp_path):
+    """It has the backend, and what the CUDA kernels are made of, wherever it comes from."""
+    done = setup("-q", "egg_info", "--egg-base", str(tmp_path), FASTNET_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    listed = set((tmp_path / "fastnet.egg-info" / "SOURCES.txt").read_text().splitlines())
+    needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    for folder, pattern in (("build_backend", "*.py"), ("fastnet", "*.py"), ("csrc", "*.*")):
+        needed |= {
+            path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"{folder}/**/{pattern}")
+        }
+    assert needed <= listed
+    assert not [path for path in listed if "__pycache__" in path]
+
+
 def test_build_info_tells_what_runs_here():
     info = fastnet.build_info()
     assert info["version"] == fastnet.__version__
