@@ -713,6 +713,40 @@ def test_refused(case):
             torch.testing.assert_close(accelerated(x), expected)
 
 
+def test_a_package_with_a_name_of_pythons_own(tmp_path):
+    """Is looked at as all of the user's are, and no other package less for it."""
+    (tmp_path / "wave").mkdir()
+    (tmp_path / "wave" / "__init__.py").write_text("")
+    (tmp_path / "wave" / "net.py").write_text(
+        "import torch.nn.functional as F\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.fc, self.count = nn.Linear(8, 8), 0\n"
+        "    def forward(self, x):\n"
+        "        self.count += 1\n"
+        "        return F.relu(self.fc(x))\n"
+    )
+    program = (
+        "import fastnet, torch\n"
+        "from wave.net import Net\n"
+        "from fastnet.acceleration.conditions import is_library\n"
+        "net = fastnet.accelerate(Net())\n"
+        "net(torch.ones(1, 8)), net(torch.ones(1, 8))\n"
+        "assert net.count == 2, net.count\n"
+        "assert 'sets count' in fastnet.accelerate_report(net).untraceable['Net']\n"
+        "assert not is_library('wave.net')\n"
+        "names = 'builtins', 'torch.nn', 'collections.abc', 'os', 'math', '_json', 'json.decoder'\n"
+        "assert all(map(is_library, names))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
 class Scaled(nn.Module):
     factor = 1
 

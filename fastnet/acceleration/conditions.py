@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import enum
 import functools
+import importlib.util
 import sys
+import sysconfig
 import types
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +39,34 @@ def is_own(module: str) -> bool:
 def is_library(module: str) -> bool:
     """Whether this is Python's or torch's, or what traces."""
     package = module.partition(".")[0]
-    return package == "torch" or package in sys.stdlib_module_names or is_own(module)
+    return package == "torch" or _is_of_python(package) or is_own(module)
+
+
+@functools.cache
+def _folders_of_python() -> tuple[Path, ...]:
+    """The standard library's; compiled modules may have one of their own."""
+    compiled = sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix})
+    return Path(sysconfig.get_path("stdlib")).resolve(), Path(compiled).resolve()
+
+
+@functools.cache
+def _is_of_python(package: str) -> bool:
+    """Whether it is in the standard library. A user's own package may have a name from there, as
+    `code` and `platform` are: where it was found decides."""
+    if package not in sys.stdlib_module_names:
+        return False
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module made by hand
+        return False
+    if spec is None or spec.origin is None:
+        return False
+    if spec.origin in ("built-in", "frozen"):
+        return True
+    origin = Path(spec.origin).resolve()
+    return not {"site-packages", "dist-packages"}.intersection(origin.parts) and any(
+        map(origin.is_relative_to, _folders_of_python())
+    )
 
 
 def is_plain(value: object) -> bool:
