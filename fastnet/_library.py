@@ -22,7 +22,8 @@ except ImportError as error:
         "`pip install .` in the source folder; an editable checkout builds them with `make build`."
     ) from error
 
-# Which compares the variable with these alone, and takes anything else for "all that there is".
+# csrc/cpu/isa.cpp compares FASTNET_CPU_ISA with these alone, and takes anything else for "all that
+# there is".
 ISAS = ("baseline", "avx2", "avx512")
 if os.environ.get("FASTNET_CPU_ISA", "") not in ("", *ISAS):
     raise ImportError(

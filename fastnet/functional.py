@@ -28,9 +28,11 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 # Logits below which cross_entropy on the CPU goes to the native operators, with and without a
-# gradient, where there is no node in C++ for it: a call's own cost decides there, and a node of
-# autograd in Python, with torch.ops twice, costs 25 µs more than torch's own in C++, however quick
-# the kernel (see benchmarks/results).
+# gradient, where the quick way in C++ does not take it: under torch.compile and under another torch
+# than that of the build at all, elsewhere where the logits are not two-dimensional, the targets no
+# class indices, or classes have weights. A call's own cost decides there, and a node of autograd in
+# Python, with torch.ops twice, costs 25 µs more than torch's own in C++, however quick the kernel
+# (see benchmarks/results).
 SMALL_LOGITS, SMALL_LOGITS_FORWARD = 16_384, 4_096
 
 

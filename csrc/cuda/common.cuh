@@ -93,7 +93,7 @@ inline size_t shared_bytes_of(int blocks, const OnDeviceOf& device) {
   return static_cast<size_t>(std::max(0, std::min(all / blocks, most) - kOthers));
 }
 
-// The one place where kernels are launched.
+// Where kernels are launched, but for those of clusters (cluster.cuh).
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Arguments... arguments) {

@@ -97,7 +97,7 @@ def load_fashion_mnist(
 
 
 def _find_files(places: list[Path]) -> dict[str, Path]:
-    """The files in the first of the places that has all of them, or any."""
+    """The files in the place that has most of them; the first of those that have as many."""
     best: dict[str, Path] = {}
     for place in places:
         found = {}

@@ -139,7 +139,7 @@ class Recipe:
             chosen: attributes of `Settings`.
 
         Raises:
-            FastnetError: for what this recipe, or nothing, can do.
+            FastnetError: for a value that no training takes, or an option that is not for this one.
         """
         own = {"epochs": self.epochs, "batch_size": self.batch_size}
         given = {name: value for name, value in chosen.items() if value is not None}
