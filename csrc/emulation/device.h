@@ -168,19 +168,6 @@ T atomicMax(T* address, T value) {
   if (old < value) __atomic_store(address, &value, __ATOMIC_RELAXED);
   return old;
 }
-template <class T>
-T atomicCAS(T* address, T expected, T desired) {
-  __atomic_compare_exchange(address, &expected, &desired, false, __ATOMIC_RELAXED,
-                            __ATOMIC_RELAXED);
-  return expected;
-}
-
-inline void __threadfence() {}
-
-template <class T>
-T __ldg(const T* address) {
-  return *address;
-}
 
 // ---------------------------------------------------------------------------------------------
 // Host side
