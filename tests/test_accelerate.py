@@ -16,6 +16,7 @@ import warnings
 from collections import OrderedDict
 from datetime import datetime
 
+import networks
 import numpy
 import pytest
 import support
@@ -31,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastnet
 from fastnet import functional
-from fastnet.bench import networks
+from fastnet.bench.networks import SimpleCNN
 
 # Network, shape of its input, and how many layers are fused.
 DOCUMENTS = (
@@ -40,7 +41,7 @@ DOCUMENTS = (
     (networks.ActivationNet, (16, 1, 28, 28), 2),
     (networks.BatchNet, (16, 1, 28, 28), 0),
     (networks.CifarMLP, (16, 3, 32, 32), 2),
-    (networks.SimpleCNN, (8, 3, 32, 32), 5),
+    (SimpleCNN, (8, 3, 32, 32), 5),
     (networks.ConvNet, (8, 1, 28, 28), 3),
     (networks.Generator, (16, 100), 2),
     (networks.Discriminator, (16, 784), 0),
@@ -764,7 +765,7 @@ class Scaled(nn.Module):
     [
         (sys.modules[__name__], "SCALE"),
         (support, "SHIFT"),
-        (networks, "SHIFT"),
+        (fastnet.bench.networks, "SHIFT"),
         (Config, "scale"),
         (Scaled, "factor"),
     ],
@@ -772,7 +773,7 @@ class Scaled(nn.Module):
 def test_globals_may_change(owner, name, calls, monkeypatch):
     """The numbers that stand in a trace are looked at in each call."""
     monkeypatch.setattr(support, "SHIFT", 1, raising=False)
-    monkeypatch.setattr(networks, "SHIFT", 1, raising=False)
+    monkeypatch.setattr(fastnet.bench.networks, "SHIFT", 1, raising=False)
     model, x = Scaled(), torch.randn(5, 8)
     accelerated = fastnet.accelerate(model)
     for one in (accelerated, _pickled(accelerated)):
@@ -1535,7 +1536,10 @@ model, x, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=Fal
 torch.testing.assert_close(model(x), expected)
 print(type(model).forward.__code__.co_filename)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert "<ConvNet.forward" in run.stdout
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from urllib.error import URLError
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fastnet
-from fastnet.bench import networks
 from fastnet.errors import FastnetError
 from fastnet.models import (
     DCGAN,

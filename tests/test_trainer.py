@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from support import interruptible, run_on_isa
 from torch import nn
 
 import fastnet
-from fastnet.bench import networks
+from fastnet.bench.networks import SimpleCNN
 from fastnet.models import MnistNet, mlp
 
 EMULATED = torch.ops.fastnet_emulated
@@ -675,7 +676,7 @@ TIED = nn.Linear(4, 4)
     ("model", "reason"),
     [
         (networks.BatchNet, "BatchNorm1d"),
-        (networks.SimpleCNN, "Conv2d"),
+        (SimpleCNN, "Conv2d"),
         (networks.ConvNet, "in training what it does not"),
         (networks.Generator, "Tanh"),
         (networks.Discriminator, "LeakyReLU"),
