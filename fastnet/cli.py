@@ -366,7 +366,7 @@ def info_command(
     if model is not None:
         from fastnet.bench.networks import named
 
-        print(fastnet.accelerate_report(fastnet.accelerate(named(model))))
+        print(fastnet.accelerate_report(fastnet.accelerate(named(model), inplace=True)))
         return
     information = {**fastnet.build_info(), "threads": torch.get_num_threads()}
     if information["torch"] != information["torch_built_with"]:

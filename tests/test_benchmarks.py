@@ -29,6 +29,7 @@ from fastnet.bench import (
     machine,
     memory,
     mlp_trainer,
+    networks,
     passes,
     recipes,
     results,
@@ -148,6 +149,9 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
         "    return nn.Sequential(*layers, nn.Linear(36, 3))\n"
         "def encoder():\n"
         "    return nn.Sequential(nn.Conv2d(2, 4, 3))\n"
+        "class Picky(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        assert x.shape[1] == 3\n"
     )
     monkeypatch.chdir(tmp_path)
     timed = accelerate.step_of("mine", "mine:network", (4, 2, 8, 8))
@@ -157,6 +161,44 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
         accelerate.step_of("mine", "mine:network", (4, 2, 9, 30))
     with pytest.raises(FastnetError, match="does not give logits"):
         accelerate.step_of("mine", "mine:encoder", (4, 2, 8, 8))
+    with pytest.raises(FastnetError, match=r"pictures \(4, 2, 8, 8\) \(AssertionError\)"):
+        accelerate.step_of("mine", "mine:Picky", (4, 2, 8, 8))
+
+
+def test_networks_by_name(tmp_path, monkeypatch):
+    (tmp_path / "named_nets.py").write_text(
+        "from torch import nn\n"
+        "made = nn.Sequential(nn.Linear(4, 2))\n"
+        "def mlp():\n"
+        "    return nn.Linear(4, 2)\n"
+        "def fails(*error):\n"
+        "    raise ValueError('12 is odd\\nand that is all')\n"
+        "def reads():\n"
+        "    open('no.pt')\n"
+        "def wordless():\n"
+        "    raise KeyError\n"
+    )
+    (tmp_path / "half_written.py").write_text("def mlp(:\n")
+    (tmp_path / "a_script.py").write_text("import sys\nsys.exit('give it a file')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    first, second = networks.named("named_nets:made"), networks.named("named_nets:made")
+    assert torch.equal(first[0].weight, second[0].weight)
+    assert first[0].weight is not second[0].weight
+    assert isinstance(networks.named("named_nets.py:mlp"), torch.nn.Linear)
+    assert sys.path.count("") == 1
+    for name, words in (
+        ("named_nets:fails", r"gave no network \(ValueError: 12 is odd\)\.$"),
+        ("named_nets:reads", r"\(FileNotFoundError: .*no\.pt'\)"),
+        ("named_nets:wordless", r"\(KeyError\)"),
+        ("half_written:mlp", r"\(SyntaxError: .*half_written"),
+        ("a_script:mlp", r"\(SystemExit: give it a file\)"),
+        (":mlp", "torchvision:NAME or MODULE:CALLABLE, not ':mlp'"),
+        ("named_nets:", "not 'named_nets:'"),
+        ("builtins:dict", "gave a dict"),
+    ):
+        with pytest.raises(FastnetError, match=words):
+            networks.named(name)
 
 
 def test_bench_command(tmp_path):

@@ -14,7 +14,7 @@ import fastnet
 from fastnet.bench import machine, networks
 from fastnet.bench.harness import FASTNET, Case
 from fastnet.bench.passes import rotation
-from fastnet.errors import FastnetError
+from fastnet.errors import FastnetError, in_one_line
 
 SIDES = ("eager", "eager, channels_last", "compile", "compile, channels_last", FASTNET)
 
@@ -52,11 +52,13 @@ def step_of(name: str, model: str, shape: tuple[int, ...]) -> Case:
     def network() -> nn.Module:
         return networks.without_dropout(networks.named(model))
 
+    probe = network().eval()
     try:
-        logits = network().eval()(torch.zeros(shape))
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise FastnetError(f"--model {model} does not take pictures {shape} ({reason}).") from error
+        logits = probe(torch.zeros(shape))
+    except Exception as error:  # a forward of the user's
+        raise FastnetError(
+            f"--model {model} does not take pictures {shape} ({in_one_line(error)})."
+        ) from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         raise FastnetError(f"--model {model} does not give logits, (batch, classes), for pictures.")
     return _step(name, network, shape, classes=logits.shape[1])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 
 from torch import nn
 
-from fastnet.errors import FastnetError
+from fastnet.errors import FastnetError, in_one_line
 
 
 class SimpleCNN(nn.Module):
@@ -49,23 +50,28 @@ class SimpleCNN(nn.Module):
 
 
 def named(name: str) -> nn.Module:
-    """What `torchvision:NAME` or `MODULE:CALLABLE` makes.
+    """What `torchvision:NAME` or `MODULE:CALLABLE` makes; of a network `MODULE:NETWORK`, a copy.
 
     Raises:
         FastnetError: for a name that makes no network.
     """
-    module, _, function = name.partition(":")
-    if not function:
+    module, _, attribute = name.partition(":")
+    module = module.removesuffix(".py")
+    if not module or not attribute:
         raise FastnetError(f"--model must be torchvision:NAME or MODULE:CALLABLE, not {name!r}.")
     options = {}
     if module == "torchvision":
         module, options = "torchvision.models", {"weights": None}
     # As `python -m` does, so that a file in the current folder is found.
-    sys.path.insert(0, "")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     try:
-        network = getattr(importlib.import_module(module), function)(**options)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise FastnetError(f"--model {name}: {error}.") from error
+        network = getattr(importlib.import_module(module), attribute)
+        # A copy, as several that are named so are trained side by side.
+        is_made = isinstance(network, nn.Module)
+        network = copy.deepcopy(network) if is_made else network(**options)
+    except (Exception, SystemExit) as error:  # it is the user's code, and may be a script
+        raise FastnetError(f"--model {name} gave no network ({in_one_line(error)}).") from error
     if not isinstance(network, nn.Module):
         raise FastnetError(f"--model {name} gave a {type(network).__name__}, not a module.")
     return network
