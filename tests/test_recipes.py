@@ -329,9 +329,17 @@ def test_resuming_what_was_begun_otherwise(digits, tmp_path):
     again = settings(recipe, epochs=2, resume=True)
     with (
         start("cpu", "fp16") as runtime,
-        pytest.raises(FastnetError, match="--amp None, not float16"),
+        pytest.raises(FastnetError, match="was trained without --amp: leave it out"),
     ):
         train(recipe, again, *data, tmp_path, runtime)
+    for begun, resumed, words in (("bf16", "fp16", "bf16, not fp16"), ("bf16", None, "bf16: add")):
+        with start("cpu", begun) as runtime:
+            train(recipe, settings(recipe, epochs=1), *data, tmp_path / "half", runtime)
+        with (
+            start("cpu", resumed) as runtime,
+            pytest.raises(FastnetError, match=f"was trained with --amp {words}"),
+        ):
+            train(recipe, again, *data, tmp_path / "half", runtime)
     with pytest.raises(FastnetError, match=r"test data 100 samples .*, not 50 samples"):
         train(recipe, again, data[0], data[1].first(50), tmp_path)
     kept = (tmp_path / "config.json").read_text()

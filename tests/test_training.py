@@ -256,6 +256,22 @@ def test_resuming_with_other_settings(few, tmp_path):
         train(RECIPE, settings(resume=True), few[0].first(320), few[1], tmp_path)
 
 
+def test_what_is_said_of_resuming_can_be_typed(few, tmp_path, capsys):
+    train(RECIPE, settings(native=True), *few, tmp_path)
+    with pytest.raises(FastnetError, match="was trained with --native: add it, or name another"):
+        train(RECIPE, settings(resume=True), *few, tmp_path)
+    capsys.readouterr()
+    train(RECIPE, settings(resume=True, native=True, epochs=1), *few, tmp_path)
+    said = capsys.readouterr().out
+    assert "checkpoint.pt has 2 epochs already, and --epochs 1 counts them all" in said
+    assert "going on" not in said
+    train(RECIPE, settings(epochs=1), *few, tmp_path)
+    with pytest.raises(FastnetError, match="was trained without --native: leave it out, or name"):
+        train(RECIPE, settings(resume=True, native=True), *few, tmp_path)
+    with pytest.raises(FastnetError, match=r"no checkpoint .* to go on from: leave out --resume"):
+        train(RECIPE, settings(resume=True), *few, tmp_path / "empty")
+
+
 def test_unwritable_folder_is_noticed_before_training(few, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FastnetError, match="no folder to write to"):

@@ -26,7 +26,7 @@ from fastnet.recipes.files import (
     write_whole,
 )
 from fastnet.recipes.recipe import NO_MEASURES, Recipe, Settings
-from fastnet.recipes.runtime import ONE_PROCESS, Runtime
+from fastnet.recipes.runtime import ONE_PROCESS, PRECISIONS, Runtime
 from fastnet.recipes.tasks import Measures, Step, Task, step_in_graph
 from fastnet.trainer import MLPTrainer
 
@@ -92,9 +92,15 @@ def train(
     history: list[dict] = []
     if settings.resume:
         history = _restore(checkpoint, recipe.name, identity, task)
-        _say(runtime, f"going on from epoch {len(history)} in {checkpoint}")
-        if len(history) >= settings.epochs:
-            _say(runtime, f"nothing to do: --epochs is {settings.epochs}")
+        done = len(history)
+        if done < settings.epochs:
+            _say(runtime, f"going on from epoch {done} in {checkpoint}")
+        else:
+            _say(
+                runtime,
+                f"nothing to do: {checkpoint} has {done} epoch{'s' if done > 1 else ''} already, "
+                f"and --epochs {settings.epochs} counts them all",
+            )
     trainer = native_trainer(task) if settings.native else None
     step = step_in_graph(task)
     if runtime.is_first and history:
@@ -333,18 +339,38 @@ def _identity(
 
 def _restore(path: Path, recipe: str, identity: dict, task: Task) -> list[dict]:
     """Puts everything back as it was; returns the history."""
+    if not path.is_file():
+        raise FastnetError(
+            f"There is no checkpoint {path} to go on from: leave out --resume, or name the folder "
+            "of one with --out."
+        )
     saved = load_checkpoint(path, recipe)
     try:
         for name, value in identity.items():
             if saved["settings"][name] != value:
                 raise FastnetError(
-                    f"{path} was trained with {name} {saved['settings'][name]}, not {value}: "
-                    "resume with that, or name another folder with --out."
+                    f"{path} was trained {_resumable(name, saved['settings'][name], value)}, or "
+                    "name another folder with --out."
                 )
         task.load_state_dict(saved)
         return saved["history"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise FastnetError(f"{path} holds another network than this recipe's ({error}).") from error
+
+
+def _resumable(name: str, begun: int | str | None, chosen: int | str | None) -> str:
+    """With what a training was begun and shall go on, in words that can be typed."""
+    # "None" stands for no precision in checkpoints.
+    if begun is False or begun in (None, "None"):
+        return f"without {name}: leave it out"
+    if begun is True:
+        return f"with {name}: add it"
+    if name == "--amp":
+        options = {str(dtype).removeprefix("torch."): name for name, dtype in PRECISIONS.items()}
+        begun, chosen = options[begun], options.get(chosen)
+    if chosen is None:
+        return f"with {name} {begun}: add it"
+    return f"with {name} {begun}, not {chosen}: resume with that"
 
 
 def write_metrics(out: Path, history: list[dict]) -> None:
