@@ -22,7 +22,7 @@ import torch
 
 import fastnet
 from fastnet.bench import OPS
-from fastnet.errors import FastnetError
+from fastnet.errors import FastnetError, NoDataError
 
 app = typer.Typer(
     help="Train the classic networks on fused kernels.",
@@ -168,6 +168,7 @@ def train_command(
     if compare and (backend or native):
         raise FastnetError("--compare trains on every backend: leave out --backend and --native.")
     recipes = COMPARISONS.get(name) or (RECIPES[name],)
+    has_digits = all("mnist" in [data.name for data in recipe.datasets] for recipe in recipes)
     if dataset:
         recipes = tuple(recipe.on(dataset) for recipe in recipes)
     choices = {
@@ -197,8 +198,17 @@ def train_command(
         first, settings = chosen[0]
         if (compare or name in COMPARISONS) and runtime.world_size > 1:
             raise FastnetError(f"{name}: comparisons run in one process, without torchrun.")
-        with runtime.in_turn():
-            data = first.data.load(data_dir, download=download)
+        try:
+            with runtime.in_turn():
+                data = first.data.load(data_dir, download=download)
+        except NoDataError as error:
+            if not has_digits or first.data.name == "mnist":
+                raise
+            instead = " and leave out --data-dir" if data_dir else ""
+            raise FastnetError(
+                f"{str(error).removesuffix('.')}; or choose --dataset mnist{instead}, which needs "
+                "no files."
+            ) from error
         if runtime.is_first:
             print(f"{name}: {first.summary if len(chosen) == 1 else _names(recipes)}")
             print(

@@ -251,7 +251,7 @@ def test_empty_folder_says_what_to_put_there(tmp_path, monkeypatch):
     with pytest.raises(FastnetError, match=r"data_batch_1, .*cifar-10-batches-py.*--download"):
         load_cifar10(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FastnetError, match=r"^data has no CIFAR-10"):
+    with pytest.raises(FastnetError, match=r"^The folder \./data has no CIFAR-10"):
         load_cifar10()
 
 

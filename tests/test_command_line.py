@@ -114,6 +114,25 @@ def test_bad_input_is_one_sentence(tmp_path, arguments, words):
     assert not list(tmp_path.rglob("*.pt"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["softmax-regression"], ["./data has no Fashion", "; or choose --dataset mnist, which"]),
+        (
+            ["simple-cnn", "--dataset", "cifar-10", "--data-dir", "there"],
+            ["The folder there has no CIFAR-10", "--dataset mnist and leave out --data-dir"],
+        ),
+    ],
+)
+def test_without_data_there_are_the_digits(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setattr("fastnet.data.mnist.DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    said = command("train", *arguments, cwd=tmp_path).stderr
+    assert all(part in said for part in words)
+    # But not to a training that has none of them, or was told to take just these.
+    for others in (["cifar-mlp"], ["simple-cnn", "--dataset", "mnist", "--data-dir", "there"]):
+        assert "choose --dataset" not in command("train", *others, cwd=tmp_path).stderr
+
+
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = process("train", "no-such-net", cwd=tmp_path)
     assert done.returncode == 1

@@ -84,7 +84,7 @@ def test_digits_are_not_taken_for_clothes(mnist_folder, tmp_path_factory, monkey
     monkeypatch.setattr("fastnet.data.mnist.DEBIAN_FASHION_MNIST", here / "nowhere")
     mnist_folder.rename(here / "data")
     assert len(load_mnist()[0]) == 30
-    with pytest.raises(FastnetError, match="no Fashion-MNIST"):
+    with pytest.raises(FastnetError, match=r"^The folder \./data has no Fashion-MNIST"):
         load_fashion_mnist()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastnet.data.download import download_dataset
 from fastnet.data.samples import Dataset, Samples
-from fastnet.errors import FastnetError
+from fastnet.errors import FastnetError, NoDataError
 
 THINGS = (
     "airplane",
@@ -56,9 +56,9 @@ def load_cifar10(
         files = _find_files(folder)
     missing = [file.name for file in files if not file.is_file()]
     if len(missing) == len(files):
-        raise FastnetError(
-            f"{folder} has no CIFAR-10: put {_ALL_FILES} there or into its cifar-10-batches-py, or "
-            "add --download."
+        raise NoDataError(
+            f"The folder {data_dir or './data'} has no CIFAR-10: put {_ALL_FILES} there or into "
+            "its cifar-10-batches-py, or add --download."
         )
     if missing:
         raise FastnetError(

