@@ -19,6 +19,10 @@ class Linear(nn.Linear):
         bias: whether to add a learnable bias.
         activation: "relu", or None.
 
+    Raises:
+        TypeError: for a bias that is a word, as an activation is.
+        ValueError: for another activation.
+
     Shape: `(*, in_features)` → `(*, out_features)`.
 
     Example:
@@ -37,6 +41,11 @@ class Linear(nn.Linear):
         *,
         activation: str | None = None,
     ) -> None:
+        if isinstance(bias, str):  # which would count as True, and leave out what was meant
+            raise TypeError(
+                f"bias must be True or False, not {bias!r}; the activation is given by name: "
+                'activation="relu"'
+            )
         if activation not in (None, "relu"):
             raise ValueError(f'activation must be None or "relu", not {activation!r}')
         super().__init__(in_features, out_features, bias, device, dtype)

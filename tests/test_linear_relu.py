@@ -388,6 +388,13 @@ def test_compile_without_graph_breaks(dynamic):
         )
 
 
+def test_an_activation_is_given_by_name():
+    with pytest.raises(TypeError, match=r"bias must be True or False, not 'relu'; .*=\"relu\""):
+        fastnet.Linear(4, 3, "relu")
+    with pytest.raises(ValueError, match="activation must be None or \"relu\", not 'tanh'"):
+        fastnet.Linear(4, 3, activation="tanh")
+
+
 def test_export():
     module = fastnet.Linear(6, 3, activation="relu")
     input = torch.randn(4, 6)
