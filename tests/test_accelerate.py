@@ -640,6 +640,11 @@ class Scaler:
         return x * self.by
 
 
+def _asserts(m, x):
+    assert x.shape[1] == 8
+    return F.relu(m.fc(x))
+
+
 SCALER = Scaler()
 LOGGER = logging.getLogger("fastnet.tests")
 SEEN: list = []
@@ -685,7 +690,8 @@ REFUSED = {
     "counts": (_counts, "sets count"),
     "type": (lambda m, x: F.relu(m.fc(x)) if isinstance(x, torch.Tensor) else x, "type"),
     "length": (lambda m, x: F.relu(m.fc(x)) * len(x), "len"),
-    "values": (lambda m, x: F.relu(m.fc(x)) if x.max() > 0 else x, "control flow"),
+    "values": (lambda m, x: F.relu(m.fc(x)) if x.max() > 0 else x, "branches on its input"),
+    "asserts": (_asserts, "(an `if` or `assert` on a tensor or its shape)"),
     "fails": (lambda m, x: F.relu(m.missing(x)), "missing"),
 }
 
@@ -824,7 +830,7 @@ def test_falls_back_to_submodules(calls):
     assert_same(model, accelerated, torch.randn(5, 8))
     assert calls == ["linear_relu"]
     report = fastnet.accelerate_report(accelerated)
-    assert "control flow" in report.untraceable["DataDependent"]
+    assert report.untraceable["DataDependent"].startswith("it branches on its input (an `if`")
     assert [bool(row.fused) for row in report.rows] == [True, False]
 
 

@@ -407,6 +407,12 @@ class Tracer(fx.Tracer):
             raise fx.proxy.TraceError("it switches gradients or autocast")
         return super().create_node(*args, **kwargs)
 
+    def to_bool(self, obj):  # noqa: ARG002
+        raise Untraceable(
+            "it branches on its input (an `if` or `assert` on a tensor or its shape), which "
+            "torch.fx cannot follow"
+        )
+
     def call_module(self, m, forward, args, kwargs):
         for given in (*args, *kwargs.values()):
             if isinstance(given, (list, dict, set)):
