@@ -290,6 +290,11 @@ def test_loss_alone():
     accelerated = fastnet.accelerate(loss)
     assert type(loss) is nn.CrossEntropyLoss
     assert type(accelerated) is fastnet.CrossEntropyLoss
+    report = fastnet.accelerate_report(accelerated)
+    assert [row.fused for row in report.rows] == ["softmax, as fastnet.CrossEntropyLoss"]
+    # As a notebook shows it.
+    assert repr(report) == str(report)
+    assert repr(report).startswith("layer ")
     logits, target = torch.randn(5, 8), torch.randint(8, (5,))
     torch.testing.assert_close(accelerated(logits, target), loss(logits, target))
     old = Calls(lambda m, x: F.cross_entropy(m.fc(x), x, size_average=False), fc=linear())

@@ -28,7 +28,7 @@ class Row:
 @dataclass(frozen=True)
 class Report:
     """The layers that could be fused, in the model's order; and, for modules whose `forward` could
-    not be traced, why. `print` shows it as a table."""
+    not be traced, why. `print` shows it as a table, and so does a notebook."""
 
     rows: tuple[Row, ...]
     untraceable: dict[str, str]
@@ -52,6 +52,8 @@ class Report:
             for name, reason in self.untraceable.items()
         ]
         return "\n".join(lines)
+
+    __repr__ = __str__  # as a notebook shows it
 
 
 def accelerate_report(model: nn.Module) -> Report:
@@ -82,7 +84,9 @@ def accelerate_report(model: nn.Module) -> Report:
             continue
         if isinstance(module, FUSED_MODULES):
             fused, reason = "fastnet's own module", ""
-            if isinstance(module, nn.Linear) and module.activation is None:
+            if isinstance(module, nn.CrossEntropyLoss):  # torch's own, before accelerate
+                fused = "softmax, as fastnet.CrossEntropyLoss"
+            elif isinstance(module, nn.Linear) and module.activation is None:
                 fused, reason = "", "it has no activation"
         else:
             fused, reason = outcomes.get(module, ("", "no forward that could be traced calls it"))
