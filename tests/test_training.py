@@ -16,7 +16,7 @@ from fastnet.recipes.comparison import step_times
 from fastnet.recipes.files import load_checkpoint, write_whole
 from fastnet.recipes.recipe import Settings
 from fastnet.recipes.runtime import ONE_PROCESS
-from fastnet.recipes.training import evaluate, train
+from fastnet.recipes.training import describe, evaluate, train
 
 RECIPE, CNN = RECIPES["mnist-net"], RECIPES["simple-cnn"]
 
@@ -186,6 +186,23 @@ def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(recipe, native, f
         for row in content["history"]:
             del row["seconds"]
     assert same(*contents)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.0012345, "1.23 ms"),
+        (0.00012345, "0.123 ms"),
+        (0.0456, "45.6 ms"),
+        (0.9996, "1.00 s"),  # rounded, it is a second
+        (12.345, "12.3 s"),
+        (123.4, "123 s"),
+        (0.0, "0 ms"),
+    ],
+)
+def test_times_have_three_digits(seconds, words):
+    row = {"epoch": 1, "train_loss": 0.5, "learning_rate": 0.1, "seconds": seconds}
+    assert describe(row) == f"train loss 0.5000, {words}"
 
 
 def test_files_of_a_run(few, tmp_path):

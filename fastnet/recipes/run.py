@@ -18,7 +18,7 @@ from fastnet.recipes.files import make_folder, write_json, write_whole
 from fastnet.recipes.recipe import BACKENDS, Recipe, Settings
 from fastnet.recipes.runtime import Runtime
 from fastnet.recipes.tasks import Task
-from fastnet.recipes.training import Result, measures_of, native_trainer, train
+from fastnet.recipes.training import Result, duration, measures_of, native_trainer, train
 
 # Steps longer than this are compared on request only.
 QUICK = 0.05
@@ -113,7 +113,7 @@ def _tell(
     rows, content = [], {}
     for name, history in histories.items():
         seconds = min(row["seconds"] for row in history)
-        rows.append({"": name, **measures_of(history[-1]), "s an epoch": f"{seconds:.2f}"})
+        rows.append({"": name, **measures_of(history[-1]), "an epoch": duration(seconds)})
         content[name] = dict(history[-1])
         if times is not None:
             rows[-1]["ms a step"] = f"{times[name] * 1e3:.3f}"

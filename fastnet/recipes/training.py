@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 import time
 from collections.abc import Callable
@@ -273,7 +274,16 @@ def measures_of(row: dict) -> dict[str, str]:
 def describe(row: dict) -> str:
     """A row of the metrics as words."""
     shown = [f"{name} {value}" for name, value in measures_of(row).items()]
-    return ", ".join([*shown, f"{row['seconds']:.2f} s"])
+    return ", ".join([*shown, duration(row["seconds"])])
+
+
+def duration(seconds: float) -> str:
+    """A time for people: three digits of it, in ms below a second."""
+    seconds = float(f"{seconds:.3g}")
+    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms")
+    # 1.23, 12.3 and 123; below 1 as many more as there are zeros.
+    decimals = 2 - math.floor(math.log10(value)) if value else 0
+    return f"{value:.{max(decimals, 0)}f} {unit}"
 
 
 def _derived(seed: int, *parts: int) -> int:
