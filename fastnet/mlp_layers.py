@@ -115,6 +115,8 @@ def _flags(module: nn.Module) -> dict[str, object]:
 def _operations(module: nn.Module) -> Iterator[nn.Linear | str]:
     """What a network does, one thing after the other."""
     kind = written_class(module)
+    if hasattr(module, "_orig_mod"):
+        raise _refusal("this is compiled: give it the network before torch.compile")
     if chains.has_hooks(module):
         raise _refusal(f"{kind.__name__} has hooks")
     if chains.is_sequential(module):

@@ -129,9 +129,14 @@ class MLPTrainer:
 
         Raises:
             ValueError: for images, targets or numbers that do not fit.
+            TypeError: for a batch size or epochs that are no whole numbers.
         """
         for name, value in (("batch_size", batch_size), ("epochs", epochs)):
-            if operator.index(value) < 1:
+            try:
+                is_too_small = operator.index(value) < 1
+            except TypeError:
+                raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+            if is_too_small:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         network = self._network()
         kind, options = read_optimizer(self.optimizer, self.model.parameters())
@@ -338,7 +343,7 @@ class MLPTrainer:
             for name, value in (("mean", mean), ("std", std))
         )
         if min(stds) <= 0:
-            raise ValueError(f"std must be above 0, not {std!r}")
+            raise ValueError(f"std must be above 0, not {min(stds)}")
         largest = 255 if images.dtype is torch.uint8 else 1
         scale = [1 / (largest * s) for s in stds]
         channels = max(len(means), len(stds))  # of which one may be the same for all
@@ -380,12 +385,15 @@ def _whole(order: Tensor, _batch_size: int) -> tuple[Tensor]:
 
 
 def _by_channel(name: str, value: float | Sequence[float] | Tensor, channels: int) -> list[float]:
+    wanted = f"{name} must be a number or one for each of {channels} channels"
     try:
-        values = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten().tolist()
+        numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        values = []
-    if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
-        raise ValueError(
-            f"{name} must be a number or one for each of {channels} channels, not {value!r}"
-        )
+        raise ValueError(f"{wanted}, not {value!r}") from None
+    values = numbers.flatten().tolist()
+    if len(values) not in (1, channels):
+        raise ValueError(f"{wanted}, not numbers of shape {tuple(numbers.shape)}")
+    for number in values:
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, not {number}")
     return values

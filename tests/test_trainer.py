@@ -697,6 +697,8 @@ TIED = nn.Linear(4, 4)
         (lambda: mlp(4, 3, 2).to("meta"), "meta"),
         (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))), "Linear"),
         (lambda: 3, "not int"),
+        (lambda: torch.compile(mlp(4, 3, 2)), "give it the network before torch.compile"),
+        (lambda: nn.Sequential(torch.compile(mlp(4, 3, 2))), "before torch.compile"),
     ],
 )
 def test_networks_that_it_refuses(model, reason):
@@ -746,16 +748,21 @@ def test_bad_input():
         ((images, targets), {"batch_size": 0}, "batch_size"),
         ((images, targets), {"epochs": 0}, "epochs"),
         ((images, targets), {"std": 0.0}, "std"),
-        ((images, targets), {"mean": [0.1, 0.2, 0.3]}, "mean"),
-        ((images, targets), {"mean": None}, "mean"),
-        ((images, targets), {"mean": float("nan")}, "mean"),
-        ((images, targets), {"std": "wide"}, "std"),
+        ((images, targets), {"std": [0.5] * 11 + [-1]}, "std must be above 0, not -1.0$"),
+        ((images, targets), {"mean": [0.1, 0.2, 0.3]}, r"not numbers of shape \(3,\)$"),
+        ((images, targets), {"mean": targets.double()}, r"mean .* not numbers of shape \(10,\)$"),
+        ((images, targets), {"mean": None}, "mean .* 12 channels, not None"),
+        ((images, targets), {"mean": float("nan")}, "mean must be finite, not nan"),
+        ((images, targets), {"std": "wide"}, "std .* not 'wide'"),
         ((images.numpy(), targets), {}, "tensor, not ndarray"),
         ((images[:0], targets[:0]), {}, "no images"),
     ):
         targets_ = arguments[1].clamp(-1, 3)
         with pytest.raises(ValueError, match=reason):
             trainer.fit(arguments[0], targets_, **options)
+    for name in ("batch_size", "epochs"):
+        with pytest.raises(TypeError, match=f"{name} must be a whole number, not 64.0"):
+            trainer.fit(images, targets, **{name: 64.0})
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     model[1].weight.requires_grad_(False)  # since
