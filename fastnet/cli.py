@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import sys
 import time
@@ -25,7 +26,6 @@ from fastnet.bench import OPS
 from fastnet.errors import FastnetError, NoDataError
 
 app = typer.Typer(
-    help="Train the classic networks on fused kernels.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,6 +34,24 @@ app = typer.Typer(
 OWN = "the training's own"  # the default of an option
 OF_DATA, OF_SPEED, OF_RATE = "Data", "Device and speed", "Learning rate"
 OF_MODEL = "A network of yours"
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"fastnet {fastnet.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_tell_version, is_eager=True, help="Tell the version, and exit."
+        ),
+    ] = False,
+) -> None:
+    """Train the classic networks on fused kernels."""
 
 
 @app.command("train")
@@ -162,7 +180,9 @@ def train_command(
         return
     if name not in RECIPES and name not in COMPARISONS:
         known = ["numpy-forward", *RECIPES, *COMPARISONS]
-        raise FastnetError(f"There is no training {name!r}; there are: {', '.join(known)}.")
+        meant = difflib.get_close_matches(name.lower().replace("_", "-"), known, 1, cutoff=0.75)
+        asked = f": did you mean {meant[0]}? There are: " if meant else "; there are: "
+        raise FastnetError(f"There is no training {name!r}{asked}{', '.join(known)}.")
     if compare and name in COMPARISONS:
         raise FastnetError(f"{name} is a comparison already: leave out --compare.")
     if compare and (backend or native):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from support import interruptible
 
+import fastnet
 from fastnet.cli import main
 from fastnet.recipes import COMPARISONS, RECIPES
 from fastnet.recipes.files import load_checkpoint
@@ -308,6 +309,18 @@ def test_configuration_of_a_run(tmp_path):
     assert content["settings"]["seed"] == 7
     assert content["settings"]["schedule"]["milestones"] == [1, 2]
     assert content["device"] == "cpu" or content["device"].startswith("cuda")
+
+
+def test_version(tmp_path):
+    done = command("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"fastnet {fastnet.__version__}\n")
+
+
+@pytest.mark.parametrize("name", ["mnist-nett", "MNIST-Net", "mnist_net"])
+def test_a_name_that_is_nearly_one(name, tmp_path):
+    said = command("train", name, cwd=tmp_path).stderr
+    assert f"no training {name!r}: did you mean mnist-net? There are: numpy-forward, " in said
+    assert "did you mean" not in command("train", "transformer", cwd=tmp_path).stderr
 
 
 def test_list_and_info(tmp_path):
