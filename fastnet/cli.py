@@ -138,6 +138,14 @@ def train_command(
         bool,
         typer.Option("--compile", help="torch.compile the network.", rich_help_panel=OF_SPEED),
     ] = False,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="The optimizer's; a scheduler begins with it.",
+            show_default=OWN,
+            rich_help_panel=OF_RATE,
+        ),
+    ] = None,
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -195,6 +203,7 @@ def train_command(
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
+        "lr": lr,
         "backend": backend,
         "log_every": log_every,
         "resume": resume,

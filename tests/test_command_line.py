@@ -97,6 +97,7 @@ def test_train_command(tmp_path):
         (["train", "mnist-net", "--scheduler", "Cosine"], "'Cosine'"),
         (["train", "mnist-net", "--milestones", "a,b"], "'a,b'"),
         (["train", "mnist-net", "--milestones", "0,2"], "from 1 on, such as 10,20, not '0,2'"),
+        (["train", "mnist-net", "--lr", "-1"], "--lr must be above 0 and finite, not -1.0"),
         (["bench", "--threads", "0"], "--threads must be numbers from 1 on"),
         (["train", "cifar-mlp"], "data_batch_1"),
         (["train", "cats-dogs"], "--data-dir"),
@@ -303,10 +304,12 @@ def test_cats_and_dogs_from_a_flat_folder(tmp_path):
 
 def test_configuration_of_a_run(tmp_path):
     chosen = ["--epochs", "1", "--seed", "7", "--scheduler", "MultiStepLR", "--milestones", "1,2"]
+    chosen += ["--lr", "0.002"]
     done = command("train", "mnist-net", *chosen, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "runs" / "mnist-net" / "config.json").read_text())
     assert content["settings"]["seed"] == 7
+    assert content["settings"]["lr"] == 0.002
     assert content["settings"]["schedule"]["milestones"] == [1, 2]
     assert content["device"] == "cpu" or content["device"].startswith("cuda")
 

@@ -298,6 +298,10 @@ def test_schedulers(schedule, rates, digits, tmp_path):
             {"schedule": {"name": "ReduceLROnPlateau", "gamma": 1.0}},
             "--gamma must be above 0 and below 1, not 1.0",
         ),
+        *(
+            ("mnist-net", {"lr": lr}, f"--lr must be above 0 and finite, not {lr}")
+            for lr in (0.0, -0.1, math.inf, math.nan)
+        ),
         ("mnist-net", {"augment": True}, "--augment"),
         ("mnist-net", {"weights": "none"}, "--weights"),
         ("mnist-net", {"backend": "jax"}, "--backend must be one of .*'jax'"),
@@ -308,6 +312,49 @@ def test_schedulers(schedule, rates, digits, tmp_path):
 def test_choices_that_do_not_fit(name, choices, words):
     with pytest.raises(FastnetError, match=words):
         RECIPES[name].settings(**choices)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("mnist-net", "fastnet"), ("mnist-net", "torch"), ("softmax-regression-scratch", "fastnet"),
+     ("gan", "fastnet")],
+)  # fmt: skip
+def test_a_learning_rate_of_ones_own(name, backend):
+    recipe = RECIPES[name]
+    rates = []
+    for lr in (None, 0.025):
+        chosen = settings(recipe, lr=lr, backend=backend)
+        task = recipe.task(recipe, chosen, ONE_PROCESS, (1, 28, 28), 10)
+        rates.append({group["lr"] for o in task.optimizers for group in o.param_groups})
+    assert rates == [{recipe.optimizer.keywords["lr"]}, {0.025}]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_the_learning_rate_that_is_chosen_trains(native, digits, tmp_path):
+    """From it a schedule goes on, and with another a training is not resumed."""
+    recipe, data = RECIPES["mnist-net"], small("mnist-net", digits)
+    schedule = {"name": "ExponentialLR", "gamma": 0.5}
+    chosen = settings(recipe, epochs=2, lr=0.01, schedule=schedule, native=native)
+    fast = train(recipe, chosen, *data, tmp_path / "fast").history
+    assert [row["learning_rate"] for row in fast] == [0.01, 0.005]
+    slow = train(recipe, replace(chosen, lr=1e-6), *data, tmp_path / "slow").history
+    assert fast[-1]["train_loss"] < 0.5 * slow[-1]["train_loss"]
+    assert '"lr": 0.01' in (tmp_path / "fast" / "config.json").read_text()
+    for lr, words in ((0.02, "with --lr 0.01, not 0.02"), (None, "with --lr 0.01: add it")):
+        with pytest.raises(FastnetError, match=words):
+            train(recipe, replace(chosen, lr=lr, resume=True), *data, tmp_path / "fast")
+
+
+def test_checkpoints_from_before_lr_go_on(digits, tmp_path):
+    recipe, data = RECIPES["mnist-net"], small("mnist-net", digits)
+    path = train(recipe, settings(recipe, epochs=1), *data, tmp_path).checkpoint
+    content = torch.load(path, weights_only=True)
+    del content["settings"]["--lr"]
+    torch.save(content, path)
+    again = settings(recipe, epochs=2, resume=True)
+    with pytest.raises(FastnetError, match="was trained without --lr: leave it out"):
+        train(recipe, replace(again, lr=0.1), *data, tmp_path)
+    assert len(train(recipe, again, *data, tmp_path).history) == 2
 
 
 def test_plateaus_of_generators(digits, tmp_path):

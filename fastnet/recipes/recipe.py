@@ -172,9 +172,12 @@ class Settings:
     tensorboard: bool = False
     augment: bool = False
     weights: str = "imagenet"
+    lr: float | None = None  # the optimizer's; None: the recipe's
     schedule: Schedule = Schedule()
 
     def __post_init__(self) -> None:
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise FastnetError(f"--lr must be above 0 and finite, not {self.lr}.")
         if self.backend not in BACKENDS:
             raise FastnetError(
                 f"--backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}."

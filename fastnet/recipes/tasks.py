@@ -54,6 +54,8 @@ class Task:
         optimizer = recipe.optimizer
         if backend == "fastnet" and optimizer.func in QUICK:
             optimizer = partial(QUICK[optimizer.func], **optimizer.keywords)
+        if settings.lr is not None:
+            optimizer = partial(optimizer, lr=settings.lr)
         options = {"weights": settings.weights} if recipe.pretrained else {}
         with runtime.in_turn():
             self.network = recipe.model(shape, classes, backend, **options).to(runtime.device)

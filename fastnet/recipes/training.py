@@ -336,6 +336,7 @@ def _identity(
         "test data": f"{len(test_set):,} samples (sha256 {test_set.fingerprint()})",
         "--seed": settings.seed,
         "--batch-size": settings.batch_size,
+        "--lr": settings.lr,
         "--backend": settings.backend,
         "--native": settings.native,
         "--augment": settings.augment,
@@ -356,11 +357,13 @@ def _restore(path: Path, recipe: str, identity: dict, task: Task) -> list[dict]:
         )
     saved = load_checkpoint(path, recipe)
     try:
+        # A checkpoint that is older than --lr has the recipe's.
+        begun = {"--lr": None, **saved["settings"]}
         for name, value in identity.items():
-            if saved["settings"][name] != value:
+            if begun[name] != value:
                 raise FastnetError(
-                    f"{path} was trained {_resumable(name, saved['settings'][name], value)}, or "
-                    "name another folder with --out."
+                    f"{path} was trained {_resumable(name, begun[name], value)}, or name another "
+                    "folder with --out."
                 )
         task.load_state_dict(saved)
         return saved["history"]
