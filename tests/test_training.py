@@ -4,6 +4,8 @@ import csv
 import itertools
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from fastnet.data import Batches
 from fastnet.errors import FastnetError
 from fastnet.recipes import RECIPES, plots
 from fastnet.recipes.comparison import step_times
-from fastnet.recipes.files import load_checkpoint, write_whole
+from fastnet.recipes.files import load_checkpoint, make_folder, write_whole
 from fastnet.recipes.recipe import Settings
 from fastnet.recipes.runtime import ONE_PROCESS
 from fastnet.recipes.training import describe, evaluate, train
@@ -307,6 +309,27 @@ def test_writing_that_fails_leaves_the_old_file(tmp_path):
         write_whole(target, fail)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "comparison.png"])
+def test_what_a_killed_run_left_half_written_goes_with_the_next(name, tmp_path):
+    other = tmp_path / ".12-of-mine"
+    other.touch()
+    program = f"""
+import os, signal
+from pathlib import Path
+from fastnet.recipes.files import write_whole
+
+def half(path):
+    path.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_whole(Path({str(tmp_path / name)!r}), half)
+"""
+    subprocess.run([sys.executable, "-c", program])
+    assert len(list(tmp_path.iterdir())) == 2
+    make_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == [other]
 
 
 def test_step_times_measures_every_backend(few):

@@ -14,20 +14,13 @@ import torch
 from fastnet.errors import FastnetError
 
 CHECKPOINT_FORMAT = 2
-# The files that runs write.
-OURS = (
-    "best.pt",
-    "checkpoint.pt",
-    "config.json",
-    "metrics.csv",
-    "metrics.json",
-    "overview.png",
-)
+# What the names of unfinished files begin with; their ends stay, as some writers go by those.
+UNFINISHED = ".fastnet-unfinished-"
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` make the file under a temporary name, then puts it in place in one step."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -46,10 +39,9 @@ def make_folder(path: Path) -> None:
     """Makes the folder and sees that files can be written there, before any work is done."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name in OURS:  # what a run left that was killed while it wrote
-            for leftover in path.glob(f".[0-9]*-{name}"):
-                leftover.unlink(missing_ok=True)
-        probe = path / f".{os.getpid()}-probe"
+        for leftover in path.glob(f"{UNFINISHED}*"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        probe = path / f"{UNFINISHED}{os.getpid()}-probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
