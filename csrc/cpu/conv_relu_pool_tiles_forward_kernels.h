@@ -31,7 +31,11 @@ struct TilesForwardPlan {
     const int64_t few = (kFewestTiles + grid.columns - 1) / grid.columns;
     const int64_t fewest = least(few, 8 * call.most_units);
     rows = least(fit, call.most_units);
-    rows = least(rows < fewest ? fewest : rows, call.N * grid.rows);
+    const int64_t all = call.N * grid.rows, threads = all / (8 * call.most_units);
+    rows = least(rows < fewest ? fewest : rows, all);
+    // As many blocks for each thread, where they are few: the others would wait for the last one.
+    const int64_t blocks = threads > 0 ? (all + rows - 1) / rows / threads * threads : 0;
+    if (blocks > 0) rows = least(rows < fit ? fit : rows, (all + blocks - 1) / blocks);
     const int64_t tiles = rows * grid.columns;
     strip_block = grid.strip_block(least(rows, grid.rows));
     patches_plane = off_pages<float>(tiles * grid.channels);
