@@ -68,7 +68,8 @@ def kernel_steps(monkeypatch):
             taken.append(NODES.optimizer_step(groups, state))
             return taken[-1]
 
-    monkeypatch.setattr(optim, "NODES", Counting())
+    if NODES is not None:
+        monkeypatch.setattr(optim, "NODES", Counting())
     return taken
 
 
