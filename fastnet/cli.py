@@ -239,7 +239,9 @@ def train_command(
                 "no files."
             ) from error
         if runtime.is_first:
-            print(f"{name}: {first.summary if len(chosen) == 1 else _names(recipes)}")
+            another_rate = "" if lr is None else f"; --lr {lr:g}"
+            summary = first.summary if len(chosen) == 1 else _names(recipes)
+            print(f"{name}: {summary}{another_rate}")
             print(
                 f"data: {data[0].source}; {len(data[0]):,} to train, {len(data[1]):,} to test; "
                 f"on {runtime.device.type}"

@@ -7,13 +7,14 @@ hooks, schedulers and results are those of torch.optim, whose classes these are.
 The kernel takes float32 parameters in the CPU's memory, whose state is there already: the first
 step is torch's own where there is a state to make, and so is every step with `amsgrad`,
 `maximize`, `differentiable`, `capturable`, dampening, tensors for numbers, hooks, a profiler,
-gradients that are sparse or lie otherwise than their parameter, or under another torch than fastnet
-was built with.
+gradients that are sparse or lie otherwise than their parameter, tensors that lie in each other's
+memory, counts of steps that are no float32, or under another torch than fastnet was built with.
+Hooks that a closure registers are called from the next step on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
 from typing import ClassVar
 
 import torch
@@ -38,18 +39,19 @@ class _QuickStep(torch.optim.Optimizer):
         """None where only torch can take the group's step."""
         raise NotImplementedError
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, *args, **kwargs) -> float | None:
         """Updates the parameters that have a gradient.
 
         Args:
-            closure: computes the loss anew, with its gradients.
+            closure: computes the loss anew, with its gradients; optional.
 
         Returns:
             The closure's result; None without one.
         """
-        if NODES is None or self._is_watched():
-            return super().step(closure)
-        loss = None
+        is_usual = len(args) + len(kwargs) <= 1 and not kwargs.keys() - {"closure"}
+        if NODES is None or not is_usual or self._is_watched():
+            return self._native_step(*args, **kwargs)
+        loss, closure = None, (*args, *kwargs.values(), None)[0]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -60,15 +62,16 @@ class _QuickStep(torch.optim.Optimizer):
                 break
             groups.append((group["params"], numbers))
         if len(groups) < len(self.param_groups) or not NODES.optimizer_step(groups, self.state):
-            super().step()
+            self._native_step()
         return loss
 
     # Torch would wrap it to call hooks and tell profilers. Where there are any, its own step does.
     step.hooked = True
+    step.__signature__ = inspect.signature(torch.optim.Optimizer.step)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Takes the gradients from the parameters, or sets them to zero."""
-        if not set_to_none or torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+        if not set_to_none or NODES is None or torch.compiler.is_compiling() or NODES.is_observed():
             super().zero_grad(set_to_none)
             return
         for group in self.param_groups:
@@ -79,14 +82,21 @@ class _QuickStep(torch.optim.Optimizer):
         """Whether more than an update is asked for: hooks, a profile, a trace, a scaler."""
         return bool(
             torch.compiler.is_compiling()
-            or torch.autograd._profiler_enabled()
+            or NODES.is_observed()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
+            or type(self)._init_group is not self.native._init_group  # another one's, to be called
             or getattr(self, "grad_scale", None) is not None
             or getattr(self, "found_inf", None) is not None
         )
+
+    def _native_step(self, *args, **kwargs) -> float | None:
+        step = self.native.step
+        if type(self).step is not _QuickStep.step:  # which torch has wrapped to call the hooks
+            step = step.__wrapped__
+        return step(self, *args, **kwargs)
 
     def _patch_step_function(self) -> None:
         # Called when an optimizer is made or loaded. Torch's own step is as if it had made one of
@@ -97,30 +107,25 @@ class _QuickStep(torch.optim.Optimizer):
             self.native.step.hooked = True
 
 
-class _QuickAdam(_QuickStep):
+class Adam(_QuickStep, torch.optim.Adam):
+    """`torch.optim.Adam`, with a quicker step."""
+
+    native = torch.optim.Adam
+
     def _numbers(self, group: dict) -> Numbers | None:
-        lr, (beta1, beta2) = group["lr"], group["betas"]
+        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         if (
             group["amsgrad"]
             or group["maximize"]
             or group["capturable"]
             or group["differentiable"]
-            or not isinstance(lr, (float, int))
-            or not isinstance(beta1, float)
-            or not isinstance(beta2, float)
+            or not all(isinstance(number, (float, int)) for number in numbers)
         ):
             return None
-        is_decoupled = group.get("decoupled_weight_decay", False)
-        return mlp.ADAM, lr, beta1, beta2, group["eps"], group["weight_decay"], is_decoupled, False
+        return (mlp.ADAM, *numbers, group.get("decoupled_weight_decay", False), False)
 
 
-class Adam(_QuickAdam, torch.optim.Adam):
-    """`torch.optim.Adam`, with a quicker step."""
-
-    native = torch.optim.Adam
-
-
-class AdamW(_QuickAdam, torch.optim.AdamW):
+class AdamW(Adam, torch.optim.AdamW):
     """`torch.optim.AdamW`, with a quicker step."""
 
     native = torch.optim.AdamW
@@ -132,13 +137,13 @@ class SGD(_QuickStep, torch.optim.SGD):
     native = torch.optim.SGD
 
     def _numbers(self, group: dict) -> Numbers | None:
-        lr, momentum = group["lr"], group["momentum"]
+        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
         if (
             group["dampening"]
             or group["maximize"]
             or group["differentiable"]
-            or not isinstance(lr, (float, int))
+            or not all(isinstance(number, (float, int)) for number in (lr, momentum, decay))
         ):
             return None
         kind = mlp.MOMENTUM if momentum else mlp.SGD
-        return kind, lr, momentum, 0.0, 0.0, group["weight_decay"], False, group["nesterov"]
+        return kind, lr, momentum, 0.0, 0.0, decay, False, group["nesterov"]

@@ -1,5 +1,6 @@
 """fastnet.optim: torch.optim's results, state and interface, whichever of the two takes a step."""
 
+import collections
 import copy
 import io
 import pickle
@@ -64,6 +65,8 @@ def kernel_steps(monkeypatch):
     taken = []
 
     class Counting:
+        is_observed = staticmethod(NODES.is_observed if NODES is not None else bool)
+
         def optimizer_step(self, groups, state):
             taken.append(NODES.optimizer_step(groups, state))
             return taken[-1]
@@ -269,7 +272,7 @@ def test_sparse_gradients_and_subclasses_are_torchs():
 @needs_nodes
 def test_infinite_and_nan(monkeypatch):
     taken = kernel_steps(monkeypatch)
-    hostile = torch.tensor([0.0, -0.0, 1e-45, 1e38, -1e38, float("inf"), float("nan"), 1.0, 2.0])
+    hostile = torch.tensor([0.0, -0.0, 1e-45, 1e20, -1e38, float("inf"), float("nan"), 1.0, 2.0])
     for name, options in CASES:
         runs = []
         for home in (optim, torch.optim):
@@ -301,14 +304,21 @@ def test_hooks_are_called_once(monkeypatch):
     optimizer = optim.Adam(params)
     steps(optimizer, params)
     del taken[:]
+    told = []
     handles = [
+        optimizer.register_step_pre_hook(lambda _, args, kwargs: told.append((args[1:], kwargs))),
         optimizer.register_step_pre_hook(lambda *_: calls.append("before")),
         optimizer.register_step_post_hook(lambda *_: calls.append("after")),
         register_optimizer_step_pre_hook(lambda *_: calls.append("any")),
     ]
     steps(optimizer, params, 1)
     assert sorted(calls) == ["after", "any", "before"]
+    assert told == [((), {})]
+    optimizer.step(closure=float)
+    optimizer.step(float)
+    assert told[1:] == [((), {"closure": float}), ((float,), {})]
     assert not taken
+    del calls[3:]
     for handle in handles:
         handle.remove()
     steps(optimizer, params, 1)
@@ -326,6 +336,108 @@ def test_profilers_are_told():
     names = [event.key for event in profile.key_averages()]
     assert "Optimizer.step#SGD.step" in names
     assert "Optimizer.zero_grad#SGD.zero_grad" in names
+
+
+@needs_nodes
+def test_observers_are_told(tmp_path):
+    """Also those that are no profiler."""
+    params = parameters()
+    optimizer = optim.Adam(params)
+    steps(optimizer, params, 2)
+    file = tmp_path / "trace.json"
+    observer = torch.profiler.ExecutionTraceObserver().register_callback(str(file))
+    observer.start()
+    steps(optimizer, params, 1)
+    optimizer.zero_grad()
+    observer.stop()
+    observer.unregister_callback()
+    assert "Optimizer.step#Adam.step" in file.read_text()
+    assert "Optimizer.zero_grad#Adam.zero_grad" in file.read_text()
+
+
+def test_subclasses():
+    calls = []
+
+    class Own(optim.Adam):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class Grouping(optim.Adam):
+        def _init_group(self, *args):
+            calls.append("group")
+            return super()._init_group(*args)
+
+    params = parameters()
+    optimizer = Own(params)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    steps(optimizer, params, 2)
+    assert calls == ["before"] * 2
+    del calls[:]
+    steps(Grouping(params), params, 3)
+    assert calls == ["group"] * 3
+    assert issubclass(optim.AdamW, optim.Adam)
+
+
+def test_numbers_that_torch_refuses():
+    """What torch says of them is said, and nothing is stepped."""
+    for name, options in (
+        ("Adam", {"betas": (1.0, 0.999)}),
+        ("Adam", {"betas": (0.9, 1.5)}),
+        ("Adam", {"eps": None}),
+        ("Adam", {"lr": 10**400}),
+        ("SGD", {"lr": 1e39}),
+        ("SGD", {"weight_decay": 1e39}),
+        ("SGD", {"weight_decay": "much"}),
+    ):
+        said = []
+        for home in (optim, torch.optim):
+            params = parameters()
+            optimizer = getattr(home, name)(params, lr=0.1)
+            steps(optimizer, params, 2)
+            before = [p.detach().clone() for p in params]
+            optimizer.param_groups[0].update(options)
+            with pytest.raises((RuntimeError, ArithmeticError, TypeError)) as error:
+                steps(optimizer, params, 1)
+            said.append(error.type)
+            if home is optim:
+                assert_same(params, before, rtol=0, atol=0)
+        assert said[0] is said[1]
+
+
+@needs_nodes
+@pytest.mark.parametrize("alias", ["count", "average", "gradient", "groups"])
+def test_memory_that_is_shared(alias, monkeypatch):
+    taken = kernel_steps(monkeypatch)
+    runs = []
+    for home in (optim, torch.optim):
+        params = parameters([(6, 4), (6, 4)])
+        groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.1}]
+        optimizer = home.AdamW(groups if alias == "groups" else params)
+        steps(optimizer, params, 1)
+        first, second = (optimizer.state[p] for p in params)
+        if alias == "count":
+            second["step"] = first["step"]
+        if alias == "average":
+            second["exp_avg"] = first["exp_avg"]
+        if alias == "groups":
+            optimizer.param_groups[1]["params"].append(params[0])
+        take_gradients(params, 1)
+        if alias == "gradient":
+            params[0].grad = params[0].detach()
+        optimizer.step()
+        runs.append(params)
+    assert_same(*runs, rtol=1e-6, atol=1e-6)
+    assert not any(taken)
+
+
+@needs_nodes
+def test_a_state_of_another_kind():
+    params = parameters()
+    optimizer = optim.Adam(params)
+    steps(optimizer, params, 1)
+    optimizer.state = collections.UserDict(optimizer.state)
+    steps(optimizer, params, 1)
+    assert all(state["step"] == 2 for state in optimizer.state.values())
 
 
 def test_zero_grad():

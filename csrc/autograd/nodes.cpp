@@ -199,6 +199,7 @@ PYBIND11_MODULE(_nodes, module) {
   });
   module.def("release_memory", [] { fastnet::autograd::kept_memory().release(); });
   module.def("optimizer_step", &fastnet::autograd::optimizer_step);
+  module.def("is_observed", [] { return at::hasCallbacks(); });
   module.def("quick_linear_relu", &fastnet::autograd::quick_linear_relu);
   module.def("quick_linear", &fastnet::autograd::quick_linear);
   module.def("quick_conv_relu_pool", &fastnet::autograd::quick_conv_relu_pool);

@@ -31,7 +31,8 @@ FASTNET_INLINE Vec<float> updated(Vec<float> w, Vec<float> gradient, Vec<float>&
     const Vec<float> way = gradient - first;
     first = step.beta1_rest < 0.5f ? first + way * splat(step.beta1_rest)
                                    : gradient - way * splat(step.beta1);
-    second = second * splat(step.beta2) + (gradient * gradient) * splat(step.beta2_rest);
+    // In this order, as the square alone may be more than there are numbers for.
+    second = second * splat(step.beta2) + (gradient * splat(step.beta2_rest)) * gradient;
     const Vec<float> deviation = square_root(second) * splat(step.second_scale) + splat(step.eps);
     return w - (first * splat(step.lr)) / deviation;
   }

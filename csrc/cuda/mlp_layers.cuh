@@ -105,7 +105,7 @@ __device__ __forceinline__ void update(float* w, float* first_at, float* second_
     const float old = *first_at, way = gradient - old;
     const float first =
         step.beta1_rest < 0.5f ? old + way * step.beta1_rest : gradient - way * step.beta1;
-    const float second = *second_at * step.beta2 + (gradient * gradient) * step.beta2_rest;
+    const float second = *second_at * step.beta2 + (gradient * step.beta2_rest) * gradient;
     *first_at = first;
     *second_at = second;
     *w -= (first * step.lr) / (sqrtf(second) * step.second_scale + step.eps);
