@@ -94,7 +94,7 @@ void apply_optimizer_kernel(const OptimizedTensor& t, int64_t begin, int64_t end
     apply_vector<kOptimizer>(t, t.weight + i, t.gradient + i, t.first + i, t.second + i);
   }
   if (i == end) return;
-  float rest[4][kStep] = {};
+  float rest[4][kStep] = {};  // weights, gradients, states
   float* const kept[4] = {t.weight, const_cast<float*>(t.gradient), t.first, t.second};
   const auto is_there = [](int k) {
     return k < 2 || (k == 2 && kOptimizer != OptimizerKind::sgd) ||
@@ -104,7 +104,7 @@ void apply_optimizer_kernel(const OptimizedTensor& t, int64_t begin, int64_t end
     for (int64_t j = i; is_there(k) && j < end; ++j) rest[k][j - i] = kept[k][j];
   }
   apply_vector<kOptimizer>(t, rest[0], rest[1], rest[2], rest[3]);
-  for (int k : {0, 2, 3}) {
-    for (int64_t j = i; is_there(k) && j < end; ++j) kept[k][j] = rest[k][j - i];
+  for (int k = 0; k < 4; ++k) {
+    for (int64_t j = i; k != 1 && is_there(k) && j < end; ++j) kept[k][j] = rest[k][j - i];
   }
 }
