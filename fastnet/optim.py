@@ -113,15 +113,9 @@ class Adam(_QuickStep, torch.optim.Adam):
     native = torch.optim.Adam
 
     def _numbers(self, group: dict) -> Numbers | None:
-        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        if (
-            group["amsgrad"]
-            or group["maximize"]
-            or group["capturable"]
-            or group["differentiable"]
-            or not all(isinstance(number, (float, int)) for number in numbers)
-        ):
+        if group["amsgrad"] or group["maximize"] or group["capturable"] or group["differentiable"]:
             return None
+        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         return (mlp.ADAM, *numbers, group.get("decoupled_weight_decay", False), False)
 
 
@@ -137,13 +131,8 @@ class SGD(_QuickStep, torch.optim.SGD):
     native = torch.optim.SGD
 
     def _numbers(self, group: dict) -> Numbers | None:
-        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        if (
-            group["dampening"]
-            or group["maximize"]
-            or group["differentiable"]
-            or not all(isinstance(number, (float, int)) for number in (lr, momentum, decay))
-        ):
+        if group["dampening"] or group["maximize"] or group["differentiable"]:
             return None
+        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
         kind = mlp.MOMENTUM if momentum else mlp.SGD
         return kind, lr, momentum, 0.0, 0.0, decay, False, group["nesterov"]

@@ -30,6 +30,17 @@ bool is_float(double number) {
   return !std::isfinite(number) || std::isfinite(static_cast<float>(number));
 }
 
+// One of Python's own numbers, no tensor.
+double number_of(const pybind11::handle& object) {
+  const bool is_number = PyFloat_Check(object.ptr()) || PyLong_Check(object.ptr());
+  const double number = is_number ? PyFloat_AsDouble(object.ptr()) : -1;
+  if (!is_number || (number == -1 && PyErr_Occurred())) {  // too large
+    PyErr_Clear();
+    throw pybind11::cast_error("no number");
+  }
+  return number;
+}
+
 // The numbers of a group of parameters, in the order in which fastnet/optim.py has them.
 struct GroupNumbers {
   OptimizerKind kind;
@@ -38,11 +49,11 @@ struct GroupNumbers {
 
   explicit GroupNumbers(const pybind11::tuple& given)
       : kind(static_cast<OptimizerKind>(given[0].cast<int64_t>())),
-        lr(given[1].cast<double>()),
-        beta1(given[2].cast<double>()),
-        beta2(given[3].cast<double>()),
-        eps(given[4].cast<double>()),
-        weight_decay(given[5].cast<double>()),
+        lr(number_of(given[1])),
+        beta1(number_of(given[2])),
+        beta2(number_of(given[3])),
+        eps(number_of(given[4])),
+        weight_decay(number_of(given[5])),
         is_decoupled(given[6].cast<bool>()),
         is_nesterov(given[7].cast<bool>()) {}
 
@@ -133,6 +144,7 @@ bool do_overlap(const std::vector<Stepped>& stepped) {
     bool is_written;
   };
   std::vector<Range> ranges;
+  ranges.reserve(5 * stepped.size());
   for (const Stepped& each : stepped) {
     for (const Tensor* tensor :
          {&each.weight, &each.gradient, &each.first, &each.second, &each.count}) {
@@ -173,6 +185,7 @@ bool optimizer_step(const pybind11::list& groups, const pybind11::handle& state)
     return false;
   }
   std::vector<OptimizedTensor> tensors;
+  tensors.reserve(stepped.size());
   OptimizerStep step{};
   std::pair<size_t, double> of_step{};  // a group, and which of its steps: mostly the same for all
   for (const Stepped& each : stepped) {
