@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import run_on_isa
+from support import run_on_isa, threads
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -161,15 +161,11 @@ def test_any_shapes_and_missing_gradients(shapes, case, data):
 @needs_nodes
 def test_threads_do_not_change_a_bit():
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            params = parameters([(777, 101), (5,), (333, 3)])
+    for count in (1, 2, 3):
+        params = parameters([(777, 101), (5,), (333, 3)])
+        with threads(count):
             steps(optim.Adam(params), params)
-            results.append(params)
-    finally:
-        torch.set_num_threads(threads)
+        results.append(params)
     for params in results[1:]:
         assert_same(params, results[0], rtol=0, atol=0)
 
