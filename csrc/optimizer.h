@@ -21,8 +21,8 @@ struct OptimizerStep {
 };
 
 // What all steps have in common, with the corrections still to come.
-inline OptimizerStep optimizer_step(double lr, double beta1, double beta2, double eps,
-                                    double weight_decay) {
+inline OptimizerStep uncorrected_step(double lr, double beta1, double beta2, double eps,
+                                      double weight_decay) {
   return {.lr = static_cast<float>(lr),
           .beta1 = static_cast<float>(beta1),
           .beta2 = static_cast<float>(beta2),
@@ -33,10 +33,15 @@ inline OptimizerStep optimizer_step(double lr, double beta1, double beta2, doubl
           .beta2_rest = static_cast<float>(1 - beta2)};
 }
 
-// Adam's corrections in its step number `t`, from 1 on.
-inline void correct(OptimizerStep& step, double lr, double beta1, double beta2, double t) {
-  step.lr = static_cast<float>(lr / (1 - std::pow(beta1, t)));
-  step.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t)));
+// Step number `t`, from 1 on.
+inline OptimizerStep corrected_step(OptimizerKind kind, double lr, double beta1, double beta2,
+                                    double eps, double weight_decay, double t) {
+  OptimizerStep step = uncorrected_step(lr, beta1, beta2, eps, weight_decay);
+  if (kind == OptimizerKind::adam) {
+    step.lr = static_cast<float>(lr / (1 - std::pow(beta1, t)));
+    step.second_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t)));
+  }
+  return step;
 }
 
 // One of the tensors that an optimizer steps, its gradient and its state: `first` of momentum and

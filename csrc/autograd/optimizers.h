@@ -67,9 +67,7 @@ struct GroupNumbers {
   }
 
   OptimizerStep step(double number) const {
-    OptimizerStep step = optimizer_step(lr, beta1, beta2, eps, is_decoupled ? 0 : weight_decay);
-    if (kind == OptimizerKind::adam) correct(step, lr, beta1, beta2, number);
-    return step;
+    return corrected_step(kind, lr, beta1, beta2, eps, is_decoupled ? 0 : weight_decay, number);
   }
 };
 

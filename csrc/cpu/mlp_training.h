@@ -69,11 +69,8 @@ struct Training {
   bool is_in_blocks() const { return block_rows < batch_size; }
 
   OptimizerStep step(int64_t number) const {
-    OptimizerStep s = optimizer_step(lr, beta1, beta2, eps, weight_decay);
-    if (optimizer == OptimizerKind::adam) {
-      correct(s, lr, beta1, beta2, static_cast<double>(first_step + number));
-    }
-    return s;
+    return corrected_step(optimizer, lr, beta1, beta2, eps, weight_decay,
+                          static_cast<double>(first_step + number));
   }
 
   template <OptimizerKind kOptimizer>

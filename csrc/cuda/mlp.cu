@@ -169,7 +169,7 @@ Tensor mlp_train(const Tensor& images, const Tensor& targets, const Tensor& orde
   call.lr = lr;
   call.beta1 = beta1;
   call.beta2 = beta2;
-  call.step = optimizer_step(lr, beta1, beta2, eps, weight_decay);
+  call.step = uncorrected_step(lr, beta1, beta2, eps, weight_decay);
   // torch.optim keeps its counters on the device, or on the host, which need not wait to read them.
   std::vector<float*> on_host;
   for (const Tensor& step : steps) {
