@@ -72,11 +72,18 @@ constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 4, 1'000'000'000};
 constexpr int64_t kCachedWeight = 3'500'000;  // elements; larger ones come from memory
 constexpr int64_t kSkinny = 32;               // rows, or outputs
 
-bool library_is_better(const Tensor* weight, ScalarType dtype, bool is_small, bool is_skinny) {
+// Where the processor multiplies bfloat16 itself, oneDNN uses that, and these kernels do not: up to
+// so many multiply-adds they have less to begin with. Measured on Zen 5.
+constexpr int64_t kSmallForOnednn = 1 << 21;
+
+bool library_is_better(const LinearReluShape& shape, const Tensor* weight, ScalarType dtype,
+                       bool is_small, bool is_skinny) {
   // A transposed weight would have to be copied first; the library takes it as it is.
   if (weight && !weight->is_contiguous()) return true;
-  // Where the processor multiplies bfloat16 itself, oneDNN uses that, and these kernels do not.
-  if (dtype == ScalarType::BFloat16) return cpu_has_bfloat16() && !(is_small && is_skinny);
+  if (dtype == ScalarType::BFloat16) {
+    const auto [M, K, N] = shape;
+    return cpu_has_bfloat16() && M * K * N > kSmallForOnednn && !(is_small && is_skinny);
+  }
   return !is_small && !is_skinny;
 }
 
@@ -84,7 +91,8 @@ bool prefers_library_forward(const LinearReluShape& shape, const Tensor& weight)
   const auto [M, K, N] = shape;
   const Limits& limits = is_for_onednn(weight.scalar_type()) ? kOnednnLimits : kMklLimits;
   const bool is_skinny = std::min(M, N) <= (K * N > kCachedWeight ? limits.forward_rows : kSkinny);
-  return library_is_better(&weight, weight.scalar_type(), M * K * N <= limits.forward, is_skinny);
+  return library_is_better(shape, &weight, weight.scalar_type(), M * K * N <= limits.forward,
+                           is_skinny);
 }
 
 bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight,
@@ -92,7 +100,7 @@ bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight
   const auto [M, K, N] = shape;
   const Limits& limits = is_for_onednn(dtype) ? kOnednnLimits : kMklLimits;
   const bool is_cached = K * N <= limits.backward_weight;
-  return library_is_better(weight, dtype, is_cached && M * K * N <= limits.backward,
+  return library_is_better(shape, weight, dtype, is_cached && M * K * N <= limits.backward,
                            is_cached && std::min(M, N) <= kSkinny);
 }
 
