@@ -49,7 +49,9 @@ SHORT_TESTS = ("tests/test_linear_relu.py", "tests/test_trainer.py")
 SHORT = "cuda and (float64 and not no and (784 or 130 or 600) or hostile and not steps)"
 
 OPS = ("cross_entropy", "conv_relu_pool", "linear_relu")
-OP_TESTS = [f"tests/test_{op}.py" for op in (*OPS, "linear_cross_entropy", "trainer")]
+OP_TESTS = [
+    f"tests/test_{op}.py" for op in (*OPS, "linear_cross_entropy", "gather_pictures", "trainer")
+]
 OP_TESTS += [
     "tests/test_accelerate.py::test_cuda_graph",
     "tests/test_recipes.py::test_cuda_graphs_train_as_steps_do",

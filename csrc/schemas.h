@@ -76,6 +76,10 @@ void define_schemas(Library& library) {
       "int[] stride, int[] padding, int[] dilation, int groups, bool needs_input, "
       "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)");
 
+  // Pictures of a set, all or those that `order` names, each byte as the table has it for its
+  // channel (see gather_pictures.h).
+  library.def("gather_pictures(Tensor pictures, Tensor? order, Tensor table) -> Tensor");
+
   // Batches of training a fully connected network (see mlp.h); returns the sum of the losses and
   // how many were right. An empty tensor stands for a bias or a state that is not there.
   library.def(

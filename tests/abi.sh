@@ -22,4 +22,4 @@ print(f"built with torch {info['torch_built_with']}, running on {torch.__version
 assert info["torch_built_with"] == sys.argv[1] != torch.__version__
 assert info["autograd"] == "Python"  # as the nodes in C++ are for the torch of the build
 PYTHON
-exec "$environment/bin/python" -m pytest -q -p no:cacheprovider tests/test_linear_relu.py tests/test_linear.py tests/test_cross_entropy.py tests/test_linear_cross_entropy.py tests/test_conv_relu_pool.py tests/test_accelerate.py tests/test_trainer.py tests/test_optim.py "$@"
+exec "$environment/bin/python" -m pytest -q -p no:cacheprovider tests/test_linear_relu.py tests/test_linear.py tests/test_cross_entropy.py tests/test_linear_cross_entropy.py tests/test_conv_relu_pool.py tests/test_accelerate.py tests/test_trainer.py tests/test_optim.py tests/test_gather_pictures.py "$@"

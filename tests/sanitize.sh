@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 compiler="${CXX:-c++}"
 python=.venv/bin/python
 op_tests="tests/test_linear_relu.py tests/test_cross_entropy.py tests/test_conv_relu_pool.py
-    tests/test_trainer.py"
+    tests/test_trainer.py tests/test_gather_pictures.py"
 chosen="float64 or nan or wanted or bits or elsewhere and not hundred or global"
 chosen="$chosen or on_cuda and (hostile or factor)"
 "$python" -m pytest -q -p no:cacheprovider tests/test_emulation.py

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnet.data.samples import Samples
+from fastnet.ops import gather_pictures
 
 
 class Batches:
@@ -48,12 +49,10 @@ class Batches:
         self.generator = generator
         self.augment = augment
         self.rank, self.world_size = rank, world_size
-        device = samples.inputs.device
-        self._mean, self._std = (
-            # A number is subtracted faster than a tensor of one element.
-            values[0] if len(values) == 1 else torch.tensor(values, device=device).view(-1, 1, 1)
-            for values in (self.mean, self.std)
-        )
+        # What each byte becomes. These three roundings, in this order, are torchvision's.
+        values = torch.arange(256, dtype=torch.float32) / 255
+        offset, scale = (values.new_tensor(each).view(-1, 1) for each in (self.mean, self.std))
+        self._table = ((values - offset) / scale).to(samples.inputs.device)
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
@@ -63,7 +62,7 @@ class Batches:
         if self.generator is None and self.world_size == 1:
             parts = zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True)
             for chosen, answers in parts:
-                yield self._prepare(chosen), answers
+                yield self._prepared(chosen), answers
             return
         if self.generator is None:
             order = torch.arange(len(self.samples))
@@ -73,7 +72,7 @@ class Batches:
             # A process without a share takes part with a sample of weight 0.
             part = whole[self.rank :: self.world_size] if self.rank < len(whole) else whole[:1]
             # Indexing would give the same, at six times the time.
-            yield self._prepare(inputs.index_select(0, part)), targets.index_select(0, part)
+            yield self._prepared(inputs, part), targets.index_select(0, part)
 
     def weight(self, number: int) -> float:
         """What the mean over this process's share of batch `number` counts, so that the mean over
@@ -81,10 +80,13 @@ class Batches:
         whole = min(self.batch_size, len(self.samples) - number * self.batch_size)
         return len(range(self.rank, whole, self.world_size)) * self.world_size / whole
 
-    def _prepare(self, inputs: Tensor) -> Tensor:
-        if inputs.dtype != torch.uint8:
+    def _prepared(self, inputs: Tensor, order: Tensor | None = None) -> Tensor:
+        """Those of the inputs that `order` names, or all, as a network takes them."""
+        are_pictures = inputs.dtype == torch.uint8
+        if order is not None and not (are_pictures and self.augment is None):
+            inputs, order = inputs.index_select(0, order), None
+        if not are_pictures:
             return inputs
         if self.augment is not None:
             inputs = self.augment(inputs)
-        # These three roundings, in this order, are torchvision's.
-        return inputs.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        return gather_pictures.apply(inputs, order, self._table)

@@ -1,6 +1,20 @@
 """One file per op: its fake kernels, the autograd.Function above its raw ops, and `apply`, which is
 that or the same in C++ (csrc/autograd)."""
 
-from fastnet.ops import conv_relu_pool, cross_entropy, linear, linear_cross_entropy, linear_relu
+from fastnet.ops import (
+    conv_relu_pool,
+    cross_entropy,
+    gather_pictures,
+    linear,
+    linear_cross_entropy,
+    linear_relu,
+)
 
-__all__ = ["conv_relu_pool", "cross_entropy", "linear", "linear_cross_entropy", "linear_relu"]
+__all__ = [
+    "conv_relu_pool",
+    "cross_entropy",
+    "gather_pictures",
+    "linear",
+    "linear_cross_entropy",
+    "linear_relu",
+]
