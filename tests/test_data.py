@@ -223,10 +223,21 @@ def test_channels_are_normalised_as_torchvision_does():
     assert torch.equal(batch[0], expected)
 
 
-def test_features_stay_as_they_are():
-    samples = Samples(torch.randn(6, 2), torch.randn(6, 1), (), "test")
-    inputs = torch.cat([inputs for inputs, _ in Batches(samples, 4, (0.5,), (0.5,))])
-    assert torch.equal(inputs, samples.inputs)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_features_stay_as_they_are(shuffled):
+    samples = Samples(torch.randn(6, 2), torch.arange(6), (), "test")
+    generator = torch.Generator().manual_seed(3) if shuffled else None
+    for inputs, numbers in Batches(samples, 4, (0.5,), (0.5,), generator):
+        assert torch.equal(inputs, samples.inputs[numbers])
+
+
+def test_a_set_in_any_memory_format_under_any_default_device():
+    pictures = torch.randint(0, 256, (6, 5, 4, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    samples = Samples(pictures, torch.arange(6), (), "test")
+    with torch.device("meta"):
+        batches = Batches(samples, 4, (0.5,), (0.25,), torch.Generator().manual_seed(3))
+    for batch, numbers in batches:
+        assert torch.equal(batch, pictures[numbers].float().div(255).sub(0.5).div(0.25))
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -248,17 +259,20 @@ def test_processes_share_the_batches_of_one(count, shuffled):
         assert all(len(part) for _, part in parts)
 
 
-def test_augmentation_sees_the_pixels():
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_augmentation_sees_the_pixels(shuffled):
     seen = []
 
     def turn_over(pictures):
         seen.append(pictures.dtype)
         return pictures.flip(3)
 
-    images = small_set(4)
-    (batch,) = Batches(images, 4, augment=turn_over)
-    assert seen == [torch.uint8]
-    assert torch.equal(batch[0], images.inputs.flip(3).float().div(255))
+    pictures = torch.randint(0, 256, (6, 1, 3, 4), dtype=torch.uint8)
+    images = Samples(pictures, torch.arange(6), tuple("abcdef"), "test")
+    generator = torch.Generator().manual_seed(3) if shuffled else None
+    for batch, labels in Batches(images, 4, generator=generator, augment=turn_over):
+        assert torch.equal(batch, pictures[labels].flip(3).float().div(255))
+    assert seen == [torch.uint8] * 2
 
 
 def test_a_few_from_everywhere():

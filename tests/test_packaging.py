@@ -181,7 +181,7 @@ def test_build_info_tells_what_runs_here():
         for _, _, name in raw_ops("fastnet"):
             on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
             assert on_cuda != ("cross_entropy_with_gradient.out" in name)  # that is the CPU's
-        for name in ("mlp_train", "mlp_cluster", "cross_entropy_reads_once"):
+        for name in ("mlp_train", "mlp_cluster", "cross_entropy_reads_once", "gather_pictures"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnet::{name}", "CUDA")
 
 

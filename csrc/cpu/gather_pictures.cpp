@@ -1,4 +1,4 @@
-// A batch of pictures on the CPU, pictures over threads.
+// A batch of pictures on the CPU, channels of pictures over threads.
 
 #include "../gather_pictures.h"
 
@@ -20,10 +20,10 @@ void look_up(const uint8_t* from, const float* row, float* to, int64_t count) {
   for (; p < count; ++p) to[p] = row[from[p]];
 }
 
-// Brings a picture on its way from memory.
-void prefetch(const uint8_t* picture, int64_t size) {
+// Brings a channel on its way from memory: in no order that the processor knows.
+void prefetch(const uint8_t* channel, int64_t size) {
   constexpr int64_t kLine = 64;
-  for (int64_t p = 0; p < size; p += kLine) __builtin_prefetch(picture + p);
+  for (int64_t p = 0; p < size; p += kLine) __builtin_prefetch(channel + p);
 }
 
 Tensor gather_pictures(const Tensor& pictures, const std::optional<Tensor>& order,
@@ -43,18 +43,17 @@ Tensor gather_pictures(const Tensor& pictures, const std::optional<Tensor>& orde
   const auto* const bytes = static_cast<const uint8_t*>(pictures.const_data_ptr());
   const auto* const numbers = static_cast<const float*>(table.const_data_ptr());
   auto* const out = static_cast<float*>(result.mutable_data_ptr());
-  const int64_t size = batch.channels * batch.pixels;
-  constexpr int64_t kWorkPerByte = 4;
-  constexpr int64_t kAhead = 4096;  // bytes; what lies behind, the processor sees coming itself
-  parallel(batch.chosen, kWorkPerByte * size, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const uint8_t* const from = bytes + (chosen ? chosen[i] : i) * size;
-      if (chosen && i + 1 < end) prefetch(bytes + chosen[i + 1] * size, std::min(size, kAhead));
-      for (int64_t c = 0; c < batch.channels; ++c) {
-        const int64_t first = c * batch.pixels;
-        look_up(from + first, numbers + c * batch.channel_stride, out + i * size + first,
-                batch.pixels);
-      }
+  constexpr int64_t kWorkPerByte = 4;  // a load and a store take as long as so many multiply-adds
+  constexpr int64_t kAhead = 4096;     // bytes; those behind the processor sees coming
+  const int64_t channels = batch.channels, pixels = batch.pixels;
+  const auto channel_at = [&](int64_t item) {
+    const int64_t i = item / channels;
+    return bytes + ((chosen ? chosen[i] : i) * channels + item % channels) * pixels;
+  };
+  parallel(batch.chosen * channels, kWorkPerByte * pixels, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      if (item + 1 < end) prefetch(channel_at(item + 1), std::min(pixels, kAhead));
+      look_up(channel_at(item), numbers + item % channels * kBytes, out + item * pixels, pixels);
     }
   });
   return result;

@@ -1,5 +1,4 @@
-// A batch of pictures on CUDA: a thread a byte, blocks side by side along a picture, and pictures
-// one after the other.
+// A batch of pictures on CUDA: a thread for a byte of a picture, and for the same one of others.
 
 #include "../gather_pictures.h"
 
@@ -9,15 +8,15 @@ namespace fastnet {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr unsigned kMostRows = 65535;  // of a grid
+constexpr int64_t kMostRows = 1024;  // of a grid; each goes on to the pictures behind
 
 __global__ void __launch_bounds__(kThreads)
-    gather_pictures_kernel(const uint8_t* pictures, const int64_t* order, const float* table,
-                           float* out, int64_t count, int64_t chosen, int64_t pixels,
-                           int64_t channel_stride, int64_t size) {
+    gather_pictures_kernel(const uint8_t* __restrict__ pictures, const int64_t* __restrict__ order,
+                           const float* __restrict__ table, float* __restrict__ out, int64_t count,
+                           int64_t chosen, int64_t pixels, int64_t size) {
   const int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (p >= size) return;
-  const float* const row = table + p / pixels * channel_stride;
+  const float* const row = table + p / pixels * kBytes;
   for (int64_t i = blockIdx.y; i < chosen; i += gridDim.y) {
     const int64_t picture = order ? order[i] : i;
     device_assert(picture >= 0 && picture < count, "gather_pictures: order names no picture");
@@ -33,12 +32,11 @@ Tensor gather_pictures(const Tensor& pictures, const std::optional<Tensor>& orde
   if (result.numel() == 0) return result;
   const std::optional<Tensor> indices = order ? std::optional(dense(*order)) : std::nullopt;
   const int64_t size = batch.channels * batch.pixels;
-  const unsigned rows = static_cast<unsigned>(std::min<int64_t>(batch.chosen, kMostRows));
+  const unsigned rows = static_cast<unsigned>(std::min(batch.chosen, kMostRows));
   launch(gather_pictures_kernel, dim3(blocks_for(size, kThreads), rows), dim3(kThreads), 0,
          on_device.stream(), static_cast<const uint8_t*>(pictures.const_data_ptr()),
          indices ? static_cast<const int64_t*>(indices->const_data_ptr()) : nullptr,
-         data<float>(table), mutable_data<float>(result), batch.count, batch.chosen, batch.pixels,
-         batch.channel_stride, size);
+         data<float>(table), mutable_data<float>(result), batch.count, batch.chosen, batch.pixels, size);
   return result;
 }
 

@@ -9,6 +9,7 @@ OPS = (
     "linear_relu",
     "cross_entropy",
     "conv_relu_pool",
+    "gather_pictures",
     "accelerate",
     "optimizer",
     "mlp_trainer",

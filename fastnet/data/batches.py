@@ -15,8 +15,8 @@ class Batches:
     """Iterates once through a set, `(inputs, targets)` at a time; every `iter()` is an epoch.
 
     Pictures become what `ToTensor()` and `Normalize(mean, std)` of torchvision make of them, bit
-    for bit: float32 `(batch, channels, height, width)`. Features stay as they are. Both are where
-    the set is.
+    for bit: float32 `(batch, channels, height, width)`, contiguous. Features stay as they are. Both
+    are where the set is.
 
     Args:
         samples: the set.
@@ -24,7 +24,7 @@ class Batches:
         mean: subtracted from pictures scaled to 0...1; one for each channel, or one for all.
         std: divided by; as many.
         generator: draws a new order each epoch; None keeps the set's own.
-        augment: changes the uint8 pictures of a batch before they are normalised.
+        augment: makes other uint8 pictures of a batch's, before they are normalised.
         rank, world_size: of every batch this iterates over the share of one process among several:
             each `world_size`-th sample, beginning with number `rank`.
     """
@@ -49,10 +49,7 @@ class Batches:
         self.generator = generator
         self.augment = augment
         self.rank, self.world_size = rank, world_size
-        # What each byte becomes. These three roundings, in this order, are torchvision's.
-        values = torch.arange(256, dtype=torch.float32) / 255
-        offset, scale = (values.new_tensor(each).view(-1, 1) for each in (self.mean, self.std))
-        self._table = ((values - offset) / scale).to(samples.inputs.device)
+        self._table = gather_pictures.normalized(self.mean, self.std).to(samples.inputs.device)
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
@@ -71,7 +68,7 @@ class Batches:
         for whole in order.to(inputs.device).split(self.batch_size):
             # A process without a share takes part with a sample of weight 0.
             part = whole[self.rank :: self.world_size] if self.rank < len(whole) else whole[:1]
-            # Indexing would give the same, at six times the time.
+            # Indexing the targets would give the same, at six times the time.
             yield self._prepared(inputs, part), targets.index_select(0, part)
 
     def weight(self, number: int) -> float:
@@ -89,4 +86,4 @@ class Batches:
             return inputs
         if self.augment is not None:
             inputs = self.augment(inputs)
-        return gather_pictures.apply(inputs, order, self._table)
+        return gather_pictures.apply(inputs, order, self._table.to(inputs.device))

@@ -1,5 +1,5 @@
-"""One file per op: its fake kernels, the autograd.Function above its raw ops, and `apply`, which is
-that or the same in C++ (csrc/autograd)."""
+"""One file per op: its fake kernels, the autograd.Function above its raw ops (where it has
+gradients), and `apply`, which is that or the same in C++ (csrc/autograd)."""
 
 from fastnet.ops import (
     conv_relu_pool,
