@@ -115,7 +115,7 @@ def test_results_are_no_views(bias):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_half_types_are_rounded_once(transposed, device):
     """Numbers whose sums are exact in float32: a bias that is added to a rounded product shows."""
-    M, K, N = 130, 3, 64  # many rows and outputs, which the library multiplies where it is faster
+    M, K, N = 130, 300, 64  # what the library multiplies where it is faster
     x, w = torch.randint(-16, 17, (M, K)), torch.randint(-16, 17, (N, K))
     b = torch.randint(-64, 65, (N,)) / 128
     exact = torch.relu(F.linear(x.double(), w.double(), b.double()))
@@ -213,6 +213,32 @@ def test_the_dead_among_many_rows():
     _, grad_weight, _ = torch.ops.fastnet.linear_relu_backward(grad, output, input, None, False)
     expected = z.double().T @ input.double()
     assert ((grad_weight - expected).abs() / expected).max() < 2e-6
+
+
+@pytest.mark.parametrize("live", [0.1, 0.9])
+@pytest.mark.parametrize("shape", [(80_001, 9, 30), (40_001, 9, 64), (9_001, 130, 300)], ids=str)
+def test_so_many_rows_that_they_go_in_turns(shape, live):
+    """By the dense and by the sparse loops; of weights that one block is, too."""
+    M, K, N = shape
+    torch.manual_seed(0)
+    output = torch.where(torch.rand(M, N) < live, 1.0, 0.0)
+    input, weight, grad = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+    z = torch.where(output > 0, grad, 0.0).double()
+    expected = (z @ weight.double(), z.T @ input.double(), z.sum(0))
+    backward = torch.ops.fastnet.linear_relu_backward
+    for dtype in (torch.float32, torch.float64):
+        tensors = [t.to(dtype) for t in (grad, output, input, weight)]
+        results = backward(*tensors, True)
+        with threads(3):
+            again = backward(*tensors, True)
+        for actual, other, wanted in zip(results, again, expected, strict=True):
+            assert_near(actual, wanted, dtype, times=4)
+            assert_near(other, wanted, dtype, times=4)
+    for needs in ((True, False), (False, True), (False, False)):
+        some = [t if need else None for t, need in zip((input, weight), needs, strict=True)]
+        grad_input, grad_weight, grad_bias = backward(grad, output, *some, True)
+        assert (grad_input is None, grad_weight is None) == (not needs[1], not needs[0])
+        assert_near(grad_bias, expected[2], torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(64, 784, 28), (70, 300, 129), (300, 600, 200)], ids=str)

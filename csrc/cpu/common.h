@@ -29,9 +29,11 @@ element_t<T>* mutable_data(Tensor& tensor) {
 }
 
 // A tensor of many megabytes is fresh memory at every step, as the C library keeps no block beyond
-// 32: a good part of the time went into its page faults, one every 4 kB. With huge pages there is
-// one every 2 MB.
-inline Tensor in_huge_pages(Tensor tensor, int64_t least_bytes = int64_t{32} << 20) {
+// so many bytes: a good part of the time went into its page faults, one every 4 kB. With huge pages
+// there is one every 2 MB.
+inline constexpr int64_t kFreshBytes = int64_t{32} << 20;
+
+inline Tensor in_huge_pages(Tensor tensor, int64_t least_bytes = kFreshBytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t kHugePage = int64_t{2} << 20;
   const int64_t bytes = tensor.numel() * tensor.element_size();

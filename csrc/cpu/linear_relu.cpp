@@ -27,12 +27,17 @@ struct Block {
 struct Blocks {
   int64_t rows, columns, block_rows, row_blocks, column_blocks, count;
 
-  Blocks(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+  Blocks(int64_t rows, int64_t columns, int64_t shares) : rows(rows), columns(columns) {
     constexpr int64_t kRows = 96, kTile = 24;  // a multiple of every tile's height
-    row_blocks = divide_up(rows, kRows);
-    block_rows = divide_up(divide_up(rows, std::max<int64_t>(1, row_blocks)), kTile) * kTile;
-    row_blocks = rows > 0 ? divide_up(rows, block_rows) : 0;
     column_blocks = std::max<int64_t>(1, columns / kColumns);  // the last one takes the rest
+    row_blocks = std::max<int64_t>(1, divide_up(rows, kRows));
+    int64_t tile = kTile;
+    if (row_blocks * column_blocks < shares) {  // or there is nothing for some thread
+      row_blocks = divide_up(shares, column_blocks);
+      tile = kLeastRows;
+    }
+    block_rows = divide_up(divide_up(rows, row_blocks), tile) * tile;
+    row_blocks = rows > 0 ? divide_up(rows, block_rows) : 0;
     count = row_blocks * column_blocks;
   }
 
@@ -50,6 +55,7 @@ struct Blocks {
 
  private:
   static constexpr int64_t kColumns = 48;  // a multiple of every tile's width
+  static constexpr int64_t kLeastRows = 8;
 };
 
 // Whether torch has a better product than that of its operator.
@@ -73,7 +79,8 @@ constexpr int64_t kCachedWeight = 3'500'000;  // elements; larger ones come from
 constexpr int64_t kSkinny = 32;               // rows, or outputs
 
 // Where the processor multiplies bfloat16 itself, oneDNN uses that, and these kernels do not: up to
-// so many multiply-adds they have less to begin with. Measured on Zen 5.
+// so many multiply-adds they have less to begin with. Measured on Zen 5, which has no unit for
+// matrices of it.
 constexpr int64_t kSmallForOnednn = 1 << 21;
 
 bool library_is_better(const LinearReluShape& shape, const Tensor* weight, ScalarType dtype,
@@ -82,14 +89,20 @@ bool library_is_better(const LinearReluShape& shape, const Tensor* weight, Scala
   if (weight && !weight->is_contiguous()) return true;
   if (dtype == ScalarType::BFloat16) {
     const auto [M, K, N] = shape;
-    return cpu_has_bfloat16() && M * K * N > kSmallForOnednn && !(is_small && is_skinny);
+    const bool is_tiny = M * K * N <= kSmallForOnednn && !cpu_has_bfloat16_tiles();
+    return cpu_has_bfloat16() && !is_tiny && !(is_small && is_skinny);
   }
   return !is_small && !is_skinny;
 }
 
 bool prefers_library_forward(const LinearReluShape& shape, const Tensor& weight) {
   const auto [M, K, N] = shape;
-  const Limits& limits = is_for_onednn(weight.scalar_type()) ? kOnednnLimits : kMklLimits;
+  const bool by_onednn = is_for_onednn(weight.scalar_type());
+  // The result that it makes lies in no huge pages. Up to so many inputs those are worth more.
+  constexpr int64_t kFewInputs = 512;
+  const bool is_fresh = M * N * static_cast<int64_t>(sizeof(float)) >= kFreshBytes;
+  if (by_onednn && is_fresh && K <= kFewInputs && weight.is_contiguous()) return false;
+  const Limits& limits = by_onednn ? kOnednnLimits : kMklLimits;
   const bool is_skinny = std::min(M, N) <= (K * N > kCachedWeight ? limits.forward_rows : kSkinny);
   return library_is_better(shape, &weight, weight.scalar_type(), M * K * N <= limits.forward,
                            is_skinny);
@@ -130,11 +143,11 @@ bool sparse_is_better(const LinearReluShape& shape, int64_t not_zero, bool by_li
   return each * share + packings / products + listing / K < 1;
 }
 
-// grad_z and grad_bias, in one pass over grad_out and out; either may be null. Returns how many
-// elements of grad_z are not zero.
+// grad_z and grad_bias, or with `adds` more of that, in one pass over grad_out and out; either may
+// be null. Returns how many elements of grad_z are not zero.
 template <bool kRelu, class T, class Z>
 int64_t masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
-                    Tensor* grad_bias, int64_t M, int64_t N) {
+                    Tensor* grad_bias, int64_t M, int64_t N, bool adds = false) {
   if (!grad_z && !grad_bias) return 0;
   using A = acc_t<T>;
   // Fixed chunks of rows, whatever the number of threads: the sums come out the same, bit by bit.
@@ -162,7 +175,9 @@ int64_t masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* gr
     for (int64_t n = 0; n < N; ++n) sums[n] += sums[c * N + n];
   }
   T* bias = static_cast<T*>(grad_bias->mutable_data_ptr());
-  for (int64_t n = 0; n < N; ++n) bias[n] = static_cast<T>(sums[n]);
+  for (int64_t n = 0; n < N; ++n) {
+    bias[n] = static_cast<T>(adds ? static_cast<A>(bias[n]) + sums[n] : sums[n]);
+  }
   return not_zero;
 }
 
@@ -190,9 +205,10 @@ void own_forward(const E* x, const E* w, const E* bias, E* out, int64_t M, int64
 template <class E, class A>
 void own_products(const A* grad_z, const E* x, const E* w, E* grad_weight, E* grad_input, int64_t M,
                   int64_t K, int64_t N, bool adds = false) {
-  const Blocks weight_blocks(grad_weight ? N : 0, K), input_blocks(grad_input ? M : 0, K);
-  const int64_t work = (weight_blocks.count + input_blocks.count > 0) * M * N * K;
+  const int64_t work = (grad_weight || grad_input) * M * N * K;
   const int64_t shares = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
+  const Blocks weight_blocks(grad_weight ? N : 0, K, shares);
+  const Blocks input_blocks(grad_input ? M : 0, K, shares);
   parallel(shares, work, [&](int64_t begin, int64_t end) {
     weight_blocks.for_share(begin, end, shares, [&](const Block& block) {
       FASTNET_BEST_ISA(product_kernel(grad_z, 1, N, x, grad_weight, M, K, block.row, block.row_end,
@@ -208,11 +224,11 @@ void own_products(const A* grad_z, const E* x, const E* w, E* grad_weight, E* gr
 // The same of a grad_z that is zero for a good part. Threads share out the columns, and each lists
 // all that is not zero for itself; or, where that would take a good part of the time, the rows.
 void own_sparse_products(const float* grad_z, const float* x, const float* w, float* grad_weight,
-                         float* grad_input, int64_t M, int64_t K, int64_t N) {
+                         float* grad_input, int64_t M, int64_t K, int64_t N, bool adds) {
   const int64_t work = M * N * K * ((grad_weight != nullptr) + (grad_input != nullptr));
   const int64_t shares = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
   const auto product = [&](const float* a, int64_t a_row, int64_t a_step, const float* b, float* c,
-                           int64_t I, int64_t J, int64_t begin, int64_t end) {
+                           int64_t I, int64_t J, int64_t begin, int64_t end, bool is_more) {
     constexpr int64_t kUnit = kWidestVector;
     const bool by_columns = K >= std::max(8 * I, shares * kUnit);
     const int64_t units = by_columns ? K / kUnit : I;
@@ -220,15 +236,25 @@ void own_sparse_products(const float* grad_z, const float* x, const float* w, fl
     if (first == last) return;
     if (by_columns) {
       FASTNET_BEST_ISA(sparse_product_kernel(a, a_row, a_step, b, c, J, K, 0, I, first * kUnit,
-                                             last == units ? K : last * kUnit));
+                                             last == units ? K : last * kUnit, is_more));
     } else {
-      FASTNET_BEST_ISA(sparse_product_kernel(a, a_row, a_step, b, c, J, K, first, last, 0, K));
+      FASTNET_BEST_ISA(
+          sparse_product_kernel(a, a_row, a_step, b, c, J, K, first, last, 0, K, is_more));
     }
   };
   parallel(shares, work, [&](int64_t begin, int64_t end) {
-    if (grad_weight) product(grad_z, 1, N, x, grad_weight, N, M, begin, end);
-    if (grad_input) product(grad_z, N, 1, w, grad_input, M, N, begin, end);
+    if (grad_weight) product(grad_z, 1, N, x, grad_weight, N, M, begin, end, adds);
+    if (grad_input) product(grad_z, N, 1, w, grad_input, M, N, begin, end, false);
   });
+}
+
+// Rows whose grad_z is in memory at once: of one that is no longer near when it is multiplied, so
+// many that it is. Sums of half types must not pass through memory, and go in one.
+template <class T>
+int64_t rows_at_once(int64_t M, int64_t N) {
+  constexpr int64_t kNear = 8 << 20, kChunk = 1 << 20, kLeast = 1024;  // bytes, bytes, rows
+  const int64_t row = N * static_cast<int64_t>(sizeof(acc_t<T>));
+  return sizeof(T) < sizeof(acc_t<T>) || M * row <= kNear ? M : std::max(kLeast, kChunk / row);
 }
 
 // a (I, J) · b (J, K) by the library that is the fastest here.
@@ -310,39 +336,55 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     using T = decltype(type);
     using A = acc_t<T>;
     constexpr bool kMayBeSparse = kRelu && std::is_same_v<T, float>;
-    const auto masked = [&](auto* z) {
-      return masked_grad<kRelu, T>(data<T>(g), data<T>(out), z, wanted_bias, M, N);
+    const auto masked = [&](auto* z, int64_t first, int64_t rows) {
+      return masked_grad<kRelu, T>(data<T>(g) + first * N, kRelu ? data<T>(out) + first * N : nullptr,
+                                   z, wanted_bias, rows, N, first > 0);
     };
-    const auto is_sparse = [&](int64_t not_zero) {
-      return kMayBeSparse && sparse_is_better({M, K, N}, not_zero, by_library, input, weight);
+    const auto is_sparse = [&](int64_t not_zero, int64_t rows) {
+      return kMayBeSparse && sparse_is_better({rows, K, N}, not_zero, by_library, input, weight);
     };
-    const auto multiply = [&](const A* z, bool sparse) {
-      if (weight) grad_input = in_huge_pages(allocate(output, with_last(output, K)));
-      if (input) grad_weight = in_huge_pages(allocate(output, {N, K}));
-      is_done = true;
-      const Tensor x = input ? dense(*input) : Tensor();
-      const auto* const x_data = input ? data<T>(x) : nullptr;
+    Tensor x;
+    const auto multiply = [&](const A* z, int64_t first, int64_t rows, bool sparse) {
+      if (!is_done) {
+        if (weight) grad_input = in_huge_pages(allocate(output, with_last(output, K)));
+        if (input) grad_weight = in_huge_pages(allocate(output, {N, K}));
+        if (input) x = dense(*input);
+        is_done = true;
+      }
+      const auto* const x_data = input ? data<T>(x) + first * K : nullptr;
       const auto* const w_data = weight ? data<T>(*weight) : nullptr;
       auto* const grad_w = input ? mutable_data<T>(grad_weight) : nullptr;
-      auto* const grad_x = weight ? mutable_data<T>(grad_input) : nullptr;
+      auto* const grad_x = weight ? mutable_data<T>(grad_input) + first * K : nullptr;
+      const bool adds = first > 0;
       if constexpr (kMayBeSparse) {
-        if (sparse) return own_sparse_products(z, x_data, w_data, grad_w, grad_x, M, K, N);
+        if (sparse) {
+          return own_sparse_products(z, x_data, w_data, grad_w, grad_x, rows, K, N, adds);
+        }
       }
-      own_products(z, x_data, w_data, grad_w, grad_x, M, K, N);
+      own_products(z, x_data, w_data, grad_w, grad_x, rows, K, N, adds);
     };
     if (by_library) {
       auto* const z = kRelu ? mutable_data<T>(grad_z) : nullptr;
-      const int64_t not_zero = masked(z);
+      const int64_t not_zero = masked(z, 0, M);
       if constexpr (kMayBeSparse) {
-        if (is_sparse(not_zero)) multiply(z, true);
+        if (is_sparse(not_zero, M)) multiply(z, 0, M, true);
       }
+    } else if (!input && !weight) {
+      masked(static_cast<A*>(nullptr), 0, M);
+      is_done = true;
     } else if (kRelu || sizeof(T) != sizeof(A)) {
-      const std::unique_ptr<A[]> z(new A[std::max<int64_t>(1, M * N)]);
-      const int64_t not_zero = masked(z.get());
-      multiply(z.get(), is_sparse(not_zero));
+      const int64_t at_once = rows_at_once<T>(M, N);
+      const std::unique_ptr<A[]> z(new A[std::max<int64_t>(1, at_once * N)]);
+      int64_t first = 0;
+      do {  // also without rows, whose sums are 0
+        const int64_t rows = std::min(at_once, M - first);
+        const int64_t not_zero = masked(z.get(), first, rows);
+        multiply(z.get(), first, rows, is_sparse(not_zero, rows));
+        first += rows;
+      } while (first < M);
     } else {  // without a ReLU the gradient is taken as it is, but that half types are widened
-      masked(static_cast<A*>(nullptr));
-      multiply(static_cast<const A*>(g.const_data_ptr()), false);
+      masked(static_cast<A*>(nullptr), 0, M);
+      multiply(static_cast<const A*>(g.const_data_ptr()), 0, M, false);
     }
   });
   if (is_done) return {grad_input, grad_weight, grad_bias};

@@ -72,12 +72,12 @@ FASTNET_INLINE void sparse_tile(const float* factors, const int32_t* places, int
   FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) store(c + v * kStep, sum[v]);
 }
 
-// c[i, k] for i in [i_begin, i_end), k in [k_begin, k_end), a range as wide as a vector at least,
-// and of J > 0. Zero times what is infinite or NaN is NaN here, too: of b where that stands, no row
+// c[i, k], or with `is_more` more of it, for i in [i_begin, i_end), k in [k_begin, k_end), a range as
+// wide as a vector at least, and of J > 0. Zero times what is infinite or NaN is NaN here, too: of b where that stands, no row
 // is passed over.
 inline void sparse_product_kernel(const float* a, int64_t a_row, int64_t a_step, const float* b,
                                   float* c, int64_t J, int64_t K, int64_t i_begin, int64_t i_end,
-                                  int64_t k_begin, int64_t k_end) {
+                                  int64_t k_begin, int64_t k_end, bool is_more) {
   constexpr int kStep = kLanes<float>;
   const int64_t width = k_end - k_begin, vectors = (width + kStep - 1) / kStep;
   // Tiles of about the same width, of which the last reaches back over what the one before did.
@@ -123,7 +123,7 @@ inline void sparse_product_kernel(const float* a, int64_t a_row, int64_t a_step,
           }
           for (int64_t r = 0; r < rows; ++r) {
             sparse_tile<kVectors>(factors + r * kSparseDepth, places + r * kSparseDepth, counts[r],
-                                  packed, c + (i + r) * K + k, j > 0, planned - k);
+                                  packed, c + (i + r) * K + k, is_more || j > 0, planned - k);
           }
         });
       }
