@@ -6,6 +6,7 @@ import difflib
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"fastnet: the command line needs more than the kernels do ({error}): "
-        "pip install 'fastnet[train]'."
+        "pip install 'fastnet[train]', or in a checkout pip install '.[train]'."
     ) from error
 
 import torch
@@ -407,7 +408,10 @@ def info_command(
     if model is not None:
         from fastnet.bench.networks import named
 
-        print(fastnet.accelerate_report(fastnet.accelerate(named(model), inplace=True)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that nothing is fused, the report says
+            network = fastnet.accelerate(named(model), inplace=True)
+        print(fastnet.accelerate_report(network))
         return
     information = {**fastnet.build_info(), "threads": torch.get_num_threads()}
     if information["torch"] != information["torch_built_with"]:

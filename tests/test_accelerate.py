@@ -133,8 +133,9 @@ def test_torchvision(name, fused, options, calls):
         torch.testing.assert_close(accelerated(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_linear_alone_runs_on_its_kernel_wherever_another_layer_is_fused(monkeypatch):
-    """In a forward of its own and in a Sequential; with hooks it runs as it is written."""
+def test_a_linear_alone_runs_on_its_kernel(monkeypatch):
+    """In a forward of its own and in a Sequential, beside what is fused and where nothing is; with
+    hooks it runs as it is written."""
     alone = []
     monkeypatch.setattr(functional, "linear", spied(functional.linear, alone))
 
@@ -146,11 +147,21 @@ def test_a_linear_alone_runs_on_its_kernel_wherever_another_layer_is_fused(monke
         def forward(self, x):
             return self.last(torch.tanh(self.middle(F.relu(self.hidden(x)))))
 
+    class Unfused(Own):
+        def forward(self, x):
+            return self.last(torch.tanh(self.middle(F.relu(x))))
+
     sequential = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
+    unfused = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 3))
     x = torch.randn(5, 6)
-    for model, last in ((Own(), "last"), (sequential, "3")):
+    for model, last, fused in (
+        (Own(), "last", 1),
+        (sequential, "3", 1),
+        (Unfused(), "last", 0),
+        (unfused, "2", 0),
+    ):
         accelerated = fastnet.accelerate(model)
-        assert fastnet.accelerate_report(accelerated).fused == 1
+        assert fastnet.accelerate_report(accelerated).fused == fused
         alone.clear()
         assert_same(model, accelerated, x)
         assert len(alone) == 2
@@ -160,8 +171,16 @@ def test_a_linear_alone_runs_on_its_kernel_wherever_another_layer_is_fused(monke
         alone.clear()
         assert_same(model, accelerated, x)
         assert (len(alone), len(seen)) == (1, 1)
-    only = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
-    assert type(fastnet.accelerate(only)) is nn.Sequential
+
+
+def test_a_network_with_nothing_to_fuse_says_so():
+    for model in (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Linear(6, 6)):
+        with pytest.warns(UserWarning, match=f"nothing to fuse in this {type(model).__name__}"):
+            assert type(fastnet.accelerate(model)) is type(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (net(), nn.CrossEntropyLoss(), nn.Sequential(nn.Linear(6, 6), nn.Tanh())):
+            fastnet.accelerate(fastnet.accelerate(model))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,7 +316,7 @@ def test_loss_alone():
     assert repr(report).startswith("layer ")
     logits, target = torch.randn(5, 8), torch.randint(8, (5,))
     torch.testing.assert_close(accelerated(logits, target), loss(logits, target))
-    old = Calls(lambda m, x: F.cross_entropy(m.fc(x), x, size_average=False), fc=linear())
+    old = Calls(lambda m, x: F.cross_entropy(m.act(x), x, size_average=False), act=nn.Tanh())
     assert type(fastnet.accelerate(old)) is Calls
 
 

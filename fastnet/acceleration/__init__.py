@@ -8,27 +8,28 @@ and where they are, with their parameters.
 from __future__ import annotations
 
 import copy
+import warnings
 
 from torch import nn
 
 from fastnet import modules
-from fastnet.acceleration.classes import TRACED, class_for
+from fastnet.acceleration.classes import TRACED, Accelerated, class_for
 from fastnet.acceleration.conditions import Untraceable
-from fastnet.acceleration.report import Report, accelerate_report
+from fastnet.acceleration.report import FUSED_MODULES, Report, accelerate_report
 
 __all__ = ["Report", "accelerate", "accelerate_report"]
 
 
 def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     r"""Puts an existing network on the fused kernels: Linear→ReLU, Conv2d→ReLU→MaxPool2d (or
-    Conv2d→MaxPool2d→ReLU) and CrossEntropyLoss, wherever it calls them. A module in which any is
-    found runs its other Linear layers on `functional.linear`.
+    Conv2d→MaxPool2d→ReLU) and CrossEntropyLoss, wherever it calls them. Its other Linear layers run
+    on `functional.linear`.
 
     Found are modules in `nn.Sequential`, nested or not, and in a `forward` of its own (traced with
     torch.fx, once for training and once for evaluation) modules as well as `F.relu`, `torch.relu`,
-    `x.relu()`, `F.max_pool2d` and `F.cross_entropy`. A `forward` that cannot be traced, because
-    what it does depends on its input's values, stays as it is; what it calls is looked at all the
-    same. `accelerate_report` tells what became of each layer.
+    `x.relu()`, `F.max_pool2d` and `F.cross_entropy`. A `forward` that cannot be traced (see below)
+    stays as it is; what it calls is looked at all the same. `accelerate_report` tells what became
+    of each layer.
 
     The result computes what the model does, with the same modules under the same names, and the
     very same parameters and buffers: an optimizer made before still steps it. A layer runs fused
@@ -41,8 +42,8 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     state of the moment. What else it read is looked at in each call: attributes of its own, of its
     class and of submodules, which of these there are and in which mode, and globals. While any of
     it is another than it was, the written `forward` runs. Setting such a number of the module's own
-    warns of it; calling this again traces it anew. While this runs no other thread may run a model:
-    tracing takes hold of `nn.Module` meanwhile.
+    warns of it; calling this again traces it anew. This is not safe while another thread runs a
+    model: tracing takes hold of `nn.Module` meanwhile.
 
     Args:
         model: any module.
@@ -50,7 +51,8 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             shares its parameters and buffers.
 
     Returns:
-        The model, or the copy; of the same class but for `forward`.
+        The model, or the copy; of the same class but for `forward`. Where nothing in it is fused a
+        UserWarning says so.
 
     Raises:
         TypeError: for what is no module.
@@ -75,6 +77,12 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if cls is not None:
             module.__class__ = cls
             vars(module)[TRACED] = True
+    if not any(isinstance(module, (Accelerated, *FUSED_MODULES)) for module in model.modules()):
+        warnings.warn(
+            f"fastnet: accelerate found nothing to fuse in this {type(model).__name__}, which runs "
+            "as it did; print(fastnet.accelerate_report(model)) says why, layer by layer.",
+            stacklevel=2,
+        )
     return model
 
 

@@ -125,7 +125,7 @@ def class_for(module: nn.Module) -> type[nn.Module] | None:
             return None
     if chains.is_sequential(module):
         flat = chains.flatten(module._modules.values())
-        gains = any(chains.fuse(flat, at).count > 1 for at in chains.layers(flat))
+        gains = any(chains.fuse(flat, at).count for at in chains.layers(flat))
         if gains:
             tracing.check_is_pickled_plainly(kind)
         return accelerated(kind, None) if gains else None

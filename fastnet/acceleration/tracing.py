@@ -209,7 +209,7 @@ def rewrite(trace: Trace) -> bool:
     """Puts chains in the place of what they fuse, and of each Linear alone, and fastnet's
     cross-entropy in that of torch's.
 
-    Returns whether anything was fused.
+    Returns whether there was any.
     """
     graph = trace.graph
     changed = False
@@ -223,7 +223,7 @@ def rewrite(trace: Trace) -> bool:
             nodes[-1].replace_all_uses_with(run)
             for node in reversed(nodes):
                 graph.erase_node(node)
-            changed = changed or last > first
+            changed = True
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.cross_entropy:
             options = dict(node.kwargs)
