@@ -18,8 +18,12 @@ from fastnet import _library
 from fastnet.bench import machine, memory
 from fastnet.bench.results import FASTNET, FORMATS, Row
 
-# A call this long, in seconds, finds the caches as it leaves them, whoever ran before it.
-LONG = 0.05
+# A call this long, in seconds, is alone in its turn. Of shorter ones the first in a turn does not
+# count: it finds the caches as the other side left them, and of a virtual machine memory that the
+# host has taken back meanwhile, whose return takes longer than a large layer.
+LONG = 2.0
+# And one this short, of which several are timed where one would tell little.
+SHORT = 0.05
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,6 @@ def measure(sides: dict[str, Callable], seconds: float) -> dict[str, list[float]
                 then(*arguments)
                 elapsed = clock() - start
                 del arguments
-                # The first call of a turn finds the caches as the other side left them.
                 if warm and (calls > 0 or elapsed >= LONG):
                     taken[side].append(elapsed)
                 calls += 1
@@ -212,7 +215,7 @@ def measure_cuda(sides: dict[str, Callable], seconds: float) -> dict[str, list[f
     for side, function in sides.items():
         turn(function, 1)
         once = turn(function, 1)
-        if once < LONG:
+        if once < SHORT:
             once = turn(function, 5)
         # What is prepared for all calls of a turn is in memory at once.
         most = 16 if isinstance(function, Sequel) else 1000
