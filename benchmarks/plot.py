@@ -16,9 +16,9 @@ from fastnet.bench import results
 
 # Of which results file which documents tell.
 DOCUMENTS = {
-    "amd-epyc-of-family-25-2-cores-avx2.csv": ("README.md", "docs/measured.md"),
+    "amd-epyc-of-family-26-2-cores-avx512.csv": ("README.md", "docs/measured.md"),
     "amd-epyc-of-family-25-2-cores-avx512.csv": ("docs/measured-zen4.md",),
-    "amd-epyc-of-family-26-2-cores-avx512.csv": ("docs/measured-zen5.md",),
+    "amd-epyc-of-family-25-2-cores-avx2.csv": ("docs/measured-avx2.md",),
 }
 # What a training does; a forward pass alone is in the tables.
 MODES = ("forward+backward", "step", "epoch")

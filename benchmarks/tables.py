@@ -129,7 +129,7 @@ class Table:
 
 def shown(case: str) -> str:
     """A case's name as the README writes it."""
-    case = re.sub(r", (\d+ steps|bfloat16)$", "", case)
+    case = re.sub(r"^(recipes|mlp_trainer): |, (\d+ steps|bfloat16)$", "", case)
     return re.sub(r"(?<=\d)x(?=\d)", "×", case).replace("->", "→")  # noqa: RUF001
 
 
@@ -193,8 +193,27 @@ TABLES = {
     "accelerate": Table(
         "network", "accelerate", "step", {**SIDES, "ratio": ratio(), **ONE}, cases="."
     ),
+    "batches": Table(
+        "a batch of a set",
+        "gather_pictures",
+        "forward",
+        {**SIDES, "ratio": ratio(), **ONE},
+        cases=".",
+    ),
     "optimizer": Table(
         "a step", "optimizer", "step", {**SIDES, "ratio": ratio(), **ONE}, cases="."
+    ),
+    "highlights": Table(
+        "a training step",
+        "recipes",
+        "step",
+        {
+            "eager": time("eager"),
+            "torch.compile": time("compile"),
+            "fastnet": time("fastnet"),
+            "ratio": ratio(),
+        },
+        cases="^(mnist-net|activation-net|simple-cnn|gan), batch (64|128), (1x|.*32x32)",
     ),
     "steps": Table("training", "recipes", "step", {**SIDES, "ratio": ratio(), **ONE}, cases="."),
     "epochs": Table(
@@ -202,7 +221,7 @@ TABLES = {
         "recipes",
         "epoch",
         {
-            "document's script": time("document script"),
+            "tutorial's script": time("document script"),
             "eager, on fastnet's batches": time("eager"),
             "fastnet": time("fastnet"),
             "over the script": ratio(over="document script"),

@@ -1,4 +1,14 @@
-"""Fused kernels that make small and mid-size PyTorch networks train faster."""
+"""Fused kernels that make small and mid-size PyTorch networks train faster.
+
+    accelerate(model)     an existing network on the fused kernels; accelerate_report(model) tells
+    Linear, ConvReLUPool2d, CrossEntropyLoss    drop-in modules
+    functional            the same as functions, and linear_cross_entropy
+    optim                 Adam, AdamW and SGD whose step is one call
+    MLPTrainer            whole epochs of fully connected networks in native code
+    build_info()          what this build is, and what of it runs here
+
+`fastnet.data`, `fastnet.models` and `fastnet.recipes` hold the trainings of `fastnet train`.
+"""
 
 from fastnet import functional, optim
 from fastnet._library import build_info

@@ -87,9 +87,9 @@ def _has_kernels(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""Computes :math:`\mathrm{relu}(x W^T + b)` in one kernel, and its gradients in one more.
 
-    The result and the gradients are those of `torch.relu(F.linear(input, weight, bias))`. What the
-    kernels do not cover (other dtypes and devices, sparse tensors, a bias that broadcasts) goes to
-    those two operators.
+    The result and the gradients are those of `torch.relu(F.linear(input, weight, bias))`, to within
+    rounding. What the kernels do not cover (other dtypes and devices, sparse tensors, a bias that
+    broadcasts) goes to those two operators.
 
     Args:
         input: `(*, in_features)`, any number of leading dimensions, also none; any strides.
@@ -122,21 +122,25 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, with less around it where the layer is small, and less below it where it is
-    large.
+    """`F.linear` with less overhead for a small layer, and on some processors a faster product for
+    a large one.
 
-    The last layer of a small network, to its classes, takes a few microseconds of arithmetic, and
-    some tens in autograd's nodes and transposed views: here it is one kernel forward and one
-    backward, of one node. Only on the CPU and under the torch that fastnet was built with, up to 16
-    million multiply-adds, in bfloat16 of at most 32 rows or outputs; in float32 also beyond, for a
-    weight of more than 8 million elements, whose gradient then lies in huge pages, and for all
-    where `linear_relu` has a better product than torch's own (on AMD's Zen 5). All else goes to
-    `F.linear`.
+    The last layer of a small network, to its classes, takes a few microseconds of arithmetic and
+    some tens in autograd's nodes and transposed views. Here it is one kernel forward and one
+    backward, of one node.
+
+    That is so on the CPU, under the torch that fastnet was built with, for float32 and float64 of
+    up to 16 million multiply-adds and for bfloat16 of up to as many if there are at most 32 rows or
+    outputs; for float32 also beyond, if the weight has more than 8 million elements (its gradient
+    then lies in huge pages), and for any size on AMD's Zen 5, where there is a better product than
+    torch's own. All else goes to `F.linear`.
 
     Args:
         input: `(*, in_features)`, any number of leading dimensions, also none; any strides.
         weight: `(out_features, in_features)`.
         bias: `(out_features)`, or None.
+
+    All three have one dtype, any that `F.linear` takes.
 
     Returns:
         `(*, out_features)`, of the input's dtype.
@@ -168,14 +172,14 @@ def conv_relu_pool2d(
     r"""Computes `F.max_pool2d(F.relu(F.conv2d(input, weight, bias)))` without the activations at
     full resolution, and its gradients without the three quarters of them that are zero.
 
-    Takes what the three functions take (but a dilation of the windows, and their indices), with the
-    same result, in the same memory format. Fused are
-    all convolutions under windows of 2 x 2 side by side, on the CPU with kernels of our own for
-    filters of 3 x 3 and 5 x 5 that are neither strided nor dilated nor grouped; other windows and
-    dtypes go to the three functions. In float32 and bfloat16 these are mostly multiplied in
-    Winograd's form, which rounds otherwise than the direct one: 3 x 3 of up to four channels to
-    some 2e-7 of the largest output, unless an element exceeds 10,000; 3 x 3 and 5 x 5 of more
-    channels to within 1.5e-6 of it, unless an element exceeds 256 and 256 times most others.
+    Takes what the three functions take, except a dilation of the windows and their indices, with
+    the same result to within rounding, in the same memory format. All convolutions under windows of
+    2 x 2 side by side are fused, on the CPU by kernels of fastnet's own for filters of 3 x 3 and
+    5 x 5 without stride, dilation or groups; other windows and dtypes go to the three functions. In
+    float32 and bfloat16 these kernels mostly multiply in Winograd's form, which rounds otherwise
+    than the direct one: 3 x 3 of up to four channels to about 2e-7 of the largest output, unless an
+    element exceeds 10,000; 3 x 3 and 5 x 5 of more channels to within 1.5e-6 of it, unless an
+    element exceeds both 256 and 256 times most others.
 
     Args:
         input: `(N, in_channels, H, W)` or `(in_channels, H, W)`; any strides. float32, float64 or
@@ -312,15 +316,16 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""Computes softmax, logarithm and negative log-likelihood in one pass over the logits, and
-    their gradient in one more, or along with them: for "mean" and "sum" on the CPU in float32 and
-    float64, on a GPU in float32 and bfloat16 from 128 MB of logits on.
+    r"""Computes softmax, logarithm and negative log-likelihood in one pass over the logits.
 
-    Takes what `F.cross_entropy` takes (but the deprecated `size_average` and `reduce`), with the
-    same result. What the kernels do not cover (float16 on the CPU, targets that want a gradient or
-    are uint8, sparse tensors) goes to that function. So does on the CPU what is too small to gain
-    (below 16,384 logits), unless it is of the plain kind that is checked in C++: two-dimensional
-    logits, and class indices.
+    The gradient takes one more pass, or is computed in the same one: for "mean" and "sum", on the
+    CPU in float32 and float64, on a GPU in float32 and bfloat16 from 128 MB of logits on.
+
+    Takes what `F.cross_entropy` takes, except the deprecated `size_average` and `reduce`, with the
+    same result to within rounding. What the kernels do not cover (float16 on the CPU, targets that
+    want a gradient or are uint8, sparse tensors) goes to that function. So does, on the CPU, what
+    is too small to gain (below 16,384 logits, or 4,096 where no gradient is wanted), unless it is
+    of the plain kind that C++ takes: two-dimensional logits, class indices, and no weights.
 
     Args:
         input: the logits, `(C)`, `(N, C)` or `(N, C, d1, ...)`; any strides. float32, float64 or
@@ -333,7 +338,8 @@ def cross_entropy(
         label_smoothing: the share of every target that is spread over all classes, in [0, 1].
 
     Returns:
-        The loss, of `input`'s dtype; under autocast float32.
+        The loss, of `input`'s dtype; under autocast float32. A scalar, or for "none" of the shape
+        of class indices.
 
     Raises:
         IndexError: for a target that is no class, on the CPU. On CUDA the kernel stops with a
@@ -448,14 +454,15 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     r"""Computes `cross_entropy(F.linear(input, weight, bias), target, class_weight, ...)` in chunks
-    of rows, so that the logits, and their gradient, never stand in memory whole.
+    of rows, so that the logits and their gradient never exist in memory as a whole.
 
-    For last layers with very many classes. For a scalar loss the gradients are made along with it,
-    a chunk at a time; for reduction "none" and for float16 the logits are made twice. What the
-    kernels do not cover goes through the two functions.
+    For last layers with very many classes. For a scalar loss the gradients are computed along with
+    it, a chunk at a time; for reduction "none" and for float16 the logits are computed twice. What
+    the kernels do not cover goes through the two functions.
 
     Args:
-        input: `(N, in_features)` or `(in_features)`.
+        input: `(N, in_features)` or `(in_features)`; float32, float64 or bfloat16, on CUDA also
+            float16.
         weight: `(C, in_features)`, as in `nn.Linear`.
         target: class indices `(N)` or `()`, or probabilities `(N, C)` or `(C)`.
         bias: `(C)` or None.
@@ -468,6 +475,10 @@ def linear_cross_entropy(
     Raises:
         ValueError: for an input of other dimensions.
         IndexError, RuntimeError, ValueError: as the two functions do.
+
+    Example:
+        >>> features, weight = torch.randn(2048, 512), torch.randn(32000, 512, requires_grad=True)
+        >>> linear_cross_entropy(features, weight, torch.randint(32000, (2048,))).backward()
     """
     if isinstance(input, Tensor) and input.dim() not in (1, 2):
         raise ValueError(

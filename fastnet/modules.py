@@ -20,7 +20,7 @@ class Linear(nn.Linear):
         activation: "relu", or None.
 
     Raises:
-        TypeError: for a bias that is a word, as an activation is.
+        TypeError: for a bias that is a string, which was meant as the activation.
         ValueError: for another activation.
 
     Shape: `(*, in_features)` → `(*, out_features)`.
@@ -63,14 +63,20 @@ class Linear(nn.Linear):
 class ConvReLUPool2d(nn.Conv2d):
     r"""`nn.Conv2d`, `nn.ReLU` and `nn.MaxPool2d` in one; see `functional.conv_relu_pool2d`.
 
+    Windows of 2 x 2 side by side are fused, and filters of 3 x 3 and 5 x 5 without stride, dilation
+    or groups are the fastest. Anything else has the same result by way of torch's functions.
+
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype: as in `nn.Conv2d`.
         pool_kernel_size, pool_stride, pool_padding, ceil_mode: as `kernel_size`, `stride`,
-            `padding` and `ceil_mode` in `nn.MaxPool2d`.
+            `padding` and `ceil_mode` in `nn.MaxPool2d` (2, the kernel size, 0, False).
+
+    Raises:
+        RuntimeError, ValueError: where `nn.Conv2d` and `nn.MaxPool2d` raise them.
 
     Shape: `(N, in_channels, H, W)` or `(in_channels, H, W)` → the same with `out_channels` and the
-        pooled height and width.
+        pooled height and width: by default half of the convolution's, rounded down.
 
     Example:
         >>> block = fastnet.ConvReLUPool2d(3, 32, 3, padding=1)  # Conv2d, ReLU, MaxPool2d(2)

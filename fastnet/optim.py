@@ -1,8 +1,9 @@
 """Adam, AdamW and SGD of torch.optim, with a `step` that takes little beyond its arithmetic.
 
-Of a network as small as MnistNet torch's step takes as long as the backward pass, nearly all of it
-in Python and in torch's operators. Here it is one call of a kernel. Arguments, state, state dicts,
-hooks, schedulers and results are those of torch.optim, whose classes these are.
+In a network as small as MnistNet torch's step takes as long as the backward pass, nearly all of it
+in Python and in torch's operators. Here it is one call of a kernel. These are subclasses of
+torch.optim's: arguments, state, state dicts, hooks and schedulers are the same, and so are results,
+to within rounding.
 
 The kernel takes float32 parameters in the CPU's memory, whose state is there already: the first
 step is torch's own where there is a state to make, and so is every step with `amsgrad`,
@@ -108,7 +109,12 @@ class _QuickStep(torch.optim.Optimizer):
 
 
 class Adam(_QuickStep, torch.optim.Adam):
-    """`torch.optim.Adam`, with a quicker step."""
+    """`torch.optim.Adam` whose step is one call of a kernel for float32 parameters on the CPU, and
+    torch's own for all else (see the module's docstring). Arguments and errors are torch's.
+
+    Example:
+        >>> optimizer = fastnet.optim.Adam(model.parameters(), lr=1e-3)
+    """
 
     native = torch.optim.Adam
 
@@ -120,13 +126,21 @@ class Adam(_QuickStep, torch.optim.Adam):
 
 
 class AdamW(Adam, torch.optim.AdamW):
-    """`torch.optim.AdamW`, with a quicker step."""
+    """`torch.optim.AdamW`, as `Adam` is `torch.optim.Adam`.
+
+    Example:
+        >>> optimizer = fastnet.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    """
 
     native = torch.optim.AdamW
 
 
 class SGD(_QuickStep, torch.optim.SGD):
-    """`torch.optim.SGD`, with a quicker step."""
+    """`torch.optim.SGD`, as `Adam` is `torch.optim.Adam`.
+
+    Example:
+        >>> optimizer = fastnet.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    """
 
     native = torch.optim.SGD
 

@@ -50,11 +50,12 @@ class MLPTrainer:
         model: `nn.Linear` layers, with or without ReLU after each but the last, in `nn.Sequential`
             or in a `forward` of its own, also after `fastnet.accelerate`. The input may be
             flattened first, and log-softmax may come last. float32, on the CPU or a GPU.
-        optimizer: "adam" or "sgd"; or a `torch.optim.Adam` or `SGD` on just these parameters, which
-            has what follows already.
+        optimizer: "adam" or "sgd"; or an `Adam` or `SGD` of `torch.optim` or `fastnet.optim` with
+            one group of just these parameters, which has what follows already (and no `amsgrad`,
+            `maximize`, `nesterov`, dampening or hooks).
         lr: learning rate (0.001).
         momentum: of SGD (0).
-        weight_decay: times the weight, added to its gradient (0).
+        weight_decay: an L2 penalty: this times the weight is added to its gradient (0).
         betas: of Adam's averages (0.9, 0.999).
         eps: of Adam's denominator (1e-8).
 
@@ -274,7 +275,17 @@ class MLPTrainer:
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
     ) -> Epoch:
-        """The mean loss and the accuracy on images and targets as in `fit`."""
+        """Evaluates the network.
+
+        Args:
+            images, targets, mean, std: as in `fit`.
+
+        Returns:
+            An `Epoch(loss, accuracy)`: the mean loss, and the share of right answers in 0...1.
+
+        Raises:
+            ValueError: for images or targets that do not fit, or none.
+        """
         logits = self._logits(images, mean, std)
         targets = self._read_targets(targets, len(logits))
         if len(logits) == 0:
@@ -288,7 +299,17 @@ class MLPTrainer:
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
     ) -> Tensor:
-        """The class of each of the images, int64 `(n)`."""
+        """Tells the class of each image.
+
+        Args:
+            images, mean, std: as in `fit`.
+
+        Returns:
+            `(n)`, int64.
+
+        Raises:
+            ValueError: for images that do not fit.
+        """
         return self._logits(images, mean, std).argmax(1)
 
     def _logits(self, images, mean, std) -> Tensor:
