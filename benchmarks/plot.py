@@ -154,10 +154,12 @@ def scaling(rows: Iterable[Row], title: str) -> Figure | None:
     rows = [row for row in rows if row["mode"] in MODES]
     most = max((row["threads"] for row in rows), key=int, default="1")
     ours = [row for row in rows if row["threads"] == most and results.has_ratio(row)]
-    curved = [row for row in ours if row["series"]]
     by_op: dict[str, dict[str, list[Row]]] = {}
-    for row in curved:
-        by_op.setdefault(row["op"], {}).setdefault(row["series"], []).append(row)
+    for row in ours:
+        name, is_half = row["series"], "bfloat16" in row["case"]
+        if name and not (is_half and name in (LADDER, WIDTH)):
+            name += ", bfloat16" * is_half
+            by_op.setdefault(row["op"], {}).setdefault(name, []).append(row)
     if not by_op:
         return None
     figure = Figure(figsize=(14, 3.2 * len(by_op)), layout="constrained")

@@ -13,8 +13,8 @@ namespace fastnet {
 inline constexpr int64_t kBytes = 256;  // that there are
 
 struct PictureBatch {
-  int64_t count, chosen;    // pictures there are, and of the batch
-  int64_t channels, pixels;  // that have a row of the table each, and pixels of each
+  int64_t count, chosen;       // pictures there are, and of the batch
+  int64_t channels, pixels;    // that have a row of the table each, and pixels of each
   std::vector<int64_t> sizes;  // of the batch
 };
 

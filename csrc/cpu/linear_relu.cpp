@@ -28,7 +28,7 @@ struct Blocks {
   int64_t rows, columns, block_rows, row_blocks, column_blocks, count;
 
   Blocks(int64_t rows, int64_t columns, int64_t shares) : rows(rows), columns(columns) {
-    constexpr int64_t kRows = 96, kTile = 24;  // a multiple of every tile's height
+    constexpr int64_t kRows = 96, kTile = 24;                  // a multiple of every tile's height
     column_blocks = std::max<int64_t>(1, columns / kColumns);  // the last one takes the rest
     row_blocks = std::max<int64_t>(1, divide_up(rows, kRows));
     int64_t tile = kTile;
@@ -337,8 +337,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     using A = acc_t<T>;
     constexpr bool kMayBeSparse = kRelu && std::is_same_v<T, float>;
     const auto masked = [&](auto* z, int64_t first, int64_t rows) {
-      return masked_grad<kRelu, T>(data<T>(g) + first * N, kRelu ? data<T>(out) + first * N : nullptr,
-                                   z, wanted_bias, rows, N, first > 0);
+      return masked_grad<kRelu, T>(data<T>(g) + first * N,
+                                   kRelu ? data<T>(out) + first * N : nullptr, z, wanted_bias, rows,
+                                   N, first > 0);
     };
     const auto is_sparse = [&](int64_t not_zero, int64_t rows) {
       return kMayBeSparse && sparse_is_better({rows, K, N}, not_zero, by_library, input, weight);

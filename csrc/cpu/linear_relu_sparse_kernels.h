@@ -72,9 +72,9 @@ FASTNET_INLINE void sparse_tile(const float* factors, const int32_t* places, int
   FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) store(c + v * kStep, sum[v]);
 }
 
-// c[i, k], or with `is_more` more of it, for i in [i_begin, i_end), k in [k_begin, k_end), a range as
-// wide as a vector at least, and of J > 0. Zero times what is infinite or NaN is NaN here, too: of b where that stands, no row
-// is passed over.
+// c[i, k], or with `is_more` more of it, for i in [i_begin, i_end), k in [k_begin, k_end), a range
+// as wide as a vector at least, and of J > 0. Zero times what is infinite or NaN is NaN here, too:
+// of b where that stands, no row is passed over.
 inline void sparse_product_kernel(const float* a, int64_t a_row, int64_t a_step, const float* b,
                                   float* c, int64_t J, int64_t K, int64_t i_begin, int64_t i_end,
                                   int64_t k_begin, int64_t k_end, bool is_more) {

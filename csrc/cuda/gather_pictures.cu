@@ -36,7 +36,8 @@ Tensor gather_pictures(const Tensor& pictures, const std::optional<Tensor>& orde
   launch(gather_pictures_kernel, dim3(blocks_for(size, kThreads), rows), dim3(kThreads), 0,
          on_device.stream(), static_cast<const uint8_t*>(pictures.const_data_ptr()),
          indices ? static_cast<const int64_t*>(indices->const_data_ptr()) : nullptr,
-         data<float>(table), mutable_data<float>(result), batch.count, batch.chosen, batch.pixels, size);
+         data<float>(table), mutable_data<float>(result), batch.count, batch.chosen, batch.pixels,
+         size);
   return result;
 }
 
