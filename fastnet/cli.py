@@ -408,9 +408,10 @@ def info_command(
     if model is not None:
         from fastnet.bench.networks import named
 
+        network = named(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that nothing is fused, the report says
-            network = fastnet.accelerate(named(model), inplace=True)
+            network = fastnet.accelerate(network, inplace=True)
         print(fastnet.accelerate_report(network))
         return
     information = {**fastnet.build_info(), "threads": torch.get_num_threads()}

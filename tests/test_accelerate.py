@@ -134,8 +134,8 @@ def test_torchvision(name, fused, options, calls):
 
 
 def test_a_linear_alone_runs_on_its_kernel(monkeypatch):
-    """In a forward of its own and in a Sequential, beside what is fused and where nothing is; with
-    hooks it runs as it is written."""
+    """In a forward of its own and in a Sequential, beside what is fused and, with nodes in C++,
+    where nothing is; with hooks it runs as it is written."""
     alone = []
     monkeypatch.setattr(functional, "linear", spied(functional.linear, alone))
 
@@ -162,15 +162,16 @@ def test_a_linear_alone_runs_on_its_kernel(monkeypatch):
     ):
         accelerated = fastnet.accelerate(model)
         assert fastnet.accelerate_report(accelerated).fused == fused
+        gains = fused or fastnet._library.NODES is not None
         alone.clear()
         assert_same(model, accelerated, x)
-        assert len(alone) == 2
+        assert len(alone) == (2 if gains else 0)
         seen = []
         layer = accelerated.get_submodule(last)
         layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         alone.clear()
         assert_same(model, accelerated, x)
-        assert (len(alone), len(seen)) == (1, 1)
+        assert (len(alone), len(seen)) == (1 if gains else 0, 1)
 
 
 def test_a_network_with_nothing_to_fuse_says_so():
@@ -179,7 +180,7 @@ def test_a_network_with_nothing_to_fuse_says_so():
             assert type(fastnet.accelerate(model)) is type(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for model in (net(), nn.CrossEntropyLoss(), nn.Sequential(nn.Linear(6, 6), nn.Tanh())):
+        for model in (net(), nn.CrossEntropyLoss()):
             fastnet.accelerate(fastnet.accelerate(model))
 
 

@@ -273,6 +273,8 @@ def test_augmentation_sees_the_pixels(shuffled):
     for batch, labels in Batches(images, 4, generator=generator, augment=turn_over):
         assert torch.equal(batch, pictures[labels].flip(3).float().div(255))
     assert seen == [torch.uint8] * 2
+    with pytest.raises(TypeError, match=r"augment must give .* uint8, but gave torch\.float32"):
+        next(iter(Batches(images, 4, augment=torch.Tensor.float)))
 
 
 def test_a_few_from_everywhere():

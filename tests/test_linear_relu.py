@@ -216,7 +216,9 @@ def test_the_dead_among_many_rows():
 
 
 @pytest.mark.parametrize("live", [0.1, 0.9])
-@pytest.mark.parametrize("shape", [(80_001, 9, 30), (40_001, 9, 64), (9_001, 130, 300)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(80_001, 9, 30), (40_001, 9, 64), (9_001, 130, 300), (20, 3, 150_000)], ids=str
+)
 def test_so_many_rows_that_they_go_in_turns(shape, live):
     """By the dense and by the sparse loops; of weights that one block is, too."""
     M, K, N = shape

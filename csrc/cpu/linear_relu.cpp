@@ -55,7 +55,7 @@ struct Blocks {
 
  private:
   static constexpr int64_t kColumns = 48;  // a multiple of every tile's width
-  static constexpr int64_t kLeastRows = 8;
+  static constexpr int64_t kLeastRows = 8;  // the tallest tile's
 };
 
 // Whether torch has a better product than that of its operator.
@@ -254,7 +254,8 @@ template <class T>
 int64_t rows_at_once(int64_t M, int64_t N) {
   constexpr int64_t kNear = 8 << 20, kChunk = 1 << 20, kLeast = 1024;  // bytes, bytes, rows
   const int64_t row = N * static_cast<int64_t>(sizeof(acc_t<T>));
-  return sizeof(T) < sizeof(acc_t<T>) || M * row <= kNear ? M : std::max(kLeast, kChunk / row);
+  const bool goes_in_one = sizeof(T) < sizeof(acc_t<T>) || M * row <= kNear;
+  return goes_in_one ? M : std::min(M, std::max(kLeast, kChunk / row));
 }
 
 // a (I, J) · b (J, K) by the library that is the fastest here.

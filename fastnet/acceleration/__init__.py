@@ -22,8 +22,8 @@ __all__ = ["Report", "accelerate", "accelerate_report"]
 
 def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     r"""Puts an existing network on the fused kernels: Linear→ReLU, Conv2d→ReLU→MaxPool2d (or
-    Conv2d→MaxPool2d→ReLU) and CrossEntropyLoss, wherever it calls them. Its other Linear layers run
-    on `functional.linear`.
+    Conv2d→MaxPool2d→ReLU) and CrossEntropyLoss, wherever it calls them. Other Linear layers that it
+    finds there run on `functional.linear` (under the torch that fastnet was built with).
 
     Found are modules in `nn.Sequential`, nested or not, and in a `forward` of its own (traced with
     torch.fx, once for training and once for evaluation) modules as well as `F.relu`, `torch.relu`,
@@ -51,8 +51,8 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             shares its parameters and buffers.
 
     Returns:
-        The model, or the copy; of the same class but for `forward`. Where nothing in it is fused a
-        UserWarning says so.
+        The model, or the copy; of the same class but for `forward`. A UserWarning says where nothing
+        in it is changed.
 
     Raises:
         TypeError: for what is no module.

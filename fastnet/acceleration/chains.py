@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastnet import functional, modules
+from fastnet import _library, functional, modules
 from fastnet.acceleration.conditions import written_class
 
 # A step is a module; or, for a ReLU called as a function, RELU or RELU_IN_PLACE; or, for pooling
@@ -28,6 +28,11 @@ Step = nn.Module | str | Pool
 FORWARDS = {
     kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
 }
+
+
+# How many steps in one call are worth a class of its own: a Linear alone is quicker only with nodes
+# in C++.
+LEAST_GAIN = 2 if _library.NODES is None else 1
 
 
 class Fused(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastnet.acceleration import chains, tracing
-from fastnet.acceleration.chains import sequential_forward
+from fastnet.acceleration.chains import LEAST_GAIN, sequential_forward
 from fastnet.acceleration.conditions import (
     find,
     identity,
@@ -125,7 +125,7 @@ def class_for(module: nn.Module) -> type[nn.Module] | None:
             return None
     if chains.is_sequential(module):
         flat = chains.flatten(module._modules.values())
-        gains = any(chains.fuse(flat, at).count for at in chains.layers(flat))
+        gains = any(chains.fuse(flat, at).count >= LEAST_GAIN for at in chains.layers(flat))
         if gains:
             tracing.check_is_pickled_plainly(kind)
         return accelerated(kind, None) if gains else None

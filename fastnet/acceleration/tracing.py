@@ -209,7 +209,7 @@ def rewrite(trace: Trace) -> bool:
     """Puts chains in the place of what they fuse, and of each Linear alone, and fastnet's
     cross-entropy in that of torch's.
 
-    Returns whether there was any.
+    Returns whether anything is gained.
     """
     graph = trace.graph
     changed = False
@@ -223,7 +223,7 @@ def rewrite(trace: Trace) -> bool:
             nodes[-1].replace_all_uses_with(run)
             for node in reversed(nodes):
                 graph.erase_node(node)
-            changed = True
+            changed = changed or last > first or chains.LEAST_GAIN == 1
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.cross_entropy:
             options = dict(node.kwargs)

@@ -1,9 +1,10 @@
 """How everything is timed.
 
 A case has sides: ways to compute the same thing. All are checked against each other before any is
-timed. They then take turns of about ten milliseconds each until the time is up, and every call's
-time is kept: so each side sees the same machine, and keeps its caches for a while, as it would in
-a training. What is reported is the median, with the 20th and 80th percentile.
+timed. They then take turns of about ten milliseconds each until the time is up, and the time of
+every call but the first in a turn is kept: so each side sees the same machine, and keeps its caches
+for a while, as it would in a training. What is reported is the median, with the 20th and 80th
+percentile.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from fastnet import _library
 from fastnet.bench import machine, memory
 from fastnet.bench.results import FASTNET, FORMATS, Row
 
-# A call this long, in seconds, is alone in its turn. Of shorter ones the first in a turn does not
-# count: it finds the caches as the other side left them, and of a virtual machine memory that the
-# host has taken back meanwhile, whose return takes longer than a large layer.
+# Where every side's call takes so long, in seconds, it is alone in its turn. Elsewhere the first in
+# a turn does not count: it finds the caches as the other side left them, and of a virtual machine
+# memory that the host has taken back meanwhile, whose return takes longer than a large layer.
 LONG = 2.0
 # And one this short, of which several are timed where one would tell little.
 SHORT = 0.05
@@ -171,23 +172,26 @@ def measure(sides: dict[str, Callable], seconds: float) -> dict[str, list[float]
     taken: dict[str, list[float]] = {side: [] for side in sides}
     warm_until = clock() + seconds / 4
     end = warm_until + seconds
-    turn = 0
+    turn, least_calls = 0, 1
     # Of calls longer than all that seven, or as many as half a minute has, but three.
     while clock() < end or turn < 4 or (turn < 8 and clock() < end + 30):
         warm = turn > 0 and clock() > warm_until
+        longest = []
         for side, function in sides.items():
             before, then = _parts(function)
             turn_end = clock() + 0.01
-            calls, elapsed = 0, 0.0
-            while clock() < turn_end or (calls < 2 and elapsed < LONG):
+            times: list[float] = []
+            while clock() < turn_end or len(times) < least_calls:
                 arguments = before()
                 start = clock()
                 then(*arguments)
-                elapsed = clock() - start
+                times.append(clock() - start)
                 del arguments
-                if warm and (calls > 0 or elapsed >= LONG):
-                    taken[side].append(elapsed)
-                calls += 1
+            longest.append(max(times))
+            if warm:
+                taken[side] += times[least_calls - 1 :]
+        if turn == 0 and min(longest) < LONG:
+            least_calls = 2
         turn += 1
     return taken
 

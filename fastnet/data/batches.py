@@ -86,4 +86,6 @@ class Batches:
             return inputs
         if self.augment is not None:
             inputs = self.augment(inputs)
+            if inputs.dtype != torch.uint8:
+                raise TypeError(f"augment must give pictures of uint8, but gave {inputs.dtype}")
         return gather_pictures.apply(inputs, order, self._table.to(inputs.device))
