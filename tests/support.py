@@ -90,6 +90,32 @@ def spied(function, called: list[str]):
     return spy
 
 
+def assert_kernel_stops(device, program: str, words: str) -> None:
+    """Of the CUDA kernels, in a process of its own, which ends there: nothing can be done on that
+    card afterwards. The program has `ops`, and `device` for its tensors."""
+    if device.name == "cpu":
+        pytest.skip("the CPU raises an IndexError")
+    namespace = "fastnet_emulated" if device.name == "emulated" else "fastnet"
+    start = f"""
+import sys, torch, fastnet
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import conftest
+assert {device.name != "emulated"} or conftest.load_emulated()
+ops, device = torch.ops.{namespace}, {str(device)!r}
+"""
+    end = """
+if device == "cuda":
+    torch.cuda.synchronize()
+print("went on")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", start + program + end], capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "went on" not in run.stdout
+    assert words in run.stderr or "device-side assert" in run.stderr
+
+
 def interruptible() -> None:
     """For `preexec_fn`: Ctrl-C reaches a process also where the tests run in the background, which
     has it ignored by all that is started there."""

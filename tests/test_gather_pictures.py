@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import threads
+from support import assert_kernel_stops, threads
 
 from fastnet.ops import gather_pictures
 
@@ -72,26 +69,12 @@ def test_a_picture_that_is_not_there(index):
 
 
 def test_cuda_kernels_stop_at_a_picture_that_is_not_there(device):
-    """In a process of its own, which ends there: nothing can be done on that card afterwards."""
-    if device.name == "cpu":
-        pytest.skip("the CPU raises an IndexError")
-    namespace = "fastnet_emulated" if device.name == "emulated" else "fastnet"
-    program = f"""
-import sys, torch, fastnet
-sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
-import conftest
-assert {device.name != "emulated"} or conftest.load_emulated()
-pictures = torch.zeros(5, 1, 2, dtype=torch.uint8, device={str(device)!r})
-order, table = (t.to(pictures.device) for t in (torch.tensor([0, 5]), torch.zeros(1, 256)))
-torch.ops.{namespace}.gather_pictures(pictures, order, table)
-if pictures.is_cuda:
-    torch.cuda.synchronize()
-print("went on")
+    program = """
+pictures = torch.zeros(5, 1, 2, dtype=torch.uint8, device=device)
+order, table = (t.to(device) for t in (torch.tensor([0, 5]), torch.zeros(1, 256)))
+ops.gather_pictures(pictures, order, table)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode != 0
-    assert "went on" not in run.stdout
-    assert "names no picture" in run.stderr or "device-side assert" in run.stderr
+    assert_kernel_stops(device, program, "names no picture")
 
 
 @pytest.mark.parametrize(

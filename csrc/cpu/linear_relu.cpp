@@ -54,7 +54,7 @@ struct Blocks {
   }
 
  private:
-  static constexpr int64_t kColumns = 48;  // a multiple of every tile's width
+  static constexpr int64_t kColumns = 48;   // a multiple of every tile's width
   static constexpr int64_t kLeastRows = 8;  // the tallest tile's
 };
 

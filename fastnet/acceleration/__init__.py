@@ -51,8 +51,8 @@ def accelerate(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             shares its parameters and buffers.
 
     Returns:
-        The model, or the copy; of the same class but for `forward`. A UserWarning says where nothing
-        in it is changed.
+        The model, or the copy; of the same class but for `forward`. A UserWarning says where
+        nothing in it is changed.
 
     Raises:
         TypeError: for what is no module.
