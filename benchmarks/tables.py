@@ -207,12 +207,7 @@ TABLES = {
         "a training step",
         "recipes",
         "step",
-        {
-            "eager": time("eager"),
-            "torch.compile": time("compile"),
-            "fastnet": time("fastnet"),
-            "ratio": ratio(),
-        },
+        {**SIDES, "ratio": ratio()},
         cases="^(mnist-net|activation-net|simple-cnn|gan), batch (64|128), (1x|.*32x32)",
     ),
     "steps": Table("training", "recipes", "step", {**SIDES, "ratio": ratio(), **ONE}, cases="."),

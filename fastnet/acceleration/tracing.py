@@ -223,7 +223,7 @@ def rewrite(trace: Trace) -> bool:
             nodes[-1].replace_all_uses_with(run)
             for node in reversed(nodes):
                 graph.erase_node(node)
-            changed = changed or last > first or chains.LEAST_GAIN == 1
+            changed = changed or len(nodes) >= chains.LEAST_GAIN
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.cross_entropy:
             options = dict(node.kwargs)
