@@ -99,6 +99,25 @@ def test_sums_of_any_length(M, K, N, device):
         check(*sample(((M,), K, N), dtype, device), dtype)
 
 
+@pytest.mark.parametrize(
+    ("M", "K", "N"),
+    [
+        (40, 1100, 50),  # long rows of the weight, copied side by side for many rows of a result
+        (70, 60, 1030),  # long rows of the gradient, the same
+        (40, 130, 1100),  # and in blocks, as there are columns for it
+        (300, 1030, 37),  # more rows and inputs than the forward takes at a time
+        (1400, 70, 100),  # more rows than are masked at a time
+        (33, 16, 17),  # a vector of outputs, and one more
+        (97, 700, 33),  # of rows that go well as dot products
+        (400, 50, 3),  # a gradient whose rows are shorter than a vector
+        (20, 200, 90),  # few steps for the weight's gradient, and few rows for the input's
+    ],
+)
+def test_every_way_of_the_products(M, K, N, device):
+    for dtype in device.dtypes:
+        check(*sample(((M,), K, N), dtype, device), dtype)
+
+
 @pytest.mark.usefixtures("nodes")
 @pytest.mark.parametrize("bias", [None, torch.ones(4, dtype=torch.bfloat16)], ids=["", "bias"])
 def test_results_are_no_views(bias):
@@ -334,7 +353,11 @@ def test_inputs_are_not_written_to(device):
         assert torch.equal(old, new)
 
 
-@pytest.mark.parametrize("shape", [((64,), 784, 28), ((300,), 300, 200), ((3000,), 30, 9)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [((64,), 784, 28), ((300,), 300, 200), ((3000,), 30, 9), ((40,), 1100, 60), ((40,), 200, 300)],
+    ids=str,
+)
 def test_same_bits_every_time_and_on_any_number_of_threads(shape, device):
     *leaves, grad = sample(shape, torch.float32, device)
     leaves = [(t.detach() + torch.randn_like(t)).requires_grad_() for t in leaves]
@@ -348,8 +371,9 @@ def test_same_bits_every_time_and_on_any_number_of_threads(shape, device):
         assert all(map(torch.equal, first, again))
     if device.name != "cpu" or shape[0][0] * shape[1] * shape[2] > 1 << 24:
         return  # no threads of ours; the library's product may depend on their number
-    with threads(1):
-        assert all(map(torch.equal, first, run()))
+    for count in (1, 5):
+        with threads(count):
+            assert all(map(torch.equal, first, run()))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "../common.h"
 #include "isa.h"
@@ -50,6 +52,23 @@ inline Tensor in_huge_pages(Tensor tensor, int64_t least_bytes = kFreshBytes) {
 
 inline int64_t divide_up(int64_t value, int64_t by) {
   return (value + by - 1) / by;
+}
+
+// A stretch of memory of the calling thread's, kept for its next call: what a fresh one costs, in
+// pages that the system has to clear, is felt at these sizes. Begins on a cache line; its content
+// is arbitrary. There are two, 0 for a thread's own part of the work and 1 for what all share.
+template <class A, int kWhich = 0>
+A* thread_scratch(int64_t count) {
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  thread_local std::vector<Line> memory;
+  const size_t lines = (static_cast<size_t>(count) * sizeof(A) + sizeof(Line) - 1) / sizeof(Line);
+  if (memory.size() < lines) {
+    memory.clear();  // nothing to copy over
+    memory.resize(lines);
+  }
+  return reinterpret_cast<A*>(memory.data());
 }
 
 // Floats in the widest vector of any instruction set.

@@ -2,8 +2,6 @@
 // memory, A = acc_t<T> what is calculated in.
 #pragma once
 
-#include <cstddef>
-
 #include "../conv_relu_pool.h"
 #include "common.h"
 
@@ -20,23 +18,6 @@ inline bool has_own_kernels(const ConvReluPoolShape& shape, ScalarType dtype) {
   const int64_t filters = shape.C * shape.K;
   return filters <= kFewFilters ||
          (filters <= kManyFilters && shape.N * shape.P * shape.Q >= kManyWindows);
-}
-
-// A stretch of memory of the calling thread's, kept for its next call: what a fresh one costs, in
-// pages that the system has to clear, is felt at these sizes. Begins on a cache line; its content
-// is arbitrary. There are two, 0 for a thread's own part of the work and 1 for what all share.
-template <class A, int kWhich = 0>
-A* thread_scratch(int64_t count) {
-  struct alignas(64) Line {
-    std::byte bytes[64];
-  };
-  thread_local std::vector<Line> memory;
-  const size_t lines = (static_cast<size_t>(count) * sizeof(A) + sizeof(Line) - 1) / sizeof(Line);
-  if (memory.size() < lines) {
-    memory.clear();  // nothing to copy over
-    memory.resize(lines);
-  }
-  return reinterpret_cast<A*>(memory.data());
 }
 
 // How large the largest element of some tensor is.

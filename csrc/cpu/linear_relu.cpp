@@ -19,43 +19,50 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise
 namespace fastnet {
 namespace {
 
-// A matrix (rows, columns) cut into blocks for threads to share.
-struct Block {
+// A thread's part of a matrix.
+struct Share {
   int64_t row, row_end, column, column_end;
+  bool is_empty() const { return row >= row_end || column >= column_end; }
 };
 
-struct Blocks {
-  int64_t rows, columns, block_rows, row_blocks, column_blocks, count;
-
-  Blocks(int64_t rows, int64_t columns, int64_t shares) : rows(rows), columns(columns) {
-    constexpr int64_t kRows = 96, kTile = 24;                  // a multiple of every tile's height
-    column_blocks = std::max<int64_t>(1, columns / kColumns);  // the last one takes the rest
-    row_blocks = std::max<int64_t>(1, divide_up(rows, kRows));
-    int64_t tile = kTile;
-    if (row_blocks * column_blocks < shares) {  // or there is nothing for some thread
-      row_blocks = divide_up(shares, column_blocks);
-      tile = kLeastRows;
+// A product's result (rows, columns) cut into shares for threads, as large as each other as can be,
+// so that little is read twice. A share's columns of the one factor are brought side by side.
+class Shares {
+ public:
+  Shares(int64_t rows, int64_t columns, int64_t shares) : rows_(rows), columns_(columns) {
+    double least = 0;
+    for (int64_t high = 1; high <= shares; ++high) {
+      if (shares % high != 0) continue;
+      const int64_t wide = shares / high;
+      const double height = static_cast<double>(divide_up(divide_up(rows, kTile), high) * kTile);
+      const double width =
+          static_cast<double>(divide_up(divide_up(columns, kWidestVector), wide) * kWidestVector);
+      // What that takes, in multiplications; and for a row's factors.
+      constexpr double kPerColumn = 12, kPerRow = 6;
+      const double cost = height * width + kPerColumn * width + kPerRow * height;
+      if (high > 1 && cost >= least) continue;
+      least = cost;
+      high_ = high;
+      wide_ = wide;
     }
-    block_rows = divide_up(divide_up(rows, row_blocks), tile) * tile;
-    row_blocks = rows > 0 ? divide_up(rows, block_rows) : 0;
-    count = row_blocks * column_blocks;
   }
 
-  // Calls body(block) for the shares [begin, end) of `shares`.
-  template <class Body>
-  void for_share(int64_t begin, int64_t end, int64_t shares, const Body& body) const {
-    for (int64_t index = begin * count / shares; index < end * count / shares; ++index) {
-      const int64_t row = index % row_blocks * block_rows;
-      const int64_t column = index / row_blocks * kColumns;
-      const bool last = index / row_blocks + 1 == column_blocks;
-      body(
-          Block{row, std::min(rows, row + block_rows), column, last ? columns : column + kColumns});
-    }
+  Share operator[](int64_t share) const {
+    const int64_t row = share % high_, column = share / high_;
+    // Columns in whole vectors, but that the last part takes the rest: of less than a vector there
+    // is none, except of all.
+    const int64_t tiles = divide_up(rows_, kTile), vectors = columns_ / kWidestVector;
+    const auto column_at = [&](int64_t part) {
+      return part == wide_ ? columns_ : vectors * part / wide_ * kWidestVector;
+    };
+    return {std::min(rows_, tiles * row / high_ * kTile),
+            std::min(rows_, tiles * (row + 1) / high_ * kTile), column_at(column),
+            column_at(column + 1)};
   }
 
  private:
-  static constexpr int64_t kColumns = 48;   // a multiple of every tile's width
-  static constexpr int64_t kLeastRows = 8;  // the tallest tile's
+  static constexpr int64_t kTile = 8;  // the tallest one's height
+  int64_t rows_, columns_, high_ = 1, wide_ = 1;
 };
 
 // Whether torch has a better product than that of its operator.
@@ -67,14 +74,21 @@ bool is_for_onednn(ScalarType dtype) {
 // large matrices. The forward kernel also saves the passes over the output.
 struct Limits {
   int64_t forward, backward;  // multiply-adds
-  // Rows for which a weight that comes from memory is read in good order by the forward kernel, and
-  // elements of a weight up to which the backward kernel reads it so.
-  int64_t forward_rows, backward_weight;
+  // Inputs, or elements of the input, up to which the forward kernel has a block of it at hand.
+  int64_t forward_inputs, forward_input;
+  // Rows for which a weight that comes from memory is read in good order by the forward kernel.
+  int64_t forward_rows;
+  // Elements of a weight up to which the backward kernels read and write it so, and of few rows.
+  int64_t backward_weight, few_rows_weight;
 };
-// Measured on two AVX2 cores, and on two of Zen 5, where the kernels have oneDNN's rate backward,
-// and large gradients lie in huge pages, which those that oneDNN makes do not.
-constexpr Limits kMklLimits = {64'000'000, 16'000'000, 16, 3'500'000};
-constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 4, 1'000'000'000};
+// Measured on two cores of an Intel Xeon, and on two of Zen 5, where the kernels have oneDNN's rate
+// backward, and large gradients lie in huge pages, which those that oneDNN makes do not.
+constexpr Limits kMklLimits = {10'000'000'000, 64'000'000, 1024, 300'000, 16, 2'000'000, 400'000};
+constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 1 << 30,      0,
+                                  4,          1'000'000'000,  1'000'000'000};
+const Limits& limits_of(ScalarType dtype) {
+  return is_for_onednn(dtype) ? kOnednnLimits : kMklLimits;
+}
 constexpr int64_t kCachedWeight = 3'500'000;  // elements; larger ones come from memory
 constexpr int64_t kSkinny = 32;               // rows, or outputs
 
@@ -102,17 +116,19 @@ bool prefers_library_forward(const LinearReluShape& shape, const Tensor& weight)
   constexpr int64_t kFewInputs = 512;
   const bool is_fresh = M * N * static_cast<int64_t>(sizeof(float)) >= kFreshBytes;
   if (by_onednn && is_fresh && K <= kFewInputs && weight.is_contiguous()) return false;
-  const Limits& limits = by_onednn ? kOnednnLimits : kMklLimits;
+  const Limits& limits = limits_of(weight.scalar_type());
   const bool is_skinny = std::min(M, N) <= (K * N > kCachedWeight ? limits.forward_rows : kSkinny);
-  return library_is_better(shape, &weight, weight.scalar_type(), M * K * N <= limits.forward,
-                           is_skinny);
+  const bool is_at_hand = K <= limits.forward_inputs || M * K <= limits.forward_input;
+  const bool is_small = is_at_hand && M * K * N <= limits.forward;
+  return library_is_better(shape, &weight, weight.scalar_type(), is_small, is_skinny);
 }
 
 bool prefers_library_backward(const LinearReluShape& shape, const Tensor* weight,
                               ScalarType dtype) {
   const auto [M, K, N] = shape;
-  const Limits& limits = is_for_onednn(dtype) ? kOnednnLimits : kMklLimits;
-  const bool is_cached = K * N <= limits.backward_weight;
+  const Limits& limits = limits_of(dtype);
+  constexpr int64_t kFewRows = 16;
+  const bool is_cached = K * N <= (M <= kFewRows ? limits.few_rows_weight : limits.backward_weight);
   return library_is_better(shape, weight, dtype, is_cached && M * K * N <= limits.backward,
                            is_cached && std::min(M, N) <= kSkinny);
 }
@@ -124,15 +140,18 @@ struct SparseCosts {
   double packing;  // over the rows that what is packed is multiplied by
   double listing;  // over the columns that an element is multiplied by
 };
-constexpr SparseCosts kSparseCosts = {1.15, 4, 16};      // AVX2, and AVX-512 in two passes
-constexpr SparseCosts kWideSparseCosts = {1.75, 4, 16};  // AVX-512 at once
+constexpr SparseCosts kSparseCosts = {1.15, 4, 32};     // AVX2, and AVX-512 in two passes
+constexpr SparseCosts kWideSparseCosts = {1.5, 4, 64};  // AVX-512 at once
 constexpr SparseCosts kBaselineSparseCosts = {1.15, 4, 48};
 
 bool sparse_is_better(const LinearReluShape& shape, int64_t not_zero, bool by_library,
                       const std::optional<Tensor>& input, const std::optional<Tensor>& weight) {
   const auto [M, K, N] = shape;
   const int products = input.has_value() + weight.has_value();
-  if (M * K * N * products == 0 || (weight && !weight->is_contiguous())) return false;
+  constexpr int64_t kFewest = 32;  // rows, and outputs: of few the products are bound by memory
+  if (std::min(M, N) < kFewest || K * products == 0) return false;
+  if (input && K * N > limits_of(ScalarType::Float).backward_weight) return false;
+  if (weight && !weight->is_contiguous()) return false;
   const bool is_baseline = cpu_isa() == Isa::baseline;
   if (by_library && is_baseline) return false;  // the library's vectors may be wider
   const auto [each, packing, listing] = is_baseline             ? kBaselineSparseCosts
@@ -143,48 +162,60 @@ bool sparse_is_better(const LinearReluShape& shape, int64_t not_zero, bool by_li
   return each * share + packings / products + listing / K < 1;
 }
 
-// grad_z and grad_bias, or with `adds` more of that, in one pass over grad_out and out; either may
-// be null. Returns how many elements of grad_z are not zero.
+// grad_z and grad_bias in one pass over grad_out and out; either may be null.
 template <bool kRelu, class T, class Z>
-int64_t masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
-                    Tensor* grad_bias, int64_t M, int64_t N, bool adds = false) {
-  if (!grad_z && !grad_bias) return 0;
+void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
+                 Tensor* grad_bias, int64_t M, int64_t N) {
+  if (!grad_z && !grad_bias) return;
   using A = acc_t<T>;
   // Fixed chunks of rows, whatever the number of threads: the sums come out the same, bit by bit.
   const int64_t chunk = std::max<int64_t>(64, 32768 / std::max<int64_t>(1, N));
-  constexpr int64_t kColumns = 1024;
+  constexpr int64_t kColumns = 256;
   const int64_t chunks = divide_up(M, chunk), parts = divide_up(N, kColumns);
   std::unique_ptr<A[]> sums;
   if (grad_bias) {
     sums.reset(new A[std::max<int64_t>(1, chunks) * N]);
     std::fill_n(sums.get(), N, A(0));
   }
-  std::atomic<int64_t> not_zero = 0;
   parallel(chunks * parts, 4 * chunk * std::min(N, kColumns), [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t c = part / parts, n = part % parts * kColumns;
       const int64_t first = c * chunk * N + n;
-      not_zero += FASTNET_BEST_ISA(masked_grad_kernel<kRelu>(
+      FASTNET_BEST_ISA(masked_grad_kernel<kRelu>(
           grad_out + first, kRelu ? out + first : nullptr, grad_z ? grad_z + first : nullptr,
           sums ? sums.get() + c * N + n : nullptr, std::min(chunk, M - c * chunk),
-          std::min(kColumns, N - n), N));
+          std::min(kColumns, N - n), N, N));
     }
   });
-  if (!grad_bias) return not_zero;
+  if (!grad_bias) return;
   for (int64_t c = 1; c < chunks; ++c) {
     for (int64_t n = 0; n < N; ++n) sums[n] += sums[c * N + n];
   }
   T* bias = static_cast<T*>(grad_bias->mutable_data_ptr());
-  for (int64_t n = 0; n < N; ++n) {
-    bias[n] = static_cast<T>(adds ? static_cast<A>(bias[n]) + sums[n] : sums[n]);
-  }
-  return not_zero;
+  for (int64_t n = 0; n < N; ++n) bias[n] = static_cast<T>(sums[n]);
 }
 
-// out (M, N) = x (M, K) · w (N, K)ᵀ + bias, by the kernel here. Threads share out the longer side,
-// so that each reads a part of the larger matrix only.
+// out (M, N) = x (M, K) · w (N, K)ᵀ + bias, by the kernels here, of which the shape alone decides,
+// that sums do not depend on the threads. Of dot products threads share out the longer side, so
+// that each reads a part of the larger matrix only.
 template <bool kRelu, class E>
 void own_forward(const E* x, const E* w, const E* bias, E* out, int64_t M, int64_t K, int64_t N) {
+  if constexpr (std::is_same_v<E, float>) {
+    if (FASTNET_BEST_ISA(takes_panels(M, K, N))) {
+      const int64_t work = M * K * N;
+      const int64_t count = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
+      const Shares shares(M, N, count);
+      parallel(count, work, [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) {
+          const Share share = shares[index];
+          if (share.is_empty()) continue;
+          FASTNET_BEST_ISA(forward_by_panels_kernel<kRelu>(
+              x, w, bias, out, K, N, share.row, share.row_end, share.column, share.column_end));
+        }
+      });
+      return;
+    }
+  }
   constexpr int64_t kUnit = 4;  // small, for equal shares; a tile's width
   if (N > M) {
     parallel(divide_up(N, kUnit), kUnit * M * K, [&](int64_t begin, int64_t end) {
@@ -199,63 +230,134 @@ void own_forward(const E* x, const E* w, const E* bias, E* out, int64_t M, int64
   }
 }
 
-// grad_weight (N, K) = grad_zᵀ (N, M) · x (M, K), or with `adds` more of it, and
-// grad_input (M, K) = grad_z · w (N, K), by the kernel here; either may be null. Both in one
-// parallel region, of which every thread gets an equal share of each.
-template <class E, class A>
-void own_products(const A* grad_z, const E* x, const E* w, E* grad_weight, E* grad_input, int64_t M,
-                  int64_t K, int64_t N, bool adds = false) {
-  const int64_t work = (grad_weight || grad_input) * M * N * K;
-  const int64_t shares = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
-  const Blocks weight_blocks(grad_weight ? N : 0, K, shares);
-  const Blocks input_blocks(grad_input ? M : 0, K, shares);
-  parallel(shares, work, [&](int64_t begin, int64_t end) {
-    weight_blocks.for_share(begin, end, shares, [&](const Block& block) {
-      FASTNET_BEST_ISA(product_kernel(grad_z, 1, N, x, grad_weight, M, K, block.row, block.row_end,
-                                      block.column, block.column_end, adds));
-    });
-    input_blocks.for_share(begin, end, shares, [&](const Block& block) {
-      FASTNET_BEST_ISA(product_kernel(grad_z, N, 1, w, grad_input, N, K, block.row, block.row_end,
-                                      block.column, block.column_end));
-    });
-  });
-}
-
-// The same of a grad_z that is zero for a good part. Threads share out the columns, and each lists
-// all that is not zero for itself; or, where that would take a good part of the time, the rows.
-void own_sparse_products(const float* grad_z, const float* x, const float* w, float* grad_weight,
-                         float* grad_input, int64_t M, int64_t K, int64_t N, bool adds) {
-  const int64_t work = M * N * K * ((grad_weight != nullptr) + (grad_input != nullptr));
-  const int64_t shares = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
-  const auto product = [&](const float* a, int64_t a_row, int64_t a_step, const float* b, float* c,
-                           int64_t I, int64_t J, int64_t begin, int64_t end, bool is_more) {
-    constexpr int64_t kUnit = kWidestVector;
-    const bool by_columns = K >= std::max(8 * I, shares * kUnit);
-    const int64_t units = by_columns ? K / kUnit : I;
-    const int64_t first = begin * units / shares, last = end * units / shares;
-    if (first == last) return;
-    if (by_columns) {
-      FASTNET_BEST_ISA(sparse_product_kernel(a, a_row, a_step, b, c, J, K, 0, I, first * kUnit,
-                                             last == units ? K : last * kUnit, is_more));
-    } else {
-      FASTNET_BEST_ISA(
-          sparse_product_kernel(a, a_row, a_step, b, c, J, K, first, last, 0, K, is_more));
-    }
+// The shares of a product that passes zeros over: columns, of which each thread lists all that is
+// not zero for itself; or rows, where that would take a good part of the time.
+Share sparse_share(int64_t rows, int64_t columns, int64_t index, int64_t shares) {
+  constexpr int64_t kUnit = kWidestVector;
+  if (columns < std::max(8 * rows, shares * kUnit)) {
+    return {index * rows / shares, (index + 1) * rows / shares, 0, columns};
+  }
+  const auto at = [&](int64_t part) {
+    return part == shares ? columns : columns / kUnit * part / shares * kUnit;
   };
-  parallel(shares, work, [&](int64_t begin, int64_t end) {
-    if (grad_weight) product(grad_z, 1, N, x, grad_weight, N, M, begin, end, adds);
-    if (grad_input) product(grad_z, N, 1, w, grad_input, M, N, begin, end, false);
+  return {0, rows, at(index), at(index + 1)};
+}
+
+// A backward pass by the kernels here. What is null is not wanted, or not there.
+template <class T>
+struct OwnBackward {
+  int64_t M, K, N;
+  const element_t<T>*grad_out, *out, *x, *w;
+  element_t<T>*grad_weight, *grad_input;
+  acc_t<T>* bias_sums;
+  bool adds;       // to what grad_weight has
+  bool is_sparse;  // grad_z is zero for a good part: float32 with a ReLU
+};
+
+// Every thread makes what it needs of grad_z for itself, some rows at a time, which stay near: to
+// fetch it from another takes longer than to mask it again.
+template <bool kRelu, class T>
+void own_backward(const OwnBackward<T>& call) {
+  using E = element_t<T>;
+  using A = acc_t<T>;
+  constexpr bool kHasZ = kRelu || !std::is_same_v<E, A>;
+  const auto [M, K, N] = std::tuple(call.M, call.K, call.N);
+  const int64_t work = M * N * K * ((call.grad_weight != nullptr) + (call.grad_input != nullptr));
+  const int64_t count = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
+  const Shares of_weight(call.grad_weight ? N : 0, K, count);
+  const Shares of_input(call.grad_input ? M : 0, K, count);
+  // By the shape alone, so that sums do not depend on the threads. Those of half types must not
+  // pass through memory, and go in one.
+  constexpr int64_t kNear = 1 << 17, kLeast = 128;  // elements, rows
+  constexpr int64_t kLow = 32;                      // rows of a result
+  const int64_t near = std::max(kLeast, kNear / std::max<int64_t>(1, N) / kLeast * kLeast);
+  const int64_t chunk = sizeof(T) < sizeof(A) ? std::max<int64_t>(1, M) : std::min(M, near);
+
+  const auto product = [&](const A* a, int64_t a_row, int64_t a_step, const E* b, E* c, int64_t J,
+                           int64_t rows, const Share& share, bool adds, bool is_low) {
+    if constexpr (kRelu && std::is_same_v<T, float>) {
+      if (call.is_sparse) {
+        FASTNET_BEST_ISA(sparse_product_kernel(a, a_row, a_step, b, c, J, K, 0, rows, share.column,
+                                               share.column_end, adds));
+        return;
+      }
+    }
+    FASTNET_BEST_ISA(product_kernel(a, a_row, a_step, b, c, J, K, 0, rows, share.column,
+                                    share.column_end, adds, is_low));
+  };
+  parallel(count, work, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Share weight_share =
+          call.is_sparse && call.grad_weight ? sparse_share(N, K, index, count) : of_weight[index];
+      const Share input_share =
+          call.is_sparse && call.grad_input ? sparse_share(M, K, index, count) : of_input[index];
+      const int64_t width = weight_share.row_end - weight_share.row;
+      const int64_t elements = chunk * (input_share.is_empty() ? width : N);
+      std::unique_ptr<A[]> large;
+      A* z = nullptr;
+      if (constexpr int64_t kMost = (8 << 20) / sizeof(A); elements + width > kMost) {
+        large.reset(new A[elements + width]);
+        z = large.get();
+      } else {
+        z = thread_scratch<A>(elements + width);
+      }
+      A* const sums = z + elements;
+      const auto masked = [&](int64_t first, int64_t rows, int64_t n, int64_t columns, A* to_sums) {
+        const E* const g = call.grad_out + first * N + n;
+        if (!kHasZ && !to_sums) return g;
+        FASTNET_BEST_ISA(masked_grad_kernel<kRelu>(g, kRelu ? call.out + first * N + n : nullptr,
+                                                   kHasZ ? z : nullptr, to_sums, rows, columns, N,
+                                                   columns));
+        return g;
+      };
+      const bool has_all = width == N && chunk >= M && !weight_share.is_empty();
+      if (!weight_share.is_empty()) {
+        int64_t first = 0;
+        do {  // also without rows, whose sums are 0
+          const int64_t rows = std::min(chunk, M - first), n = weight_share.row;
+          const bool has_bias = call.bias_sums && weight_share.column == 0;
+          const E* const g = masked(first, rows, n, width, has_bias ? sums : nullptr);
+          for (int64_t i = 0; has_bias && i < width; ++i) {
+            call.bias_sums[n + i] = first > 0 ? call.bias_sums[n + i] + sums[i] : sums[i];
+          }
+          const E* const x = call.x + first * K;
+          E* const c = call.grad_weight + n * K;
+          const bool adds = call.adds || first > 0;
+          if constexpr (kHasZ) {
+            product(z, 1, width, x, c, rows, width, weight_share, adds, N < kLow);
+          } else {
+            product(g, 1, N, x, c, rows, width, weight_share, adds, N < kLow);
+          }
+          first += rows;
+        } while (first < M);
+      }
+      if (input_share.is_empty()) continue;
+      const int64_t at_once = has_all ? input_share.row_end - input_share.row : chunk;
+      for (int64_t first = input_share.row; first < input_share.row_end; first += at_once) {
+        const int64_t rows = std::min(at_once, input_share.row_end - first);
+        const E* const g = has_all ? call.grad_out + first * N : masked(first, rows, 0, N, nullptr);
+        E* const c = call.grad_input + first * K;
+        if constexpr (kHasZ) {
+          product(has_all ? z + first * N : z, N, 1, call.w, c, N, rows, input_share, false,
+                  M < kLow);
+        } else {
+          product(g, N, 1, call.w, c, N, rows, input_share, false, M < kLow);
+        }
+      }
+    }
   });
 }
 
-// Rows whose grad_z is in memory at once: of one that is no longer near when it is multiplied, so
-// many that it is. Sums of half types must not pass through memory, and go in one.
+// How many elements of grad_z are not zero, from some of its rows.
 template <class T>
-int64_t rows_at_once(int64_t M, int64_t N) {
-  constexpr int64_t kNear = 8 << 20, kChunk = 1 << 20, kLeast = 1024;  // bytes, bytes, rows
-  const int64_t row = N * static_cast<int64_t>(sizeof(acc_t<T>));
-  const bool goes_in_one = sizeof(T) < sizeof(acc_t<T>) || M * row <= kNear;
-  return goes_in_one ? M : std::min(M, std::max(kLeast, kChunk / row));
+int64_t estimated_not_zero(const OwnBackward<T>& call) {
+  constexpr int64_t kElements = 4096;
+  const int64_t rows = std::clamp<int64_t>(kElements / call.N, 1, call.M);
+  acc_t<T>* const z = thread_scratch<acc_t<T>>(rows * call.N);
+  const int64_t not_zero = FASTNET_BEST_ISA(
+      masked_grad_kernel<true>(call.grad_out, call.out, z, static_cast<acc_t<T>*>(nullptr), rows,
+                               call.N, call.M / rows * call.N, call.N));
+  return not_zero * call.M / rows;
 }
 
 // a (I, J) · b (J, K) by the library that is the fastest here.
@@ -327,67 +429,46 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   if (needs_bias) grad_bias = allocate(output, {N});
   const Tensor g = dense(grad_output), out = kRelu ? dense(output) : output;
 
-  Tensor* const wanted_bias = needs_bias ? &grad_bias : nullptr;
   const bool by_library =
       prefers_library_backward({M, K, N}, weight ? &*weight : nullptr, output.scalar_type());
   Tensor grad_z;  // for the library
-  if (by_library) grad_z = kRelu ? allocate(output, {M, N}) : torch::stable::view(g, {M, N});
   bool is_done = false;
   dispatch_float("linear_relu_backward", output.scalar_type(), [&, M = M, K = K, N = N](auto type) {
     using T = decltype(type);
-    using A = acc_t<T>;
-    constexpr bool kMayBeSparse = kRelu && std::is_same_v<T, float>;
-    const auto masked = [&](auto* z, int64_t first, int64_t rows) {
-      return masked_grad<kRelu, T>(data<T>(g) + first * N,
-                                   kRelu ? data<T>(out) + first * N : nullptr, z, wanted_bias, rows,
-                                   N, first > 0);
-    };
-    const auto is_sparse = [&](int64_t not_zero, int64_t rows) {
-      return kMayBeSparse && sparse_is_better({rows, K, N}, not_zero, by_library, input, weight);
-    };
-    Tensor x;
-    const auto multiply = [&](const A* z, int64_t first, int64_t rows, bool sparse) {
-      if (!is_done) {
-        if (weight) grad_input = in_huge_pages(allocate(output, with_last(output, K)));
-        if (input) grad_weight = in_huge_pages(allocate(output, {N, K}));
-        if (input) x = dense(*input);
-        is_done = true;
-      }
-      const auto* const x_data = input ? data<T>(x) + first * K : nullptr;
-      const auto* const w_data = weight ? data<T>(*weight) : nullptr;
-      auto* const grad_w = input ? mutable_data<T>(grad_weight) : nullptr;
-      auto* const grad_x = weight ? mutable_data<T>(grad_input) + first * K : nullptr;
-      const bool adds = first > 0;
-      if constexpr (kMayBeSparse) {
-        if (sparse) {
-          return own_sparse_products(z, x_data, w_data, grad_w, grad_x, rows, K, N, adds);
-        }
-      }
-      own_products(z, x_data, w_data, grad_w, grad_x, rows, K, N, adds);
-    };
-    if (by_library) {
-      auto* const z = kRelu ? mutable_data<T>(grad_z) : nullptr;
-      const int64_t not_zero = masked(z, 0, M);
-      if constexpr (kMayBeSparse) {
-        if (is_sparse(not_zero, M)) multiply(z, 0, M, true);
-      }
-    } else if (!input && !weight) {
-      masked(static_cast<A*>(nullptr), 0, M);
-      is_done = true;
-    } else if (kRelu || sizeof(T) != sizeof(A)) {
-      const int64_t at_once = rows_at_once<T>(M, N);
-      const std::unique_ptr<A[]> z(new A[std::max<int64_t>(1, at_once * N)]);
-      int64_t first = 0;
-      do {  // also without rows, whose sums are 0
-        const int64_t rows = std::min(at_once, M - first);
-        const int64_t not_zero = masked(z.get(), first, rows);
-        multiply(z.get(), first, rows, is_sparse(not_zero, rows));
-        first += rows;
-      } while (first < M);
-    } else {  // without a ReLU the gradient is taken as it is, but that half types are widened
-      masked(static_cast<A*>(nullptr), 0, M);
-      multiply(static_cast<const A*>(g.const_data_ptr()), 0, M, false);
+    OwnBackward<T> call{M, K, N, data<T>(g), kRelu ? data<T>(out) : nullptr};
+    if constexpr (kRelu && std::is_same_v<T, float>) {
+      call.is_sparse =
+          sparse_is_better({M, K, N}, 0, by_library, input, weight) &&
+          sparse_is_better({M, K, N}, estimated_not_zero(call), by_library, input, weight);
     }
+    if (by_library && !call.is_sparse) {
+      if (kRelu) grad_z = allocate(output, {M, N});
+      masked_grad<kRelu, T>(call.grad_out, call.out, kRelu ? mutable_data<T>(grad_z) : nullptr,
+                            needs_bias ? &grad_bias : nullptr, M, N);
+      if (!kRelu) grad_z = torch::stable::view(g, {M, N});
+      return;
+    }
+    is_done = true;
+    const Tensor x = input ? dense(*input) : Tensor();
+    if (input) {
+      grad_weight = in_huge_pages(allocate(output, {N, K}));
+      call.x = data<T>(x);
+      call.grad_weight = mutable_data<T>(grad_weight);
+    } else if (needs_bias) {
+      masked_grad<kRelu, T>(call.grad_out, call.out, static_cast<element_t<T>*>(nullptr),
+                            &grad_bias, M, N);
+    }
+    if (weight) {
+      grad_input = in_huge_pages(allocate(output, with_last(output, K)));
+      call.w = data<T>(*weight);
+      call.grad_input = mutable_data<T>(grad_input);
+    }
+    std::unique_ptr<acc_t<T>[]> sums;
+    if (input && needs_bias) sums.reset(new acc_t<T>[N]());
+    call.bias_sums = sums.get();
+    own_backward<kRelu>(call);
+    T* const bias = sums ? static_cast<T*>(grad_bias.mutable_data_ptr()) : nullptr;
+    for (int64_t n = 0; bias && n < N; ++n) bias[n] = static_cast<T>(sums[n]);
   });
   if (is_done) return {grad_input, grad_weight, grad_bias};
 
@@ -456,8 +537,11 @@ static void linear_backward_out(const Tensor& grad_output, const Tensor& input,
     return mutable_data<float>(*gradient);
   };
   const Tensor g = dense(grad_output), x = dense(input), w = dense(weight);
-  own_products(data<float>(g), data<float>(x), data<float>(w), memory(grad_weight, N, K),
-               memory(grad_input, M, K), M, K, N, /*adds=*/true);
+  OwnBackward<float> call{M, K, N, data<float>(g), nullptr, data<float>(x), data<float>(w)};
+  call.grad_weight = memory(grad_weight, N, K);
+  call.grad_input = memory(grad_input, M, K);
+  call.adds = true;
+  own_backward<false>(call);
 }
 
 bool cpu::prefers_linear(int64_t rows, int64_t in_features, int64_t out_features,
