@@ -546,15 +546,15 @@ static void linear_backward_out(const Tensor& grad_output, const Tensor& input,
 
 bool cpu::prefers_linear(int64_t rows, int64_t in_features, int64_t out_features,
                          ScalarType dtype) {
-  constexpr int64_t kSmall = 16'000'000;  // multiply-adds
+  constexpr int64_t kSmall = 16'000'000;  // multiply-adds, of other types than float32
   // Elements of a weight whose gradient is fresh memory at every step, which lies in huge pages.
   constexpr int64_t kFreshWeight = 8 << 20;
   const int64_t weight = in_features * out_features;
   if (dtype == ScalarType::BFloat16) {
     return rows * weight <= kSmall && std::min(rows, out_features) <= kSkinny;
   }
-  return rows * weight <= kSmall ||
-         (dtype == ScalarType::Float && (weight >= kFreshWeight || is_for_onednn(dtype)));
+  if (dtype != ScalarType::Float) return rows * weight <= kSmall;
+  return rows * weight <= limits_of(dtype).backward || weight >= kFreshWeight;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {
