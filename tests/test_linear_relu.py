@@ -111,6 +111,7 @@ def test_sums_of_any_length(M, K, N, device):
         (97, 700, 33),  # of rows that go well as dot products
         (400, 50, 3),  # a gradient whose rows are shorter than a vector
         (20, 200, 90),  # few steps for the weight's gradient, and few rows for the input's
+        (70, 0, 70),  # nothing to sum, for as many as are summed by panels
     ],
 )
 def test_every_way_of_the_products(M, K, N, device):
@@ -355,7 +356,7 @@ def test_inputs_are_not_written_to(device):
 
 @pytest.mark.parametrize(
     "shape",
-    [((64,), 784, 28), ((300,), 300, 200), ((3000,), 30, 9), ((40,), 1100, 60), ((40,), 200, 300)],
+    [((64,), 784, 28), ((300,), 300, 200), ((3000,), 30, 9), ((40,), 1100, 60), ((40,), 200, 300), ((1000,), 16, 10)],
     ids=str,
 )
 def test_same_bits_every_time_and_on_any_number_of_threads(shape, device):
@@ -371,7 +372,7 @@ def test_same_bits_every_time_and_on_any_number_of_threads(shape, device):
         assert all(map(torch.equal, first, again))
     if device.name != "cpu" or shape[0][0] * shape[1] * shape[2] > 1 << 24:
         return  # no threads of ours; the library's product may depend on their number
-    for count in (1, 5):
+    for count in (1, 4, 5):
         with threads(count):
             assert all(map(torch.equal, first, run()))
 

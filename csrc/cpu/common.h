@@ -71,6 +71,12 @@ A* thread_scratch(int64_t count) {
   return reinterpret_cast<A*>(memory.data());
 }
 
+// What a thread may keep so, in elements.
+template <class A>
+constexpr int64_t most_scratch() {
+  return (8 << 20) / sizeof(A);
+}
+
 // Floats in the widest vector of any instruction set.
 inline constexpr int64_t kWidestVector = 16;
 

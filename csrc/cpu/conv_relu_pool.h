@@ -34,13 +34,7 @@ enum class ConvForm : int {
   patches_of_6,  // the same on patches of 6 x 6: of many channels
 };
 
-// What a thread may keep, in elements; where more were needed the library takes over.
-template <class A>
-constexpr int64_t most_scratch() {
-  return (8 << 20) / sizeof(A);
-}
-
-// The same of filters, rearranged.
+// What a thread may keep of filters, rearranged, in elements.
 template <class A>
 constexpr int64_t most_filters() {
   return (12 << 20) / sizeof(A);

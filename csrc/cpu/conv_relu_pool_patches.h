@@ -6,9 +6,6 @@
 FASTNET_INLINE int64_t round_up(int64_t value, int64_t to) {
   return (value + to - 1) / to * to;
 }
-FASTNET_INLINE int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 // A distance at which many stores in a row do not all fall into the same few sets of the cache, as
 // they do a page apart: an odd number of lines.
 template <class A>

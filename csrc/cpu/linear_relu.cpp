@@ -1,6 +1,5 @@
-// linear_relu, and linear alone, on the CPU. Own kernels for the skinny shapes of small networks,
-// where the library is far from its peak; the library's product, with one fused pass around it,
-// elsewhere.
+// linear_relu, and linear alone, on the CPU. Own kernels up to where the library's product is the
+// faster one, which is then taken, with one fused pass around it.
 
 #include "../linear_relu.h"
 
@@ -61,7 +60,8 @@ class Shares {
   }
 
  private:
-  static constexpr int64_t kTile = 8;  // the tallest one's height
+  // Rows that stay together: two of the tallest tiles', and a vector of what is masked for them.
+  static constexpr int64_t kTile = 16;
   int64_t rows_, columns_, high_ = 1, wide_ = 1;
 };
 
@@ -74,6 +74,7 @@ bool is_for_onednn(ScalarType dtype) {
 // large matrices. The forward kernel also saves the passes over the output.
 struct Limits {
   int64_t forward, backward;  // multiply-adds
+  int64_t forward_by_panels;  // the same where the forward kernel takes panels
   // Inputs, or elements of the input, up to which the forward kernel has a block of it at hand.
   int64_t forward_inputs, forward_input;
   // Rows for which a weight that comes from memory is read in good order by the forward kernel.
@@ -83,9 +84,10 @@ struct Limits {
 };
 // Measured on two cores of an Intel Xeon, and on two of Zen 5, where the kernels have oneDNN's rate
 // backward, and large gradients lie in huge pages, which those that oneDNN makes do not.
-constexpr Limits kMklLimits = {10'000'000'000, 64'000'000, 1024, 300'000, 16, 2'000'000, 400'000};
-constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 1 << 30,      0,
-                                  4,          1'000'000'000,  1'000'000'000};
+constexpr Limits kMklLimits = {64'000'000, 64'000'000, 10'000'000'000, 1024,
+                               300'000,    16,         2'000'000,      400'000};
+constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 32'000'000,    1 << 30,
+                                  0,          4,              1'000'000'000, 1'000'000'000};
 const Limits& limits_of(ScalarType dtype) {
   return is_for_onednn(dtype) ? kOnednnLimits : kMklLimits;
 }
@@ -119,7 +121,9 @@ bool prefers_library_forward(const LinearReluShape& shape, const Tensor& weight)
   const Limits& limits = limits_of(weight.scalar_type());
   const bool is_skinny = std::min(M, N) <= (K * N > kCachedWeight ? limits.forward_rows : kSkinny);
   const bool is_at_hand = K <= limits.forward_inputs || M * K <= limits.forward_input;
-  const bool is_small = is_at_hand && M * K * N <= limits.forward;
+  const bool by_panels = weight.scalar_type() == ScalarType::Float && is_at_hand &&
+                         FASTNET_BEST_ISA(takes_panels(M, K, N));
+  const bool is_small = M * K * N <= (by_panels ? limits.forward_by_panels : limits.forward);
   return library_is_better(shape, &weight, weight.scalar_type(), is_small, is_skinny);
 }
 
@@ -163,8 +167,8 @@ bool sparse_is_better(const LinearReluShape& shape, int64_t not_zero, bool by_li
 }
 
 // grad_z and grad_bias in one pass over grad_out and out; either may be null.
-template <bool kRelu, class T, class Z>
-void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, Z* grad_z,
+template <bool kRelu, class T>
+void masked_grad(const element_t<T>* grad_out, const element_t<T>* out, element_t<T>* grad_z,
                  Tensor* grad_bias, int64_t M, int64_t N) {
   if (!grad_z && !grad_bias) return;
   using A = acc_t<T>;
@@ -260,19 +264,36 @@ template <bool kRelu, class T>
 void own_backward(const OwnBackward<T>& call) {
   using E = element_t<T>;
   using A = acc_t<T>;
-  constexpr bool kHasZ = kRelu || !std::is_same_v<E, A>;
-  const auto [M, K, N] = std::tuple(call.M, call.K, call.N);
+  constexpr bool kHasZ = kRelu || !std::is_same_v<E, A>;  // or it is grad_out
+  const int64_t M = call.M, K = call.K, N = call.N;
   const int64_t work = M * N * K * ((call.grad_weight != nullptr) + (call.grad_input != nullptr));
   const int64_t count = work < kWorkPerThread ? 1 : torch::stable::get_num_threads();
   const Shares of_weight(call.grad_weight ? N : 0, K, count);
   const Shares of_input(call.grad_input ? M : 0, K, count);
   // By the shape alone, so that sums do not depend on the threads. Those of half types must not
-  // pass through memory, and go in one.
-  constexpr int64_t kNear = 1 << 17, kLeast = 128;  // elements, rows
-  constexpr int64_t kLow = 32;                      // rows of a result
-  const int64_t near = std::max(kLeast, kNear / std::max<int64_t>(1, N) / kLeast * kLeast);
-  const int64_t chunk = sizeof(T) < sizeof(A) ? std::max<int64_t>(1, M) : std::min(M, near);
+  // pass through memory, and go in one, of some outputs at a time.
+  constexpr bool kIsHalf = sizeof(E) < sizeof(A);
+  constexpr int64_t kNear = 1 << 17, kRows = 128, kLow = 32;  // elements, rows, rows of a result
+  const int64_t near = std::max(kRows, kNear / std::max<int64_t>(1, N) / kRows * kRows);
+  const int64_t chunk = kIsHalf ? std::max<int64_t>(1, M) : std::min(M, near);
+  const int64_t outputs = kIsHalf ? std::max(kWidestVector, most_scratch<A>() / chunk) : N;
 
+  struct Rows {
+    const A* first;
+    int64_t next;
+  };
+  // Rows [first, first + rows) of grad_z, columns [n, n + columns), and their sums if those are
+  // wanted.
+  const auto masked = [&](A* z, int64_t first, int64_t rows, int64_t n, int64_t columns, A* sums) {
+    const E* const g = call.grad_out + first * N + n;
+    const E* const out = kRelu ? call.out + first * N + n : nullptr;
+    if (kHasZ || sums) {
+      FASTNET_BEST_ISA(masked_grad_kernel<kRelu>(g, out, kHasZ ? z : nullptr, sums, rows, columns,
+                                                 N, columns));
+    }
+    if constexpr (kHasZ) return Rows{z, columns};
+    else return Rows{g, N};
+  };
   const auto product = [&](const A* a, int64_t a_row, int64_t a_step, const E* b, E* c, int64_t J,
                            int64_t rows, const Share& share, bool adds, bool is_low) {
     if constexpr (kRelu && std::is_same_v<T, float>) {
@@ -285,78 +306,61 @@ void own_backward(const OwnBackward<T>& call) {
     FASTNET_BEST_ISA(product_kernel(a, a_row, a_step, b, c, J, K, 0, rows, share.column,
                                     share.column_end, adds, is_low));
   };
+  const auto weight_part = [&](const Share& share, A* z, A* sums) {
+    if (!call.bias_sums || share.column > 0) sums = nullptr;
+    for (int64_t n = share.row; n < share.row_end; n += outputs) {
+      const int64_t width = std::min(outputs, share.row_end - n);
+      E* const c = call.grad_weight + n * K;
+      int64_t first = 0;
+      do {  // also without rows, whose sums are 0
+        const int64_t rows = std::min(chunk, M - first);
+        const Rows made = masked(z, first, rows, n, width, sums);
+        for (int64_t i = 0; sums && i < width; ++i) call.bias_sums[n + i] += sums[i];
+        if (kHasZ) {
+          product(made.first, 1, made.next, call.x + first * K, c, rows, width, share,
+                  call.adds || first > 0, N < kLow);
+        }
+        first += rows;
+      } while (first < M);
+      if (kHasZ) continue;
+      const Rows all = masked(z, 0, M, n, width, nullptr);
+      product(all.first, 1, all.next, call.x, c, M, width, share, call.adds, N < kLow);
+    }
+  };
+  const auto input_part = [&](const Share& share, A* z, bool is_made) {
+    const int64_t at_once = is_made || !kHasZ ? share.row_end - share.row : near;
+    for (int64_t first = share.row; first < share.row_end; first += at_once) {
+      const int64_t rows = std::min(at_once, share.row_end - first);
+      const Rows made = is_made ? Rows{z + first * N, N} : masked(z, first, rows, 0, N, nullptr);
+      product(made.first, made.next, 1, call.w, call.grad_input + first * K, N, rows, share, false,
+              M < kLow);
+    }
+  };
   parallel(count, work, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      const Share weight_share =
+      const Share of_w =
           call.is_sparse && call.grad_weight ? sparse_share(N, K, index, count) : of_weight[index];
-      const Share input_share =
+      const Share of_x =
           call.is_sparse && call.grad_input ? sparse_share(M, K, index, count) : of_input[index];
-      const int64_t width = weight_share.row_end - weight_share.row;
-      const int64_t elements = chunk * (input_share.is_empty() ? width : N);
+      const bool has_w = !of_w.is_empty(), has_x = !of_x.is_empty();
+      const int64_t width = has_w ? std::min(outputs, of_w.row_end - of_w.row) : 0;
+      const bool is_made = kHasZ && width == N && chunk >= M;
+      const int64_t made = kHasZ ? std::max(chunk * width, has_x && !is_made ? near * N : 0) : 0;
       std::unique_ptr<A[]> large;
-      A* z = nullptr;
-      if (constexpr int64_t kMost = (8 << 20) / sizeof(A); elements + width > kMost) {
-        large.reset(new A[elements + width]);
-        z = large.get();
-      } else {
-        z = thread_scratch<A>(elements + width);
-      }
-      A* const sums = z + elements;
-      const auto masked = [&](int64_t first, int64_t rows, int64_t n, int64_t columns, A* to_sums) {
-        const E* const g = call.grad_out + first * N + n;
-        if (!kHasZ && !to_sums) return g;
-        FASTNET_BEST_ISA(masked_grad_kernel<kRelu>(g, kRelu ? call.out + first * N + n : nullptr,
-                                                   kHasZ ? z : nullptr, to_sums, rows, columns, N,
-                                                   columns));
-        return g;
-      };
-      const bool has_all = width == N && chunk >= M && !weight_share.is_empty();
-      if (!weight_share.is_empty()) {
-        int64_t first = 0;
-        do {  // also without rows, whose sums are 0
-          const int64_t rows = std::min(chunk, M - first), n = weight_share.row;
-          const bool has_bias = call.bias_sums && weight_share.column == 0;
-          const E* const g = masked(first, rows, n, width, has_bias ? sums : nullptr);
-          for (int64_t i = 0; has_bias && i < width; ++i) {
-            call.bias_sums[n + i] = first > 0 ? call.bias_sums[n + i] + sums[i] : sums[i];
-          }
-          const E* const x = call.x + first * K;
-          E* const c = call.grad_weight + n * K;
-          const bool adds = call.adds || first > 0;
-          if constexpr (kHasZ) {
-            product(z, 1, width, x, c, rows, width, weight_share, adds, N < kLow);
-          } else {
-            product(g, 1, N, x, c, rows, width, weight_share, adds, N < kLow);
-          }
-          first += rows;
-        } while (first < M);
-      }
-      if (input_share.is_empty()) continue;
-      const int64_t at_once = has_all ? input_share.row_end - input_share.row : chunk;
-      for (int64_t first = input_share.row; first < input_share.row_end; first += at_once) {
-        const int64_t rows = std::min(at_once, input_share.row_end - first);
-        const E* const g = has_all ? call.grad_out + first * N : masked(first, rows, 0, N, nullptr);
-        E* const c = call.grad_input + first * K;
-        if constexpr (kHasZ) {
-          product(has_all ? z + first * N : z, N, 1, call.w, c, N, rows, input_share, false,
-                  M < kLow);
-        } else {
-          product(g, N, 1, call.w, c, N, rows, input_share, false, M < kLow);
-        }
-      }
+      if (made + width > most_scratch<A>()) large.reset(new A[made + width]);
+      A* const z = large ? large.get() : thread_scratch<A>(made + width);
+      if (has_w) weight_part(of_w, z, z + made);
+      if (has_x) input_part(of_x, z, is_made);
     }
   });
 }
 
-// How many elements of grad_z are not zero, from some of its rows.
-template <class T>
-int64_t estimated_not_zero(const OwnBackward<T>& call) {
-  constexpr int64_t kElements = 4096;
-  const int64_t rows = std::clamp<int64_t>(kElements / call.N, 1, call.M);
-  acc_t<T>* const z = thread_scratch<acc_t<T>>(rows * call.N);
+// How many elements of grad_z are not zero, by some of its rows.
+int64_t estimated_not_zero(const OwnBackward<float>& call) {
+  constexpr int64_t kElements = 4096, kFewest = 8;
+  const int64_t rows = std::clamp<int64_t>(kElements / call.N, std::min(kFewest, call.M), call.M);
   const int64_t not_zero = FASTNET_BEST_ISA(
-      masked_grad_kernel<true>(call.grad_out, call.out, z, static_cast<acc_t<T>*>(nullptr), rows,
-                               call.N, call.M / rows * call.N, call.N));
+      not_zero_kernel(call.grad_out, call.out, rows, call.N, call.M / rows * call.N));
   return not_zero * call.M / rows;
 }
 
@@ -454,9 +458,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       grad_weight = in_huge_pages(allocate(output, {N, K}));
       call.x = data<T>(x);
       call.grad_weight = mutable_data<T>(grad_weight);
-    } else if (needs_bias) {
-      masked_grad<kRelu, T>(call.grad_out, call.out, static_cast<element_t<T>*>(nullptr),
-                            &grad_bias, M, N);
+    }
+    const bool sums_along = input && K > 0;  // with the weight's gradient
+    if (needs_bias && !sums_along) {
+      masked_grad<kRelu, T>(call.grad_out, call.out, nullptr, &grad_bias, M, N);
     }
     if (weight) {
       grad_input = in_huge_pages(allocate(output, with_last(output, K)));
@@ -464,7 +469,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       call.grad_input = mutable_data<T>(grad_input);
     }
     std::unique_ptr<acc_t<T>[]> sums;
-    if (input && needs_bias) sums.reset(new acc_t<T>[N]());
+    if (needs_bias && sums_along) sums.reset(new acc_t<T>[N]());
     call.bias_sums = sums.get();
     own_backward<kRelu>(call);
     T* const bias = sums ? static_cast<T*>(grad_bias.mutable_data_ptr()) : nullptr;
@@ -554,7 +559,8 @@ bool cpu::prefers_linear(int64_t rows, int64_t in_features, int64_t out_features
     return rows * weight <= kSmall && std::min(rows, out_features) <= kSkinny;
   }
   if (dtype != ScalarType::Float) return rows * weight <= kSmall;
-  return rows * weight <= limits_of(dtype).backward || weight >= kFreshWeight;
+  return is_for_onednn(dtype) || weight >= kFreshWeight ||
+         rows * weight <= kMklLimits.backward;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {

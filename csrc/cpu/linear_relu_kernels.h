@@ -14,7 +14,7 @@ inline constexpr int64_t kProductDepth = kVectorBytes == 64 ? 128 : 256, kLowDep
 // of so many elements a tile's columns are copied side by side first, for so many rows of c.
 inline constexpr int64_t kLongRow = 1024, kPackedFrom = 32;
 // The same of factors, for so many columns, and so many rows of c at a time.
-inline constexpr int64_t kManyColumns = 48, kBlockRows = 192;
+inline constexpr int64_t kManyColumns = 48, kBlockRows = 96;
 // Up to so many steps are few.
 inline constexpr int64_t kFewSteps = 32;
 
@@ -126,15 +126,9 @@ inline constexpr int kForwardCols = 4;
 // vector are few: those are as quick as dot products for fewer rows than other ones.
 inline bool takes_panels(int64_t rows, int64_t K, int64_t columns) {
   constexpr bool kHasMany = kRegisters == 32;
-  const bool goes_well = K > 512 && K < 1024;
-  return rows >= (goes_well  ? 96
-                  : kHasMany ? 32
-                             : 64) &&
-         (kHasMany || !goes_well) && columns >= 2 * kLanes<float>;
-}
-
-FASTNET_INLINE int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
+  if (K == 0 || columns < 2 * kLanes<float>) return false;
+  if (K > 512 && K < 1024) return kHasMany && rows >= 96;
+  return rows >= (kHasMany ? 32 : 64);
 }
 
 // A NaN is not below zero, and stays.
@@ -357,11 +351,11 @@ void bias_relu_kernel(T* out, const T* bias, int64_t rows, int64_t N) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Backward, first step: of `columns` columns of matrices of N, grad_z = grad_out where out > 0,
-// with z_row from one row to the next, and the sums of its columns, in one pass. As in torch, a NaN
-// in out lets the gradient through. Z is the type that the gradient is wanted in: T for a library's
+// Backward, first step: of `columns` columns of matrices of N, grad_z = grad_out where out > 0, with
+// z_row from one row to the next, and the sums of its columns, in one pass. As in torch, a NaN in
+// out lets the gradient through. Z is the type that the gradient is wanted in: T for a library's
 // product, acc_t<T> for the product below. Without kRelu there is no out, and nothing is masked;
-// either result may be null. Returns how many elements of grad_z are not zero.
+// either result may be null.
 
 // What is made of it, and out of what.
 template <bool kRelu_, bool kHasZ_, bool kHasSums_>
@@ -369,17 +363,13 @@ struct MaskedGrad {
   static constexpr bool kRelu = kRelu_, kHasZ = kHasZ_, kHasSums = kHasSums_;
 };
 
-// Some vectors of columns, whose sums stay in registers; kIsLast reaches back over columns that are
-// counted already, and goes on behind the first `skip` of them. Returns how many elements are not
-// zero, in each lane, as a negative number.
+// Some vectors of columns, whose sums stay in registers. kIsLast reaches back, over `skip` columns
+// that are done already.
 template <class Made, int kVectors, bool kIsLast, class T, class Z>
-static auto masked_strip(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
+static void masked_strip(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
                          int64_t rows, int64_t N, int64_t z_row, int64_t skip) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
-  const Vec<A> zero = {};
-  const auto is_new = lane_index<A>() >= splat(static_cast<A>(skip));
-  decltype(zero == zero) not_zero = {};
   Vec<A> sums[kVectors];
   FASTNET_UNROLL for (int v = 0; v < kVectors; ++v) sums[v] = Vec<A>{};
   for (int64_t m = 0; m < rows; ++m) {
@@ -387,37 +377,31 @@ static auto masked_strip(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* c
       const int64_t at = m * N + v * kStep;
       const Vec<A> grad = load(grad_out + at);
       Vec<A> masked = grad;
-      if constexpr (Made::kRelu) masked = load(out + at) <= zero ? zero : grad;
+      if constexpr (Made::kRelu) masked = load(out + at) <= Vec<A>{} ? Vec<A>{} : grad;
       if constexpr (Made::kHasZ) store(grad_z + m * z_row + v * kStep, masked);
-      if constexpr (kIsLast) masked = is_new ? masked : zero;
-      if constexpr (Made::kHasZ) not_zero += masked != zero;
       if constexpr (Made::kHasSums) sums[v] += masked;
     }
   }
+  const auto is_new = lane_index<A>() >= splat(static_cast<A>(skip));
   FASTNET_UNROLL for (int v = 0; Made::kHasSums && v < kVectors; ++v) {
     A* const to = column_sums + v * kStep;
     store(to, kIsLast ? (is_new ? sums[v] : load(to)) : sums[v]);
   }
-  return not_zero;
 }
 
 // The same of rows shorter than a vector, which are gone through as one: after as many vectors as a
 // row has elements, lanes have the same columns again.
 template <class Made, class T, class Z>
-static int64_t masked_short_rows(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
-                                 int64_t rows, int64_t N) {
+static void masked_short_rows(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
+                              int64_t rows, int64_t N) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>;
   alignas(64) A sums[kStep * kStep] = {};
-  decltype(Vec<A>{} == Vec<A>{}) not_zero = {};
-  int64_t at = 0, lane = 0, count = 0;
+  int64_t at = 0, lane = 0;
   for (; at + kStep <= rows * N; at += kStep) {
     Vec<A> masked = load(grad_out + at);
     if constexpr (Made::kRelu) masked = load(out + at) <= Vec<A>{} ? Vec<A>{} : masked;
-    if constexpr (Made::kHasZ) {
-      store(grad_z + at, masked);
-      not_zero += masked != Vec<A>{};
-    }
+    if constexpr (Made::kHasZ) store(grad_z + at, masked);
     if constexpr (Made::kHasSums) {
       store(sums + lane, load(sums + lane) + masked);
       lane = lane + kStep < N * kStep ? lane + kStep : 0;
@@ -428,63 +412,78 @@ static int64_t masked_short_rows(const T* grad_out, const T* out, Z* grad_z, acc
     if constexpr (Made::kRelu) masked = widen(out[at]) <= 0 ? A(0) : masked;
     if constexpr (Made::kHasZ) narrow(masked, grad_z + at);
     if constexpr (Made::kHasSums) sums[lane] += masked;
-    count += masked != 0;
   }
   for (int64_t n = 0; Made::kHasSums && n < N; ++n) {
     column_sums[n] = 0;
     for (int64_t i = n; i < N * kStep; i += N) column_sums[n] += sums[i];
   }
-  for (int i = 0; i < kStep; ++i) count -= not_zero[i];
-  return count;
 }
 
 template <class Made, class T, class Z>
-static int64_t masked_columns(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
-                              int64_t rows, int64_t columns, int64_t N, int64_t z_row) {
+static void masked_columns(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
+                           int64_t rows, int64_t columns, int64_t N, int64_t z_row) {
   using A = acc_t<T>;
   constexpr int kStep = kLanes<T>, kStrip = kRegisters / 2;
-  if (N < kStep && z_row == N) {
-    return masked_short_rows<Made>(grad_out, out, grad_z, column_sums, rows, N);
+  if (N < kStep && columns == N && z_row == N) {
+    masked_short_rows<Made>(grad_out, out, grad_z, column_sums, rows, N);
+    return;
   }
-  decltype(Vec<A>{} == Vec<A>{}) not_zero = {};
-  int64_t n = 0, count = 0;
+  int64_t n = 0;
   const auto strip = [&](auto vectors, auto is_last, int64_t skip) {
-    not_zero += masked_strip<Made, decltype(vectors)::value, decltype(is_last)::value>(
-        grad_out + n, Made::kRelu ? out + n : nullptr, grad_z + n, column_sums + n, rows, N, z_row,
-        skip);
+    masked_strip<Made, decltype(vectors)::value, decltype(is_last)::value>(
+        grad_out + n, Made::kRelu ? out + n : nullptr, Made::kHasZ ? grad_z + n : nullptr,
+        Made::kHasSums ? column_sums + n : nullptr, rows, N, z_row, skip);
   };
-  while (n + kStep <= columns) {
-    const int64_t vectors = (columns - n) / kStep;
-    with_constant<kStrip>(vectors, [&](auto some) { strip(some, std::false_type{}, 0); });
-    n += (vectors < kStrip ? vectors : kStrip) * kStep;
-  }
+  const auto strips = [&](auto vectors) {
+    constexpr int kWidth = decltype(vectors)::value * kStep;
+    for (; n + kWidth <= columns; n += kWidth) strip(vectors, std::false_type{}, 0);
+  };
+  strips(std::integral_constant<int, kStrip>{});
+  strips(std::integral_constant<int, kStrip / 4>{});
+  strips(std::integral_constant<int, 1>{});
   if (n < columns && columns >= kStep) {
     const int64_t skip = n + kStep - columns;
     n = columns - kStep;
     strip(std::integral_constant<int, 1>{}, std::true_type{}, skip);
-    n = columns;
+    return;
   }
   for (; n < columns; ++n) {
-    if constexpr (Made::kHasSums) column_sums[n] = 0;
+    A sum = 0;
     for (int64_t m = 0; m < rows; ++m) {
       A masked = widen(grad_out[m * N + n]);
       if constexpr (Made::kRelu) masked = widen(out[m * N + n]) <= 0 ? A(0) : masked;
       if constexpr (Made::kHasZ) narrow(masked, grad_z + m * z_row + n);
-      if constexpr (Made::kHasSums) column_sums[n] += masked;
-      count += masked != 0;
+      sum += masked;
     }
+    if constexpr (Made::kHasSums) column_sums[n] = sum;
   }
-  for (int lane = 0; lane < kStep; ++lane) count -= not_zero[lane];
-  return count;
 }
 
 template <bool kRelu, class T, class Z>
-int64_t masked_grad_kernel(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
-                           int64_t rows, int64_t columns, int64_t N, int64_t z_row) {
+void masked_grad_kernel(const T* grad_out, const T* out, Z* grad_z, acc_t<T>* column_sums,
+                        int64_t rows, int64_t columns, int64_t N, int64_t z_row) {
   const auto make = !column_sums ? masked_columns<MaskedGrad<kRelu, true, false>, T, Z>
                     : !grad_z    ? masked_columns<MaskedGrad<kRelu, false, true>, T, Z>
                                  : masked_columns<MaskedGrad<kRelu, true, true>, T, Z>;
-  return make(grad_out, out, grad_z, column_sums, rows, columns, N, z_row);
+  make(grad_out, out, grad_z, column_sums, rows, columns, N, z_row);
+}
+
+// How many elements of it are not zero, in rows of N, `next` from one to the next.
+inline int64_t not_zero_kernel(const float* grad_out, const float* out, int64_t rows, int64_t N,
+                               int64_t next) {
+  constexpr int kStep = kLanes<float>;
+  const Vec<float> zero = {};
+  Vec<int32_t> counts = {};  // as negative numbers
+  int64_t count = 0;
+  for (int64_t m = 0; m < rows; ++m, grad_out += next, out += next) {
+    int64_t n = 0;
+    for (; n + kStep <= N; n += kStep) {
+      counts += (load(grad_out + n) != zero) & ~(load(out + n) <= zero);
+    }
+    for (; n < N; ++n) count += grad_out[n] != 0 && !(out[n] <= 0);
+  }
+  for (int lane = 0; lane < kStep; ++lane) count -= counts[lane];
+  return count;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -558,7 +557,8 @@ void product_kernel(const acc_t<T>* a, int64_t a_row, int64_t a_step, const T* b
   constexpr bool kMayPass = std::is_same_v<T, A>;
   [[maybe_unused]] alignas(64) A panel[kMayPass ? kProductDepth * kProductVectors * kStep : 1];
   [[maybe_unused]] alignas(64) A block[kMayPass ? kProductDepth * kBlockRows : 1];
-  const bool in_blocks = kMayPass && a_step >= kLongRow && k_end - k_begin >= kManyColumns;
+  const bool in_blocks =
+      kMayPass && a_row == 1 && a_step >= kLongRow && k_end - k_begin >= kManyColumns;
   // A product of few steps is bound by what it writes, which goes best in order.
   const int64_t height = J <= kFewSteps ? 3 * kProductRows
                          : in_blocks    ? kBlockRows
@@ -570,7 +570,7 @@ void product_kernel(const acc_t<T>* a, int64_t a_row, int64_t a_step, const T* b
     do {
       const int64_t steps = J - j < depth ? J - j : depth;
       Factors<A> factors{a + i * a_row + j * a_step, a_row, a_step};
-      if (in_blocks && a_row == 1) {
+      if (in_blocks) {
         for (int64_t step = 0; step < steps; ++step) {
           copy(factors.first + step * a_step, rows, block + step * kBlockRows);
         }
@@ -579,20 +579,17 @@ void product_kernel(const acc_t<T>* a, int64_t a_row, int64_t a_step, const T* b
       const bool add = is_more || j > 0;
       for_panels<T>(k_begin, k_end, [&](auto vectors, int64_t k, int64_t skip) {
         constexpr int kVectors = decltype(vectors)::value, kWidth = kVectors * kStep;
-        const Rows<T> there{b + j * K + k, K};
-        T* const to = c + i * K + k;
+        Rows<T> rows_of_b{b + j * K + k, K};
         if constexpr (kMayPass) {
           if (rows >= kPackedFrom && K >= kLongRow) {
             for (int64_t row = 0; row < steps; ++row) {
-              copy(there.first + row * there.next, kWidth, panel + row * kWidth);
+              copy(rows_of_b.first + row * K, kWidth, panel + row * kWidth);
             }
-            product_rows<kProductRows, kVectors>(factors, Rows<A>{panel, kWidth}, to, K, steps, 0,
-                                                 rows, add, skip, AsItIs{});
-            return;
+            rows_of_b = {panel, kWidth};
           }
         }
-        product_rows<kProductRows, kVectors>(factors, there, to, K, steps, 0, rows, add, skip,
-                                             AsItIs{});
+        product_rows<kProductRows, kVectors>(factors, rows_of_b, c + i * K + k, K, steps, 0, rows,
+                                             add, skip, AsItIs{});
       });
       j += steps;
     } while (j < J);

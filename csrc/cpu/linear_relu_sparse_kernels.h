@@ -82,8 +82,8 @@ inline void sparse_product_kernel(const float* a, int64_t a_row, int64_t a_step,
   const int64_t width = k_end - k_begin, vectors = (width + kStep - 1) / kStep;
   // Tiles of about the same width, of which the last reaches back over what the one before did.
   const bool has_one = vectors <= kSparseVectors && width % kStep == 0;
-  const int64_t least = (vectors + kSparseVectors - 1) / kSparseVectors;
-  const int64_t tiles = has_one || least > 1 ? least : 2;
+  const int64_t fewest = (vectors + kSparseVectors - 1) / kSparseVectors;
+  const int64_t tiles = has_one || fewest > 1 ? fewest : 2;
   const int64_t stride = (vectors + tiles - 1) / tiles * kStep;
   const int64_t blocks = (J + kSparseDepth - 1) / kSparseDepth;
 

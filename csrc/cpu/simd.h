@@ -25,6 +25,10 @@ inline constexpr bool kHasMasks = kVectorBytes == 64;
 template <class T>
 inline constexpr int kLanes = kVectorBytes / sizeof(acc_t<T>);
 
+FASTNET_INLINE int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
 // Calls body with `count`, of 1 to kMost, as a constant.
 template <int kMost, class Body>
 FASTNET_INLINE void with_constant(int64_t count, const Body& body) {
