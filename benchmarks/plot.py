@@ -17,6 +17,7 @@ from fastnet.bench import results
 # Of which results file which documents tell.
 DOCUMENTS = {
     "amd-epyc-of-family-26-2-cores-avx512.csv": ("README.md", "docs/measured.md"),
+    "intel-r-xeon-r-processor-of-family-6-2-cores-avx512.csv": ("docs/measured-intel.md",),
     "amd-epyc-of-family-25-2-cores-avx512.csv": ("docs/measured-zen4.md",),
     "amd-epyc-of-family-25-2-cores-avx2.csv": ("docs/measured-avx2.md",),
 }

@@ -356,7 +356,14 @@ def test_inputs_are_not_written_to(device):
 
 @pytest.mark.parametrize(
     "shape",
-    [((64,), 784, 28), ((300,), 300, 200), ((3000,), 30, 9), ((40,), 1100, 60), ((40,), 200, 300), ((1000,), 16, 10)],
+    [
+        ((64,), 784, 28),
+        ((300,), 300, 200),
+        ((3000,), 30, 9),
+        ((40,), 1100, 60),
+        ((40,), 200, 300),
+        ((1000,), 16, 10),
+    ],
     ids=str,
 )
 def test_same_bits_every_time_and_on_any_number_of_threads(shape, device):

@@ -74,9 +74,9 @@ bool is_for_onednn(ScalarType dtype) {
 // large matrices. The forward kernel also saves the passes over the output.
 struct Limits {
   int64_t forward, backward;  // multiply-adds
-  int64_t forward_by_panels;  // the same where the forward kernel takes panels
-  // Inputs, or elements of the input, up to which the forward kernel has a block of it at hand.
-  int64_t forward_inputs, forward_input;
+  // The same where the forward kernel takes panels, of so many inputs; and elements of the input up
+  // to which it is at hand all the while, and there is no limit.
+  int64_t forward_by_panels, panel_inputs, forward_input;
   // Rows for which a weight that comes from memory is read in good order by the forward kernel.
   int64_t forward_rows;
   // Elements of a weight up to which the backward kernels read and write it so, and of few rows.
@@ -84,9 +84,9 @@ struct Limits {
 };
 // Measured on two cores of an Intel Xeon, and on two of Zen 5, where the kernels have oneDNN's rate
 // backward, and large gradients lie in huge pages, which those that oneDNN makes do not.
-constexpr Limits kMklLimits = {64'000'000, 64'000'000, 10'000'000'000, 1024,
-                               300'000,    16,         2'000'000,      400'000};
-constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 32'000'000,    1 << 30,
+constexpr Limits kMklLimits = {64'000'000, 64'000'000, 300'000'000, 1024,
+                               300'000,    16,         2'000'000,   400'000};
+constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 32'000'000,    1024,
                                   0,          4,              1'000'000'000, 1'000'000'000};
 const Limits& limits_of(ScalarType dtype) {
   return is_for_onednn(dtype) ? kOnednnLimits : kMklLimits;
@@ -120,10 +120,12 @@ bool prefers_library_forward(const LinearReluShape& shape, const Tensor& weight)
   if (by_onednn && is_fresh && K <= kFewInputs && weight.is_contiguous()) return false;
   const Limits& limits = limits_of(weight.scalar_type());
   const bool is_skinny = std::min(M, N) <= (K * N > kCachedWeight ? limits.forward_rows : kSkinny);
-  const bool is_at_hand = K <= limits.forward_inputs || M * K <= limits.forward_input;
-  const bool by_panels = weight.scalar_type() == ScalarType::Float && is_at_hand &&
-                         FASTNET_BEST_ISA(takes_panels(M, K, N));
-  const bool is_small = M * K * N <= (by_panels ? limits.forward_by_panels : limits.forward);
+  const bool by_panels =
+      weight.scalar_type() == ScalarType::Float && FASTNET_BEST_ISA(takes_panels(M, K, N));
+  const bool is_at_hand = by_panels && M * K <= limits.forward_input;
+  const int64_t most =
+      by_panels && K <= limits.panel_inputs ? limits.forward_by_panels : limits.forward;
+  const bool is_small = is_at_hand || M * K * N <= most;
   return library_is_better(shape, &weight, weight.scalar_type(), is_small, is_skinny);
 }
 
@@ -345,7 +347,8 @@ void own_backward(const OwnBackward<T>& call) {
       const bool has_w = !of_w.is_empty(), has_x = !of_x.is_empty();
       const int64_t width = has_w ? std::min(outputs, of_w.row_end - of_w.row) : 0;
       const bool is_made = kHasZ && width == N && chunk >= M;
-      const int64_t made = kHasZ ? std::max(chunk * width, has_x && !is_made ? near * N : 0) : 0;
+      const int64_t at_once = has_x && !is_made ? std::min(near, of_x.row_end - of_x.row) : 0;
+      const int64_t made = kHasZ ? std::max(chunk * width, at_once * N) : 0;
       std::unique_ptr<A[]> large;
       if (made + width > most_scratch<A>()) large.reset(new A[made + width]);
       A* const z = large ? large.get() : thread_scratch<A>(made + width);

@@ -127,7 +127,7 @@ inline constexpr int kForwardCols = 4;
 inline bool takes_panels(int64_t rows, int64_t K, int64_t columns) {
   constexpr bool kHasMany = kRegisters == 32;
   if (K == 0 || columns < 2 * kLanes<float>) return false;
-  if (K > 512 && K < 1024) return kHasMany && rows >= 96;
+  if (K > 512 && K < 900) return kHasMany && rows >= 96;
   return rows >= (kHasMany ? 32 : 64);
 }
 
