@@ -129,11 +129,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     some tens in autograd's nodes and transposed views. Here it is one kernel forward and one
     backward, of one node.
 
-    That is so on the CPU, under the torch that fastnet was built with, for float32 of up to 64 million
-    multiply-adds, for float64 of up to 16 million, and for bfloat16 of up to as many if there are
-    at most 32 rows or outputs; for float32 also beyond, if the weight has more than 8 million
-    elements (its gradient then lies in huge pages), and for any size on AMD's Zen 5, where there is
-    a better product than torch's own. All else goes to `F.linear`.
+    That is so on the CPU, under the torch that fastnet was built with, for float32 of up to 64
+    million multiply-adds, for float64 of up to 16 million, and for bfloat16 of up to as many if
+    there are at most 32 rows or outputs; for float32 also beyond, if the weight has more than 8
+    million elements (its gradient then lies in huge pages), and for any size on AMD's Zen 5, where
+    there is a better product than torch's own. All else goes to `F.linear`.
 
     Args:
         input: `(*, in_features)`, any number of leading dimensions, also none; any strides.

@@ -86,8 +86,8 @@ struct Limits {
 // backward, and large gradients lie in huge pages, which those that oneDNN makes do not.
 constexpr Limits kMklLimits = {64'000'000, 64'000'000, 300'000'000, 1024,
                                300'000,    16,         2'000'000,   400'000};
-constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 32'000'000,    1024,
-                                  0,          4,              1'000'000'000, 1'000'000'000};
+constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 32'000'000,   1024, 0,
+                                  4,          1'000'000'000,  1'000'000'000};
 const Limits& limits_of(ScalarType dtype) {
   return is_for_onednn(dtype) ? kOnednnLimits : kMklLimits;
 }
@@ -290,11 +290,13 @@ void own_backward(const OwnBackward<T>& call) {
     const E* const g = call.grad_out + first * N + n;
     const E* const out = kRelu ? call.out + first * N + n : nullptr;
     if (kHasZ || sums) {
-      FASTNET_BEST_ISA(masked_grad_kernel<kRelu>(g, out, kHasZ ? z : nullptr, sums, rows, columns,
-                                                 N, columns));
+      FASTNET_BEST_ISA(
+          masked_grad_kernel<kRelu>(g, out, kHasZ ? z : nullptr, sums, rows, columns, N, columns));
     }
-    if constexpr (kHasZ) return Rows{z, columns};
-    else return Rows{g, N};
+    if constexpr (kHasZ)
+      return Rows{z, columns};
+    else
+      return Rows{g, N};
   };
   const auto product = [&](const A* a, int64_t a_row, int64_t a_step, const E* b, E* c, int64_t J,
                            int64_t rows, const Share& share, bool adds, bool is_low) {
@@ -562,8 +564,7 @@ bool cpu::prefers_linear(int64_t rows, int64_t in_features, int64_t out_features
     return rows * weight <= kSmall && std::min(rows, out_features) <= kSkinny;
   }
   if (dtype != ScalarType::Float) return rows * weight <= kSmall;
-  return is_for_onednn(dtype) || weight >= kFreshWeight ||
-         rows * weight <= kMklLimits.backward;
+  return is_for_onednn(dtype) || weight >= kFreshWeight || rows * weight <= kMklLimits.backward;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnet, CPU, library) {

@@ -351,9 +351,9 @@ void bias_relu_kernel(T* out, const T* bias, int64_t rows, int64_t N) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Backward, first step: of `columns` columns of matrices of N, grad_z = grad_out where out > 0, with
-// z_row from one row to the next, and the sums of its columns, in one pass. As in torch, a NaN in
-// out lets the gradient through. Z is the type that the gradient is wanted in: T for a library's
+// Backward, first step: of `columns` columns of matrices of N, grad_z = grad_out where out > 0,
+// with z_row from one row to the next, and the sums of its columns, in one pass. As in torch, a NaN
+// in out lets the gradient through. Z is the type that the gradient is wanted in: T for a library's
 // product, acc_t<T> for the product below. Without kRelu there is no out, and nothing is masked;
 // either result may be null.
 
