@@ -24,6 +24,12 @@ struct Share {
   bool is_empty() const { return row >= row_end || column >= column_end; }
 };
 
+// Where a part of some columns begins: in whole vectors, but that the last part takes the rest. Of
+// less than a vector there is none, except of all.
+int64_t column_of_part(int64_t part, int64_t parts, int64_t columns) {
+  return part == parts ? columns : columns / kWidestVector * part / parts * kWidestVector;
+}
+
 // A product's result (rows, columns) cut into shares for threads, as large as each other as can be,
 // so that little is read twice. A share's columns of the one factor are brought side by side.
 class Shares {
@@ -48,15 +54,10 @@ class Shares {
 
   Share operator[](int64_t share) const {
     const int64_t row = share % high_, column = share / high_;
-    // Columns in whole vectors, but that the last part takes the rest: of less than a vector there
-    // is none, except of all.
-    const int64_t tiles = divide_up(rows_, kTile), vectors = columns_ / kWidestVector;
-    const auto column_at = [&](int64_t part) {
-      return part == wide_ ? columns_ : vectors * part / wide_ * kWidestVector;
-    };
+    const int64_t tiles = divide_up(rows_, kTile);
     return {std::min(rows_, tiles * row / high_ * kTile),
-            std::min(rows_, tiles * (row + 1) / high_ * kTile), column_at(column),
-            column_at(column + 1)};
+            std::min(rows_, tiles * (row + 1) / high_ * kTile),
+            column_of_part(column, wide_, columns_), column_of_part(column + 1, wide_, columns_)};
   }
 
  private:
@@ -84,10 +85,22 @@ struct Limits {
 };
 // Measured on two cores of an Intel Xeon, and on two of Zen 5, where the kernels have oneDNN's rate
 // backward, and large gradients lie in huge pages, which those that oneDNN makes do not.
-constexpr Limits kMklLimits = {64'000'000, 64'000'000, 300'000'000, 1024,
-                               300'000,    16,         2'000'000,   400'000};
-constexpr Limits kOnednnLimits = {32'000'000, 10'000'000'000, 32'000'000,   1024, 0,
-                                  4,          1'000'000'000,  1'000'000'000};
+constexpr Limits kMklLimits = {.forward = 64'000'000,
+                               .backward = 64'000'000,
+                               .forward_by_panels = 300'000'000,
+                               .panel_inputs = 1024,
+                               .forward_input = 300'000,
+                               .forward_rows = 16,
+                               .backward_weight = 2'000'000,
+                               .few_rows_weight = 400'000};
+constexpr Limits kOnednnLimits = {.forward = 32'000'000,
+                                  .backward = 10'000'000'000,
+                                  .forward_by_panels = 32'000'000,
+                                  .panel_inputs = 1024,
+                                  .forward_input = 0,
+                                  .forward_rows = 4,
+                                  .backward_weight = 1'000'000'000,
+                                  .few_rows_weight = 1'000'000'000};
 const Limits& limits_of(ScalarType dtype) {
   return is_for_onednn(dtype) ? kOnednnLimits : kMklLimits;
 }
@@ -239,14 +252,11 @@ void own_forward(const E* x, const E* w, const E* bias, E* out, int64_t M, int64
 // The shares of a product that passes zeros over: columns, of which each thread lists all that is
 // not zero for itself; or rows, where that would take a good part of the time.
 Share sparse_share(int64_t rows, int64_t columns, int64_t index, int64_t shares) {
-  constexpr int64_t kUnit = kWidestVector;
-  if (columns < std::max(8 * rows, shares * kUnit)) {
+  if (columns < std::max(8 * rows, shares * kWidestVector)) {
     return {index * rows / shares, (index + 1) * rows / shares, 0, columns};
   }
-  const auto at = [&](int64_t part) {
-    return part == shares ? columns : columns / kUnit * part / shares * kUnit;
-  };
-  return {0, rows, at(index), at(index + 1)};
+  return {0, rows, column_of_part(index, shares, columns),
+          column_of_part(index + 1, shares, columns)};
 }
 
 // A backward pass by the kernels here. What is null is not wanted, or not there.

@@ -564,11 +564,11 @@ void product_kernel(const acc_t<T>* a, int64_t a_row, int64_t a_step, const T* b
                          : in_blocks    ? kBlockRows
                                         : i_end - i_begin;
   for (int64_t i = i_begin; i < i_end; i += height) {
-    const int64_t rows = i_end - i < height ? i_end - i : height;
+    const int64_t rows = least(i_end - i, height);
     const int64_t depth = !kMayPass ? (J > 0 ? J : 1) : is_low ? kLowDepth : kProductDepth;
     int64_t j = 0;
     do {
-      const int64_t steps = J - j < depth ? J - j : depth;
+      const int64_t steps = least(J - j, depth);
       Factors<A> factors{a + i * a_row + j * a_step, a_row, a_step};
       if (in_blocks) {
         for (int64_t step = 0; step < steps; ++step) {
